@@ -1,0 +1,67 @@
+# hyperbell: `make demo` shows it at work on a real guest, `make test` passes the tests. `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+PREFIX ?= /usr/lib/hyperbell
+DESTDIR ?=
+C_SOURCES := $(wildcard virtio/dataplane/*.c virtio/dataplane/*.h) virtio/dataplane/build.py
+
+.PHONY: help setup demo test check lint types c-check bench build stub install clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(VENV)/.ready ## install what is missing (Debian packages, .venv) and build the data plane
+
+# The stamp depends on everything that goes into the venv; the packages are looked up each time the stamp is made.
+$(VENV)/.ready: pyproject.toml setup.py packages.txt $(C_SOURCES)
+	@./install-packages.sh
+	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing Python packages and compiling the data plane"
+	@rm -rf build
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+build: $(VENV)/.ready ## compile the data plane again after a change of C
+
+demo: setup ## a real Linux guest reads and writes its disk through hyperbell
+	@$(BIN)/python -m guest.demo
+
+test: check ## everything: lint, types, unit, devices, integration, sanitizers, real guests
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage report
+
+check: lint types c-check ## lint, strict types, C warnings
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+c-check: setup
+	@for f in virtio/dataplane/*.c; do \
+	  gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
+
+bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
+	@$(BIN)/python tests/bench/run.py
+
+stub: ## rewrite virtio/_dataplane.pyi after changing dataplane.cdef.h
+	@$(PYTHON) virtio/dataplane/stub.py
+
+install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
+	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
+	rm -rf build
+	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --upgrade .
+	install -d $(DESTDIR)/usr/bin $(DESTDIR)/etc/hyperbell
+	ln -sf $(PREFIX)/bin/hyperbell $(DESTDIR)/usr/bin/hyperbell
+	install -D -m 644 systemd/hyperbell.service $(DESTDIR)/usr/lib/systemd/system/hyperbell.service
+	install -D -m 644 systemd/sysusers.d/hyperbell.conf $(DESTDIR)/usr/lib/sysusers.d/hyperbell.conf
+	install -D -m 644 systemd/tmpfiles.d/hyperbell.conf $(DESTDIR)/usr/lib/tmpfiles.d/hyperbell.conf
+
+clean: ## remove what was built (.venv and the cache of downloads stay)
+	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c $(VENV)/.ready

@@ -1,0 +1,365 @@
+"""THE WAIST: one device as one driver sees it.
+
+A transport calls the verbs below (see ``transports.base.BackendLike``) and knows nothing else; a device never hears
+of a transport. The state of a queue is held here: it *runs* when it is set up, started (it has a kick) and enabled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+
+import structlog
+import trio
+
+from virtio import spec
+from virtio.device import Device
+from virtio.errors import GuestError, HostError, PeerError
+from virtio.fd import OwnedFd
+from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
+from virtio.running import PumpedQueue, QueueDriver, WorkerQueue
+from virtio.stats import BackendStats
+from virtio.virtqueue import Virtqueue
+from virtio.waist import ConfigChanged, Event, IotlbMiss, MemoryRegion, QueueBroken, QueueSetup
+from virtio.worker import Worker
+
+log = structlog.get_logger()
+
+
+class _QueueState:
+    """One queue: its ring, its setup, and whether it is started, enabled, running."""
+
+    def __init__(self, vq: Virtqueue, driver: QueueDriver) -> None:
+        self.vq = vq
+        self.driver = driver
+        self.setup: QueueSetup | None = None
+        self.started = False
+        self.enabled = False
+        self.running = False
+        self.broken = False
+        self.miss: IotlbMiss | None = None
+
+
+class Backend:
+    """``async with Backend(device, ...) as backend``: the verbs work inside the block; at its end all is stopped.
+
+    ``workers``: for native devices, the workers its queues are spread over (queue i goes to worker i mod n).
+    ``features_off``: bit numbers the operator turned off. ``queue_size_max``: the largest ring accepted.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        workers: Sequence[Worker] = (),
+        queue_size_max: int = 1024,
+        features_off: Collection[int] = (),
+    ) -> None:
+        if device.native and not workers:
+            raise ValueError(f"{device.name}: a native device needs a worker")
+        self._device = device
+        self._workers = tuple(workers)
+        self._queue_size_max = min(queue_size_max, device.queue_size_limit)
+        self._features_off = sum(1 << bit for bit in set(features_off))
+        self._driver_features = 0
+        self._status = 0
+        self._table = MemoryTable()
+        self._iotlb = Iotlb()
+        self._queues: list[_QueueState] = []
+        self._send, self._receive = trio.open_memory_channel[Event](math.inf)
+        self._stack = AsyncExitStack()
+        self._log = log.bind(device=device.name)
+
+    # ---- life ----
+
+    async def __aenter__(self) -> Backend:
+        await self._stack.enter_async_context(self._living())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _living(self) -> AsyncIterator[None]:
+        install_sigbus_guard()
+        with OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) as event_fd:
+            async with trio.open_nursery() as nursery:
+                for index in range(self._device.queue_count):
+                    vq = Virtqueue(index, event_fd.fileno())
+                    driver: QueueDriver
+                    if self._device.native:
+                        worker = self._workers[index % len(self._workers)]
+                        driver = WorkerQueue(vq, worker, self._device.native_device)
+                    else:
+                        driver = PumpedQueue(vq, self._device, nursery)
+                    self._queues.append(_QueueState(vq, driver))
+                self._device.config_changed = self._config_changed
+                nursery.start_soon(self._watch, event_fd.fileno())
+                await nursery.start(self._device.run)
+                try:
+                    yield
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self.reset()
+                    self._device.config_changed = lambda: None
+                    nursery.cancel_scope.cancel()
+            for queue in self._queues:
+                for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
+                    give(None)
+
+    async def _watch(self, event_fd: int) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(event_fd)
+            os.eventfd_read(event_fd)
+            for queue in self._queues:
+                self._look(queue)
+
+    def _look(self, queue: _QueueState) -> None:
+        report = queue.vq.report()
+        if report.error is not None and not queue.broken:
+            queue.broken = True
+            self._status |= spec.VIRTIO_CONFIG_S_NEEDS_RESET
+            self._send.send_nowait(QueueBroken(queue.vq.index, report.error))
+        if report.miss is not None and report.miss != queue.miss:
+            queue.miss = report.miss
+            self._send.send_nowait(report.miss)
+
+    def _config_changed(self) -> None:
+        self._send.send_nowait(ConfigChanged())
+
+    # ---- what is fixed, features, config space, status ----
+
+    @property
+    def name(self) -> str:
+        return self._device.name
+
+    @property
+    def queue_count(self) -> int:
+        return self._device.queue_count
+
+    @property
+    def queue_size_max(self) -> int:
+        return self._queue_size_max
+
+    @property
+    def status(self) -> int:
+        """The device status field (section 2.1); DEVICE_NEEDS_RESET shows here once a queue is broken."""
+        return self._status
+
+    def set_status(self, status: int) -> None:
+        self._status = status | (self._status & spec.VIRTIO_CONFIG_S_NEEDS_RESET)
+
+    def device_features(self) -> int:
+        ring = sum(1 << bit for bit in spec.RING_FEATURES.values())
+        return (ring | self._device.features()) & ~self._features_off
+
+    def set_driver_features(self, bits: int) -> None:
+        unknown = bits & ~self.device_features()
+        if unknown:
+            raise PeerError(f"features {unknown:#x} were not offered")
+        self._driver_features = bits
+        self._device.set_driver_features(bits)
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        _check_config_range(offset, size)
+        space = self._device.config_space()
+        return space[offset : offset + size].ljust(size, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        _check_config_range(offset, len(data))
+        self._device.write_config(offset, data)
+
+    # ---- memory ----
+
+    async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        """The whole new table. On ``HostError`` the old one stays and the fds of new regions are closed."""
+        before = self._table
+        try:
+            after = MemoryTable(regions, before)
+        except HostError:
+            for region in regions:
+                if region not in before.mappings:
+                    region.fd.close()
+            raise
+        self._table = after
+        async with trio.open_nursery() as nursery:
+            for queue in self._queues:
+                if queue.running:
+                    nursery.start_soon(queue.driver.set_memory, after)
+                else:
+                    queue.vq.set_memory(after)
+        before.close_dropped(after)
+
+    async def iotlb_update(self, iova: int, size: int, uva: int, perm: int) -> None:
+        try:
+            self._iotlb.update(iova, size, uva, perm)
+        except HostError as error:
+            raise PeerError(str(error)) from error
+        for queue in self._queues:
+            if queue.miss is not None:
+                queue.miss = None
+                if queue.running:
+                    await queue.driver.resume()
+                else:
+                    queue.vq.resume()
+
+    async def iotlb_invalidate(self, iova: int, size: int) -> None:
+        self._iotlb.invalidate(iova, size)
+
+    # ---- queues ----
+
+    def _queue(self, index: int) -> _QueueState:
+        if not 0 <= index < len(self._queues):
+            raise PeerError(f"queue {index} does not exist, the device has {len(self._queues)}")
+        return self._queues[index]
+
+    async def configure_queue(self, index: int, setup: QueueSetup) -> None:
+        """Only while the queue is stopped. ``PeerError``: a ring that cannot be (size, alignment, base)."""
+        queue = self._queue(index)
+        if queue.running or queue.started:
+            raise PeerError(f"queue {index} is set up while it is started")
+        if not 0 < setup.size <= self._queue_size_max:
+            raise PeerError(f"queue {index} of size {setup.size}, allowed are 1 to {self._queue_size_max}")
+        try:
+            queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
+        except HostError as error:
+            raise PeerError(str(error)) from error
+        queue.setup = setup
+        queue.broken = False
+        queue.miss = None
+
+    async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
+        """Start the queue; its ring is looked at once. None: it is polled."""
+        try:
+            queue = self._queue(index)
+            if queue.setup is None:
+                raise PeerError(f"queue {index} is started before it is set up")
+            await self._halt(queue)
+        except BaseException:
+            if fd is not None:
+                fd.close()
+            raise
+        _give(queue.vq.set_kick, fd)
+        queue.started = True
+        await self._run_if_due(queue)
+
+    async def set_call(self, index: int, fd: OwnedFd | None) -> None:
+        await self._set_signal(index, fd, "call")
+
+    async def set_err(self, index: int, fd: OwnedFd | None) -> None:
+        await self._set_signal(index, fd, "err")
+
+    async def _set_signal(self, index: int, fd: OwnedFd | None, which: str) -> None:
+        try:
+            queue = self._queue(index)
+        except PeerError:
+            if fd is not None:
+                fd.close()
+            raise
+        if not queue.running:
+            _give(queue.vq.set_call if which == "call" else queue.vq.set_err, fd)
+            return
+        try:
+            await (queue.driver.set_call(fd) if which == "call" else queue.driver.set_err(fd))
+        except HostError as error:
+            raise PeerError(str(error)) from error
+
+    async def enable_queue(self, index: int, on: bool) -> None:
+        queue = self._queue(index)
+        queue.enabled = on
+        if on:
+            await self._run_if_due(queue)
+        else:
+            await self._halt(queue)
+
+    async def stop_queue(self, index: int) -> int:
+        """Stop and drain; where the ring stands. Nothing of the queue touches guest memory after this."""
+        queue = self._queue(index)
+        await self._halt(queue)
+        queue.started = False
+        queue.setup = None
+        queue.vq.set_kick(None)
+        queue.vq.set_call(None)
+        return queue.vq.base
+
+    async def _run_if_due(self, queue: _QueueState) -> None:
+        if queue.running or not (queue.started and queue.enabled):
+            return
+        await queue.driver.start()
+        queue.running = True
+        self._log.debug("queue runs", queue=queue.vq.index)
+
+    async def _halt(self, queue: _QueueState) -> None:
+        if not queue.running:
+            return
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._warn_while_draining, queue)
+                await queue.driver.stop()
+                nursery.cancel_scope.cancel()
+        queue.running = False
+        self._log.debug("queue stopped", queue=queue.vq.index)
+
+    async def _warn_while_draining(self, queue: _QueueState) -> None:
+        for waited in range(5, 3600, 5):
+            await trio.sleep(5)
+            stats = queue.vq.stats((), True, time.monotonic_ns())
+            self._log.warning("queue drains", queue=queue.vq.index, seconds=waited, in_flight=stats.inflight)
+
+    async def reset(self) -> None:
+        """Stop all queues and forget features, memory and addresses: as after power-on."""
+        for queue in self._queues:
+            await self._halt(queue)
+            queue.started = queue.enabled = queue.broken = False
+            queue.setup = queue.miss = None
+            for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
+                give(None)
+            queue.vq.forget()
+        self._iotlb.clear()
+        before, self._table = self._table, MemoryTable()
+        before.close_dropped(self._table)
+        self._driver_features = self._status = 0
+        self._device.set_driver_features(0)
+        self._device.reset()
+        while True:  # events of what is no more
+            try:
+                self._receive.receive_nowait()
+            except trio.WouldBlock:
+                break
+
+    # ---- events and counters ----
+
+    async def next_event(self) -> Event:
+        """Wait for what the transport has to pass on."""
+        return await self._receive.receive()
+
+    def stats(self) -> BackendStats:
+        """The counters now; may be called from any thread."""
+        now = time.monotonic_ns()
+        return BackendStats(
+            device=self._device.name,
+            type=self._device.type_name,
+            driver_features=self._driver_features,
+            queues=tuple(q.vq.stats(self._device.ops, q.running, now) for q in self._queues),
+        )
+
+
+def _check_config_range(offset: int, size: int) -> None:
+    if offset < 0 or size < 0 or offset + size > spec.CONFIG_SPACE_MAX:
+        raise PeerError(f"config space {offset}+{size} is beyond its {spec.CONFIG_SPACE_MAX} bytes")
+
+
+def _give(setter: object, fd: OwnedFd | None) -> None:
+    try:
+        setter(fd)  # type: ignore[operator]
+    except HostError as error:
+        raise PeerError(str(error)) from error
+
+
+__all__ = ["Backend", "GuestError"]

@@ -1,0 +1,54 @@
+/* The native block device: device_blk.c reads requests, blk_io.c does the I/O. */
+#ifndef HYPERBELL_BLK_H
+#define HYPERBELL_BLK_H
+
+#include "dataplane.h"
+
+#define SECTOR_SHIFT 9
+
+/* 5.2.6: status byte. */
+#define VIRTIO_BLK_S_OK 0
+#define VIRTIO_BLK_S_IOERR 1
+#define VIRTIO_BLK_S_UNSUPP 2
+
+#define VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP 1u
+
+struct blk_device {
+	struct native_device native; /* first */
+	struct blk_setup setup;      /* immutable; its fd is ours */
+	uint64_t capacity;           /* atomic, sectors: changes when the image is resized */
+	uint32_t writeback;          /* atomic: the driver's choice of cache mode */
+	uint32_t no_nowait;          /* atomic: this file answered RWF_NOWAIT with EOPNOTSUPP */
+	uint32_t no_zero_range;      /* atomic: ... FALLOC_FL_ZERO_RANGE */
+	uint8_t *memory;             /* BLK_BACKEND_MEMORY */
+};
+
+/* One request as read from its chain: the data pieces without header and status. */
+struct blk_request {
+	uint32_t type;
+	uint32_t op;
+	uint64_t sector;
+	uint8_t *status_hva;
+	struct iovec *data;
+	uint32_t data_count;
+	uint64_t data_len;
+	uint32_t segment_count;
+	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
+};
+
+#define BLK_PENDING -1 /* blk_io went asynchronous: the request it started will finish */
+
+/*
+ * Do the I/O of a checked request, at once where that cannot block: a VIRTIO_BLK_S_* status, or BLK_PENDING.
+ */
+int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
+	   struct blk_request *q, uint64_t start_ns);
+void blk_io_done(struct request *r, int result);
+
+/* True when the driver has the writes durable before they are answered. */
+static inline bool blk_writethrough(const struct blk_device *blk)
+{
+	return !load_relaxed(&blk->writeback);
+}
+
+#endif

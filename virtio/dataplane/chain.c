@@ -1,0 +1,151 @@
+/* How the Python pump drives a queue: the same pops and pushes as a worker's, chain by chain as opaque handles. */
+#include "dataplane.h"
+
+#include <stdlib.h>
+
+struct chain {
+	struct inflight link; /* first */
+	struct virtqueue *vq;
+	struct memory_table *table; /* reference: its buffers stay mapped as long as the chain lives */
+	struct chain_view view;
+	uint32_t op;
+	bool failed;
+	struct iovec iov[];
+};
+
+static struct chain *chain_keep(struct virtqueue *vq, const struct chain_view *view)
+{
+	uint32_t count = view->readable_count + view->writable_count;
+	struct chain *c = malloc(sizeof(*c) + count * sizeof(c->iov[0]));
+
+	if (!c)
+		return NULL;
+	memcpy(c->iov, view->iov, count * sizeof(c->iov[0]));
+	c->vq = vq;
+	c->view = *view;
+	c->view.iov = c->iov;
+	c->table = memory_table_ref(vq->table);
+	c->op = 0;
+	c->failed = false;
+	c->link.start_ns = now_ns();
+	inflight_add(vq, &c->link);
+	return c;
+}
+
+static void chain_release(struct chain *c)
+{
+	inflight_remove(c->vq, &c->link);
+	memory_table_unref(c->table);
+	free(c);
+}
+
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max)
+{
+	static __thread struct iovec scratch[CHAIN_IOV_MAX];
+	struct chain_view view = { .iov = scratch };
+	uint32_t count = 0;
+	int rc = VQ_EMPTY;
+
+	if (!vq->configured)
+		return 0;
+	while (count < max && (rc = virtqueue_pop(vq, &view)) == VQ_CHAIN) {
+		chains[count] = chain_keep(vq, &view);
+		if (!chains[count]) { /* no memory: the driver gets the chain back, empty */
+			virtqueue_push(vq, view.head, view.slots, 0);
+			virtqueue_publish(vq);
+			break;
+		}
+		count++;
+	}
+	return count == 0 && rc == VQ_BROKEN ? VQ_BROKEN : (int)count;
+}
+
+void chain_info(const struct chain *c, struct chain_info *info)
+{
+	info->readable_len = c->view.readable_len;
+	info->writable_len = c->view.writable_len;
+	info->head = c->view.head;
+}
+
+/* Copy between `buffer` and the pieces `iov`, from `offset` of them on; returns the bytes copied. */
+static int64_t pieces_copy(const struct iovec *iov, uint32_t count, uint64_t offset, uint8_t *buffer, uint64_t length,
+			   bool to_guest)
+{
+	uint64_t done = 0;
+
+	for (uint32_t i = 0; i < count && done < length; i++) {
+		uint64_t n;
+
+		if (offset >= iov[i].iov_len) {
+			offset -= iov[i].iov_len;
+			continue;
+		}
+		n = iov[i].iov_len - offset;
+		if (n > length - done)
+			n = length - done;
+		if (to_guest)
+			memcpy((uint8_t *)iov[i].iov_base + offset, buffer + done, n);
+		else
+			memcpy(buffer + done, (uint8_t *)iov[i].iov_base + offset, n);
+		done += n;
+		offset = 0;
+	}
+	return (int64_t)done;
+}
+
+int64_t chain_read(const struct chain *c, uint64_t offset, void *buffer, uint64_t length)
+{
+	return pieces_copy(c->iov, c->view.readable_count, offset, buffer, length, false);
+}
+
+int64_t chain_write(struct chain *c, uint64_t offset, const void *buffer, uint64_t length)
+{
+	/* Not written to: `buffer` loses its const only to share the loop. */
+	return pieces_copy(c->iov + c->view.readable_count, c->view.writable_count, offset, (uint8_t *)(uintptr_t)buffer,
+			   length, true);
+}
+
+void chain_time(struct chain *c, uint32_t op, uint32_t failed)
+{
+	c->op = op < DP_QUEUE_OPS ? op : DP_QUEUE_OPS - 1;
+	c->failed = failed;
+}
+
+void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint32_t *written, uint32_t count)
+{
+	uint64_t now = now_ns();
+
+	for (uint32_t i = 0; i < count; i++) {
+		struct chain *c = chains[i];
+
+		/* 2.7.8.2: never more than the driver gave. */
+		uint32_t n = written[i] > c->view.writable_len ? (uint32_t)c->view.writable_len : written[i];
+
+		virtqueue_push(vq, c->view.head, c->view.slots, n);
+		op_stats_add(&vq->stats.ops[c->op], now - c->link.start_ns, c->view.readable_len + n, c->failed);
+		chain_release(c);
+	}
+	virtqueue_publish(vq);
+	virtqueue_notify(vq);
+}
+
+void virtqueue_rewind(struct virtqueue *vq, struct chain **chains, uint32_t count)
+{
+	uint32_t slots = 0;
+
+	for (uint32_t i = 0; i < count; i++) {
+		slots += chains[i]->view.slots;
+		chain_drop(chains[i]);
+	}
+	if (vq->configured)
+		vq->ops->rewind(vq, count, slots);
+}
+
+void chain_drop(struct chain *c)
+{
+	if (c->vq->inflight_heads) {
+		c->vq->inflight_heads[c->view.head / 64] &= ~(1ull << (c->view.head & 63));
+		c->vq->inflight--;
+	}
+	chain_release(c);
+}

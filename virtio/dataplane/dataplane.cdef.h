@@ -1,0 +1,268 @@
+/*
+ * The border between Python and C: read by cffi and included by dataplane.h, so the two cannot drift.
+ * Only plain structs, prototypes and numeric #defines may stand here (cffi takes nothing else).
+ *
+ * Return codes: >= 0 is success; -1 .. -4095 is a negated errno; DP_E_* (below -4095) are our own.
+ * Threads: "driver thread" is the one thread that drives a virtqueue: a worker, or the trio thread.
+ */
+
+#define DP_E_SHORT_FILE -5001
+#define DP_E_NOT_EVENTFD -5002
+#define DP_E_RING_ALIGN -5003
+#define DP_E_RING_SIZE -5004
+#define DP_E_RING_ADDRESS -5005
+#define DP_E_BASE -5006
+
+#define DP_HISTOGRAM_BUCKETS 25
+#define DP_QUEUE_OPS 8
+
+/* ---- guest memory: memory.c, sigbus.c, iotlb.c ---- */
+
+#define DP_PERM_READ 1
+#define DP_PERM_WRITE 2
+
+struct mapping;      /* one mmap of a region's file, refcounted, guarded against SIGBUS */
+struct memory_table; /* immutable list of mapped regions, refcounted */
+struct iotlb;        /* I/O virtual to user virtual addresses, shared and locked */
+
+struct memory_region {
+	uint64_t gpa;
+	uint64_t size;
+	uint64_t uva;
+	struct mapping *mapping;
+};
+
+/* Map `size` bytes of `fd` at `offset`; NULL and *error on failure (DP_E_SHORT_FILE: file ends before). */
+struct mapping *mapping_new(int fd, uint64_t offset, uint64_t size, int *error);
+void mapping_unref(struct mapping *m);
+int mapping_dead(struct mapping *m);
+void *mapping_base(struct mapping *m);
+
+/* Takes a reference of each region's mapping. Regions must not overlap. NULL: out of memory. */
+struct memory_table *memory_table_new(const struct memory_region *regions, uint32_t count);
+void memory_table_unref(struct memory_table *t);
+
+struct iotlb *iotlb_new(void);
+void iotlb_unref(struct iotlb *tlb);
+int iotlb_update(struct iotlb *tlb, uint64_t iova, uint64_t size, uint64_t uva, uint32_t perm);
+void iotlb_invalidate(struct iotlb *tlb, uint64_t iova, uint64_t size);
+void iotlb_clear(struct iotlb *tlb);
+
+/* Install the SIGBUS handler, once a process; call it again after somebody replaced it. */
+int sigbus_install(void);
+
+/* ---- virtqueues: virtqueue.c, split.c, packed.c, notify.c ---- */
+
+#define VQ_EMPTY 0
+#define VQ_CHAIN 1
+#define VQ_MISS -5101
+#define VQ_BROKEN -5100
+
+#define VQ_FAULT_NONE 0
+#define VQ_FAULT_AVAIL_INDEX 1
+#define VQ_FAULT_HEAD 2
+#define VQ_FAULT_HEAD_INFLIGHT 3
+#define VQ_FAULT_NEXT 4
+#define VQ_FAULT_CHAIN_LENGTH 5
+#define VQ_FAULT_INDIRECT_FEATURE 6
+#define VQ_FAULT_INDIRECT_NESTED 7
+#define VQ_FAULT_INDIRECT_NEXT 8
+#define VQ_FAULT_INDIRECT_SIZE 9
+#define VQ_FAULT_ORDER 10
+#define VQ_FAULT_ADDRESS 11
+#define VQ_FAULT_EMPTY_BUFFER 12
+#define VQ_FAULT_TOTAL_LENGTH 13
+#define VQ_FAULT_RING_ADDRESS 14
+#define VQ_FAULT_MEMORY_GONE 15
+#define VQ_FAULT_SHAPE 16
+#define VQ_FAULT_CALL_FD 17
+
+#define VQ_SPACE_GPA 0
+#define VQ_SPACE_UVA 1
+#define VQ_SPACE_IOVA 2
+
+struct virtqueue;
+
+struct op_stats { /* written by the driver thread, relaxed; read by anyone */
+	uint64_t requests;
+	uint64_t errors;
+	uint64_t bytes;
+	uint64_t duration_sum_ns;
+	uint64_t buckets[DP_HISTOGRAM_BUCKETS];
+};
+
+struct queue_stats { /* as op_stats */
+	uint64_t kicks;         /* sum of what the kick eventfd counted */
+	uint64_t wakeups;       /* times the driver thread came to the queue because of a kick */
+	uint64_t empty_wakeups; /* ... and found nothing */
+	uint64_t notifications_sent;
+	uint64_t notifications_suppressed;
+	uint64_t inflight;
+	uint64_t oldest_ns;     /* CLOCK_MONOTONIC of the oldest request in flight; 0: none */
+	struct op_stats ops[DP_QUEUE_OPS];
+};
+
+struct queue_setup {
+	uint64_t desc;
+	uint64_t avail;
+	uint64_t used;
+	uint64_t features;
+	uint32_t size;
+	uint32_t base;  /* vhost-user encoding */
+	uint32_t space; /* VQ_SPACE_* of the three addresses */
+};
+
+struct queue_report { /* what Python wants to know after an event */
+	uint32_t fault;      /* VQ_FAULT_*; not 0: the queue is broken */
+	uint32_t head;
+	uint64_t address;
+	uint64_t length;
+	uint32_t miss;       /* 1: parked, waiting for the IOTLB */
+	uint32_t miss_perm;
+	uint64_t miss_iova;
+};
+
+/* `event_fd` (not owned) is written when the queue breaks or misses. */
+struct virtqueue *virtqueue_new(uint32_t index, int event_fd);
+/* Only when nobody drives it and nothing is in flight. */
+void virtqueue_free(struct virtqueue *vq);
+/* Python, while stopped. Takes references. DP_E_RING_* / DP_E_BASE name what is wrong. */
+int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup,
+			struct memory_table *table, struct iotlb *tlb);
+/* Driver thread: swap the memory table between two chains; a ring that fell out of it breaks the queue. */
+void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table);
+/* Take ownership of an eventfd (DP_E_NOT_EVENTFD: anything else, ownership stays with the caller); -1: none. */
+int virtqueue_set_kick(struct virtqueue *vq, int fd);
+int virtqueue_set_call(struct virtqueue *vq, int fd);
+int virtqueue_set_err(struct virtqueue *vq, int fd);
+int virtqueue_kick_fd(struct virtqueue *vq);
+/* The ring's position in vhost-user's encoding; 0 when it was never configured. */
+uint32_t virtqueue_base(struct virtqueue *vq);
+const struct queue_stats *virtqueue_stats(struct virtqueue *vq);
+/* Any thread. */
+void virtqueue_report(struct virtqueue *vq, struct queue_report *report);
+/* Driver thread: forget a miss, so that the next pop asks again. */
+void virtqueue_resume(struct virtqueue *vq);
+void virtqueue_forget(struct virtqueue *vq);
+
+/* ---- the Python pump's way to a queue: chain.c (driver thread only) ---- */
+
+struct chain;
+struct chain_info {
+	uint64_t readable_len;
+	uint64_t writable_len;
+	uint32_t head;
+};
+
+/* Read the kick eventfd, never blocking; returns its count. */
+uint64_t virtqueue_take_kicks(struct virtqueue *vq);
+/* Up to `max` chains into `chains`; returns how many, VQ_BROKEN, or 0 (empty or parked). */
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max);
+void chain_info(const struct chain *c, struct chain_info *info);
+int64_t chain_read(const struct chain *c, uint64_t offset, void *buffer, uint64_t length);
+int64_t chain_write(struct chain *c, uint64_t offset, const void *buffer, uint64_t length);
+void chain_time(struct chain *c, uint32_t op, uint32_t failed);
+/* Return `count` chains with the bytes written to each; frees them; publishes and notifies once. */
+void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint32_t *written, uint32_t count);
+/* Un-pop the `count` chains popped last, oldest first in `chains`: the next pop finds them again. Frees them. */
+void virtqueue_rewind(struct virtqueue *vq, struct chain **chains, uint32_t count);
+/* Free a chain without returning it to the driver (the queue is being reset). */
+void chain_drop(struct chain *c);
+/* 1: kicks are on and the ring was empty after that; 0: there is work. */
+int virtqueue_arm(struct virtqueue *vq);
+void virtqueue_disarm(struct virtqueue *vq);
+/* Signal the call eventfd once, whatever the driver asked for. */
+void virtqueue_signal(struct virtqueue *vq);
+void virtqueue_break(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
+
+/* ---- native block device: device_blk.c, blk_io.c ---- */
+
+#define BLK_OP_READ 0
+#define BLK_OP_WRITE 1
+#define BLK_OP_FLUSH 2
+#define BLK_OP_DISCARD 3
+#define BLK_OP_WRITE_ZEROES 4
+#define BLK_OP_GET_ID 5
+#define BLK_OP_OTHER 6
+
+#define BLK_BACKEND_NULL 0
+#define BLK_BACKEND_MEMORY 1
+#define BLK_BACKEND_FILE 2
+#define BLK_BACKEND_BLOCK_DEVICE 3
+
+#define BLK_SEG_MAX 126
+#define BLK_DISCARD_SEGMENTS 16
+
+struct native_device;
+
+struct blk_setup {
+	uint64_t capacity;    /* in 512-byte sectors */
+	int fd;               /* FILE and BLOCK_DEVICE; a duplicate is made; -1 otherwise */
+	uint32_t backend;     /* BLK_BACKEND_* */
+	uint32_t block_size;  /* logical block size: 512 .. 4096 */
+	uint32_t direct;      /* the fd is O_DIRECT: buffers must be aligned */
+	uint32_t inline_io;   /* the file's I/O never blocks for long (tmpfs): plain preadv on the worker */
+	uint32_t read_only;
+	uint32_t discard;     /* offer DISCARD */
+	uint32_t write_zeroes;
+	uint32_t max_discard_sectors;
+	uint32_t max_write_zeroes_sectors;
+	char serial[20];
+};
+
+/* 1: the file lies where its I/O never waits for a device (tmpfs, ramfs); 0: it may wait; or -errno. */
+int blk_file_inline(int fd);
+struct native_device *blk_new(const struct blk_setup *setup, int *error);
+void native_device_unref(struct native_device *device);
+/* Any thread, at any time. */
+void blk_set_capacity(struct native_device *device, uint64_t sectors);
+void blk_set_writeback(struct native_device *device, uint32_t on);
+
+/* ---- workers: worker.c, reactor_uring.c, reactor_epoll.c ---- */
+
+#define WORKER_ATTACH 1     /* drive the queue for the device; look at the ring once */
+#define WORKER_DETACH 2     /* stop popping, drain, then acknowledge */
+#define WORKER_SET_MEMORY 3
+#define WORKER_SET_CALL 4   /* argument: the fd, or -1 */
+#define WORKER_SET_ERR 5
+#define WORKER_RESUME 6
+#define WORKER_QUIT 7
+
+#define REACTOR_AUTO 0
+#define REACTOR_IO_URING 1
+#define REACTOR_EPOLL 2
+
+struct worker;
+
+struct worker_command {
+	/* given by Python, which keeps the struct alive until it is done */
+	uint32_t op;
+	int32_t fd;
+	struct virtqueue *vq;
+	struct native_device *device;
+	struct memory_table *table;
+	uint64_t tag;
+	/* filled in by the worker */
+	int32_t result;
+	uint32_t reserved;
+	struct worker_command *next;
+};
+
+struct worker_stats { /* written by the worker, relaxed; read by anyone */
+	uint64_t wakeups;
+	uint64_t poll_hits;
+	uint64_t poll_misses;
+	uint32_t reactor;      /* REACTOR_*, the one in use */
+};
+
+/* `done_fd` (not owned) is written when commands are done. */
+struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us,
+			  const uint32_t *cpus, uint32_t cpu_count, int done_fd, int *error);
+void worker_post(struct worker *w, struct worker_command *command);
+/* The list of done commands, linked by `next`, or NULL. */
+struct worker_command *worker_take_done(struct worker *w);
+const struct worker_stats *worker_stats(struct worker *w);
+/* CPU time the thread has used; any thread may ask. */
+uint64_t worker_cpu_ns(struct worker *w);
+/* After WORKER_QUIT was acknowledged: join and free. */
+void worker_free(struct worker *w);

@@ -1,0 +1,380 @@
+/* Internals of the data plane. Everything here is hidden from Python except what dataplane.cdef.h declares. */
+#ifndef HYPERBELL_DATAPLANE_H
+#define HYPERBELL_DATAPLANE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "dataplane.cdef.h"
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+/*
+ * Shared words: rings are shared with the guest, counters with Python. Every access to them is atomic, so that a
+ * racing guest can make us read an old or a new value but never a torn or a repeated one.
+ */
+#define load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#define store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+/* Counters have one writer each, so a plain read-modify-write with relaxed accesses is enough. */
+#define stat_add(p, n) store_relaxed((p), load_relaxed(p) + (n))
+
+static inline uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- memory ---- */
+
+struct mapping {
+	uint8_t *base;     /* where the region begins; const after mapping_new, as the next three */
+	uint64_t size;
+	uint8_t *map_base; /* what was mapped: from a page boundary of the file on */
+	uint64_t map_size;
+	int refs;          /* atomic */
+	int dead;          /* atomic; set by the SIGBUS handler, for good */
+	int slot;          /* in the SIGBUS handler's table */
+};
+
+struct memory_table {
+	int refs;          /* atomic; the rest is immutable */
+	uint32_t count;
+	struct memory_region regions[]; /* by ascending gpa */
+};
+
+int sigbus_guard(struct mapping *m);   /* slot, or -ENOSPC */
+void sigbus_unguard(struct mapping *m);
+/* How many mappings died so far, in the whole process: a cheap reason to look closer. */
+extern uint32_t sigbus_deaths; /* atomic */
+
+struct memory_table *memory_table_ref(struct memory_table *t);
+struct iotlb *iotlb_ref(struct iotlb *tlb);
+/* True when any mapping of the table died: what was read from it is not to be trusted. */
+bool memory_table_dead(const struct memory_table *t);
+
+/*
+ * Translate `addr`: how many of `len` bytes lie contiguous in our memory from *hva on (> 0),
+ * or TRANSLATE_BAD, or TRANSLATE_MISS (IOTLB only; *addr_missing says which address).
+ */
+#define TRANSLATE_BAD -1
+#define TRANSLATE_MISS -2
+int64_t memory_table_gpa(const struct memory_table *t, uint64_t gpa, uint64_t len, uint8_t **hva);
+int64_t memory_table_uva(const struct memory_table *t, uint64_t uva, uint64_t len, uint8_t **hva);
+int64_t iotlb_translate(struct iotlb *tlb, const struct memory_table *t, uint64_t iova, uint64_t len,
+			uint32_t perm, uint8_t **hva, uint64_t *missing);
+uint32_t iotlb_generation(struct iotlb *tlb);
+
+/* ---- virtqueues ---- */
+
+/*
+ * A chain longer than this is refused even in a larger queue: it is what one preadv takes (IOV_MAX), and what
+ * QEMU's own devices take.
+ */
+#define CHAIN_DESCRIPTORS_MAX 1024
+/* A buffer may cross from one memory region into the next; so many more pieces may a chain have than descriptors. */
+#define CHAIN_IOV_MAX (CHAIN_DESCRIPTORS_MAX + 64)
+
+struct chain_view { /* one popped chain; iov belongs to whoever popped */
+	uint32_t head;            /* split: descriptor index; packed: buffer id */
+	uint32_t slots;           /* packed: ring entries it took */
+	uint32_t descriptors;     /* gathered so far, those of an indirect table included */
+	uint32_t readable_count;  /* iov entries, readable ones first */
+	uint32_t writable_count;
+	uint64_t readable_len;
+	uint64_t writable_len;
+	struct iovec *iov;        /* capacity CHAIN_IOV_MAX */
+};
+
+struct split_ring {
+	const uint64_t *desc;     /* 16 bytes each, read as two words */
+	const uint16_t *avail;    /* flags, idx, ring[size], used_event */
+	uint16_t *used;           /* flags, idx, ring of {u32 id, u32 len}, avail_event */
+	uint16_t last_avail;
+	uint16_t avail_seen;      /* the driver's index when last read */
+	uint16_t used_idx;        /* next to write, not yet published */
+	uint16_t signalled_used;  /* used index at the last decision to notify */
+	bool signalled_valid;
+	bool started;
+};
+
+struct packed_ring {
+	uint64_t *desc;           /* 16 bytes each */
+	uint32_t *driver_event;   /* off_wrap | flags << 16 */
+	uint32_t *device_event;
+	uint16_t avail_idx, used_idx;
+	bool avail_wrap, used_wrap;
+	uint16_t publish_idx;     /* first staged used descriptor; its flags are written last */
+	uint16_t publish_flags;
+	uint16_t staged;          /* ring slots used since the last publish */
+	uint16_t signalled_off;   /* slots used since the last decision to notify */
+};
+
+struct ring_ops;
+
+struct inflight { /* a link in a queue's list of what is in flight; driver thread */
+	struct inflight *older, *newer;
+	uint64_t start_ns;
+};
+
+struct virtqueue {
+	/* fixed */
+	uint32_t index;
+	int event_fd;
+	/* set by Python while nobody drives the queue, read by the driver thread */
+	uint32_t size;
+	uint32_t space;
+	bool event_idx, indirect, configured;
+	uint64_t desc_addr, avail_addr, used_addr;
+	const struct ring_ops *ops;
+	struct iotlb *iotlb;
+	uint64_t *inflight_heads; /* bitmap: heads (split) or buffer ids (packed) the driver has not got back */
+	/* driver thread */
+	struct memory_table *table;
+	uint32_t iotlb_generation;
+	uint32_t deaths_seen;
+	bool resolved;            /* the ring pointers below are those of the table and IOTLB of now */
+	struct memory_table *ring_table; /* the table they point into: kept until they are replaced */
+	bool parked;              /* missed the IOTLB; pops nothing until resumed */
+	int kick_fd, call_fd, err_fd;
+	uint32_t inflight;
+	union {
+		struct split_ring split;
+		struct packed_ring packed;
+	};
+	struct inflight *oldest, *newest; /* what waits for its I/O, by age */
+	struct queue_stats stats;
+	/* driver thread writes, then stores `event` with release; Python reads after acquire */
+	uint32_t fault;           /* atomic */
+	uint32_t miss;            /* atomic */
+	struct queue_report report;
+	/* what a worker keeps here while it drives the queue (worker thread) */
+	struct native_device *device;
+	struct worker_command *detaching;
+	struct virtqueue *worker_next;
+	bool kick_armed;          /* the reactor watches the kick fd */
+	bool kicked;              /* it fired since the queue was last served */
+	bool touched;             /* elements were pushed and not yet published */
+};
+
+struct ring_ops {
+	/* The three areas' sizes in bytes. */
+	void (*areas)(const struct virtqueue *vq, uint64_t sizes[3]);
+	void (*attach)(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, uint8_t *used);
+	int (*set_base)(struct virtqueue *vq, uint32_t base);
+	uint32_t (*base)(const struct virtqueue *vq);
+	int (*pop)(struct virtqueue *vq, struct chain_view *chain);
+	void (*push)(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written);
+	void (*publish)(struct virtqueue *vq);
+	void (*rewind)(struct virtqueue *vq, uint32_t chains, uint32_t slots);
+	bool (*needs_notify)(struct virtqueue *vq);
+	bool (*has_work)(const struct virtqueue *vq);
+	void (*arm)(struct virtqueue *vq);
+	void (*disarm)(struct virtqueue *vq);
+};
+
+extern const struct ring_ops split_ops, packed_ops;
+
+/* Pop into `chain`: VQ_CHAIN, VQ_EMPTY, VQ_MISS (parked) or VQ_BROKEN. */
+int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain);
+/* Stage one used element; virtqueue_publish makes all staged ones visible, virtqueue_notify decides and signals. */
+void virtqueue_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written);
+void virtqueue_publish(struct virtqueue *vq);
+void virtqueue_notify(struct virtqueue *vq);
+bool virtqueue_runnable(struct virtqueue *vq);
+bool virtqueue_has_work(struct virtqueue *vq);
+
+/* For the ring formats: account one descriptor to the chain. 0, or VQ_MISS / VQ_BROKEN. */
+struct desc { /* our private copy of a descriptor; both formats share the flag bits */
+	uint64_t addr;
+	uint32_t len;
+	uint16_t flags;
+	uint16_t next; /* split: next; packed: buffer id */
+};
+
+#define VRING_DESC_F_NEXT 1
+#define VRING_DESC_F_WRITE 2
+#define VRING_DESC_F_INDIRECT 4
+
+void chain_begin(struct chain_view *chain);
+int chain_add(struct virtqueue *vq, struct chain_view *chain, const struct desc *d, uint32_t head);
+/*
+ * Walk an indirect table (2.7.5.3, 2.8.7): split tables follow `next`, packed ones are taken in order.
+ */
+int chain_add_indirect(struct virtqueue *vq, struct chain_view *chain, const struct desc *table, uint32_t head,
+		       bool packed);
+/* Break the queue with this reason; always returns VQ_BROKEN. */
+int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
+/* Contiguous bytes at *hva (> 0), or VQ_MISS (now parked), or VQ_BROKEN (outside memory; nothing broken yet). */
+int virtqueue_translate(struct virtqueue *vq, uint64_t addr, uint64_t len, uint32_t perm, uint8_t **hva);
+
+/*
+ * A descriptor's two words become our private copy: read once, check the copy, use the copy.
+ * Little endian, like the guest; the formats differ in where flags and next (packed: id) stand.
+ */
+static inline struct desc desc_unpack(uint64_t lo, uint64_t hi, bool packed)
+{
+	uint16_t third = (uint16_t)(hi >> 32), fourth = (uint16_t)(hi >> 48);
+
+	return (struct desc){ .addr = lo, .len = (uint32_t)hi, .flags = packed ? fourth : third,
+			      .next = packed ? third : fourth };
+}
+
+/* 2.7.10: did the index pass `event` on its way from `old` to `new`? */
+static inline bool vring_need_event(uint16_t event, uint16_t new_idx, uint16_t old)
+{
+	return (uint16_t)(new_idx - event - 1) < (uint16_t)(new_idx - old);
+}
+
+/* ---- notify.c: a write to an eventfd that can never hold its thread for good ---- */
+
+/* 0, or -errno; -EINTR when the peer keeps the eventfd full. */
+int eventfd_signal_bounded(int fd);
+/* A thread that signalled and is about to end gives its timer back. */
+void eventfd_signal_thread_end(void);
+
+/* ---- counters ---- */
+
+/* Keep stats.inflight and stats.oldest_ns; start_ns of the link is set by the caller. */
+void inflight_add(struct virtqueue *vq, struct inflight *link);
+void inflight_remove(struct virtqueue *vq, struct inflight *link);
+void op_stats_add(struct op_stats *op, uint64_t duration_ns, uint64_t bytes, bool failed);
+
+/* ---- native devices and their requests ---- */
+
+/* Data of SEG_MAX segments, header and status in one piece with it, and some crossings of memory regions. */
+#define REQUEST_IOV_MAX (BLK_SEG_MAX + 10)
+
+enum io_kind { IO_READ, IO_WRITE, IO_FSYNC, IO_FALLOCATE };
+
+struct blk_segment { /* 5.2.6: struct virtio_blk_discard_write_zeroes */
+	uint64_t sector;
+	uint32_t sectors;
+	uint32_t flags;
+};
+
+struct request { /* one request that waits for I/O; from its worker's pool; worker thread */
+	struct inflight link;           /* first, so that a link is a request */
+	struct request *next;           /* in the free list or a reactor's done list */
+	struct worker *worker;
+	struct virtqueue *vq;
+	struct native_device *device;
+	struct memory_table *table;     /* reference: the chain keeps the table it began with */
+	uint32_t head, slots;
+	uint32_t op;
+	uint32_t written;               /* bytes to report as written when all went well */
+	uint64_t bytes;                 /* bytes to count */
+	uint8_t *status_hva;
+	/* the I/O under way */
+	enum io_kind io;
+	int fd;
+	int flags;                      /* read, write: RWF_*; fallocate: its mode */
+	struct iovec *io_iov;           /* what is left of it */
+	uint32_t io_count;
+	uint64_t offset, length;        /* in the file; what is left */
+	int result;                     /* epoll reactor: io_uring's res */
+	/* the device's own */
+	uint8_t *bounce;                /* aligned copy of the data, or NULL */
+	struct iovec bounce_iov;
+	uint32_t segment, segment_count;
+	bool zeroing;                   /* write-zeroes by plain writes */
+	struct iovec iov[REQUEST_IOV_MAX];
+	uint32_t iov_count;
+	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
+};
+
+#define SERVE_ASYNC -1
+#define SERVE_BROKEN -2
+
+struct native_device {
+	const struct native_ops *ops;
+	int refs; /* atomic */
+};
+
+struct native_ops {
+	/* Worker thread. Bytes written to the guest (>= 0) when done at once, or SERVE_*. */
+	int64_t (*serve)(struct native_device *device, struct worker *w, struct virtqueue *vq,
+			 struct chain_view *chain, uint64_t start_ns);
+	/* Worker thread: r's I/O ended with `result` (io_uring's res). Submits the next one or finishes r. */
+	void (*io_done)(struct request *r, int result);
+	void (*free)(struct native_device *device);
+};
+
+struct native_device *native_device_ref(struct native_device *device);
+
+/* ---- worker ---- */
+
+#define WORKER_REQUESTS 512    /* request contexts a worker has; when they are out, its queues wait */
+#define WORKER_TURN 64         /* chains a queue may take in one turn before the next queue has its own */
+
+struct reactor_ops {
+	int (*open)(struct worker *w);
+	void (*close)(struct worker *w);
+	/* Watch a kick fd / stop: worker_kick_removed is called, now or later, when it is no longer looked at. */
+	int (*add_kick)(struct worker *w, struct virtqueue *vq);
+	void (*remove_kick)(struct worker *w, struct virtqueue *vq);
+	/* Start r's I/O, which ends in native_ops.io_done from a later turn. */
+	void (*submit)(struct worker *w, struct request *r);
+	/* Hand over what is gathered and take what is done; true: something was. timeout_ns: 0 don't wait. */
+	bool (*turn)(struct worker *w, uint64_t timeout_ns);
+};
+
+extern const struct reactor_ops uring_ops, epoll_ops;
+
+#define WAIT_FOREVER UINT64_MAX
+
+struct worker {
+	/* fixed */
+	const struct reactor_ops *reactor;
+	struct reactor_state *state;
+	int wake_fd, done_fd;
+	uint64_t poll_max_ns;
+	uint64_t thread;                /* pthread_t */
+	uint32_t reactor_wanted;
+	uint32_t cpu_count;
+	uint32_t cpus[64];
+	char name[16];
+	/* any thread */
+	struct worker_command *inbox;   /* atomic stack: Python pushes, the worker takes it whole */
+	struct worker_command *done;    /* atomic stack: the worker pushes, Python takes it whole */
+	int sleeping;                   /* atomic: whoever posts a command must write wake_fd */
+	struct worker_stats stats;
+	/* worker thread */
+	struct virtqueue *queues;
+	struct virtqueue *touched[64];  /* queues with unpublished elements; beyond it they are published at once */
+	uint32_t touched_count;
+	struct request *free_requests, *requests;
+	uint64_t poll_ns;               /* the adaptive window */
+	uint32_t kickless;              /* queues without a kick fd: they are polled, with short sleeps */
+	struct worker_command *quit;
+	struct iovec scratch[CHAIN_IOV_MAX];
+};
+
+/* mailbox.c: the worker's side of its commands. */
+struct worker_command *worker_take_inbox(struct worker *w);
+void worker_acknowledge(struct worker *w, struct worker_command *command, int result);
+/* Elements were pushed to `vq`: publish and notify it at the end of this round. */
+void worker_touch(struct worker *w, struct virtqueue *vq);
+/* A request for a popped chain, with the chain's heads and table; NULL when the pool is empty. */
+struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
+			      const struct chain_view *chain, uint64_t start_ns);
+/* Push, count and recycle. */
+void request_finish(struct request *r, uint32_t written, bool failed);
+/* Called by a reactor: the kick fd of `vq` fired / is no longer watched / a command may be there. */
+void worker_kicked(struct virtqueue *vq);
+void worker_kick_removed(struct worker *w, struct virtqueue *vq);
+
+#endif

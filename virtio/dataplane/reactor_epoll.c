@@ -1,0 +1,131 @@
+/*
+ * The reactor where io_uring is forbidden (containers, some distributions): epoll for the kicks, plain system calls
+ * for the I/O. A request that blocks holds up its worker, so this is slower; it is never wrong.
+ */
+#include "dataplane.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define EVENTS_A_TURN 64
+
+struct reactor_state {
+	int epoll_fd;
+	struct request *done, **done_tail; /* I/O that is over, in order; told in the next turn, as with io_uring */
+};
+
+static int watch(struct worker *w, int fd, void *what)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = what };
+
+	return epoll_ctl(w->state->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
+}
+
+static int epoll_open(struct worker *w)
+{
+	int rc;
+
+	w->state = calloc(1, sizeof(*w->state));
+	if (!w->state)
+		return -ENOMEM;
+	w->state->done_tail = &w->state->done;
+	w->state->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	rc = w->state->epoll_fd < 0 ? -errno : watch(w, w->wake_fd, NULL);
+	if (rc < 0) {
+		if (w->state->epoll_fd >= 0)
+			close(w->state->epoll_fd);
+		free(w->state);
+	}
+	return rc;
+}
+
+static void epoll_close(struct worker *w)
+{
+	close(w->state->epoll_fd);
+	free(w->state);
+}
+
+static int epoll_add_kick(struct worker *w, struct virtqueue *vq)
+{
+	return watch(w, vq->kick_fd, vq);
+}
+
+static void epoll_remove_kick(struct worker *w, struct virtqueue *vq)
+{
+	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, vq->kick_fd, NULL);
+	worker_kick_removed(w, vq);
+}
+
+static ssize_t perform(const struct request *r)
+{
+	switch (r->io) {
+	case IO_READ:
+		return preadv2(r->fd, r->io_iov, (int)r->io_count, (off_t)r->offset, r->flags);
+	case IO_WRITE:
+		return pwritev2(r->fd, r->io_iov, (int)r->io_count, (off_t)r->offset, r->flags);
+	case IO_FSYNC:
+		return fdatasync(r->fd);
+	case IO_FALLOCATE:
+		return fallocate(r->fd, r->flags, (off_t)r->offset, (off_t)r->length);
+	}
+	return -1;
+}
+
+static void epoll_submit(struct worker *w, struct request *r)
+{
+	ssize_t n;
+
+	do
+		n = perform(r);
+	while (n < 0 && errno == EINTR);
+	r->result = n < 0 ? -errno : (int)n;
+	r->next = NULL;
+	*w->state->done_tail = r;
+	w->state->done_tail = &r->next;
+}
+
+static bool complete_done(struct worker *w)
+{
+	struct request *r = w->state->done, *next;
+	bool any = r != NULL;
+
+	w->state->done = NULL;
+	w->state->done_tail = &w->state->done;
+	for (; r; r = next) {
+		next = r->next;
+		r->device->ops->io_done(r, r->result);
+	}
+	return any;
+}
+
+static bool epoll_turn(struct worker *w, uint64_t timeout_ns)
+{
+	struct epoll_event events[EVENTS_A_TURN];
+	int timeout_ms = timeout_ns == WAIT_FOREVER ? -1 : (int)((timeout_ns + 999999) / 1000000), n;
+	bool any = complete_done(w);
+
+	/* While it polls the worker sees the rings themselves; the kernel is only asked where it may also wait. */
+	if (timeout_ns == 0 || any)
+		return any;
+	n = epoll_wait(w->state->epoll_fd, events, EVENTS_A_TURN, timeout_ms);
+	for (int i = 0; i < n; i++) {
+		uint64_t count;
+
+		if (events[i].data.ptr)
+			worker_kicked(events[i].data.ptr);
+		else if (read(w->wake_fd, &count, sizeof(count)) < 0)
+			continue;
+	}
+	return n > 0;
+}
+
+const struct reactor_ops epoll_ops = {
+	.open = epoll_open,
+	.close = epoll_close,
+	.add_kick = epoll_add_kick,
+	.remove_kick = epoll_remove_kick,
+	.submit = epoll_submit,
+	.turn = epoll_turn,
+};

@@ -1,0 +1,207 @@
+/*
+ * The reactor on io_uring: kicks by multishot poll, block I/O, the wake-up eventfd; one io_uring_enter a turn at most.
+ *
+ * io_uring bypasses seccomp, so the ring is created disabled, restricted to the few operations used here, and only
+ * then enabled. DEFER_TASKRUN (Linux 6.1) keeps completions from interrupting the worker; it takes them when it looks.
+ */
+#include "dataplane.h"
+
+#include <liburing.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#define SQ_ENTRIES 512
+#define CQ_ENTRIES 4096
+
+/* What a completion belongs to, in the low bits of its user data; pointers are aligned to 8 at least. */
+#define TAG_MASK 7ull
+#define TAG_REQUEST 0
+#define TAG_KICK 1
+#define TAG_KICK_REMOVED 2
+#define TAG_WAKE 3
+
+struct reactor_state {
+	struct io_uring ring;
+};
+
+static const uint8_t allowed_ops[] = {
+	IORING_OP_POLL_ADD, IORING_OP_POLL_REMOVE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
+	IORING_OP_FALLOCATE,
+};
+
+static struct io_uring_sqe *sqe_get(struct io_uring *ring)
+{
+	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+
+	while (!sqe) { /* full: hand over what is gathered */
+		io_uring_submit(ring);
+		sqe = io_uring_get_sqe(ring);
+	}
+	return sqe;
+}
+
+static void poll_fd(struct io_uring *ring, int fd, uint64_t user_data)
+{
+	struct io_uring_sqe *sqe = sqe_get(ring);
+
+	io_uring_prep_poll_multishot(sqe, fd, POLLIN);
+	io_uring_sqe_set_data64(sqe, user_data);
+}
+
+static int ring_restrict(struct io_uring *ring)
+{
+	struct io_uring_restriction rules[ARRAY_SIZE(allowed_ops)] = { 0 };
+	int rc;
+
+	for (size_t i = 0; i < ARRAY_SIZE(allowed_ops); i++) {
+		rules[i].opcode = IORING_RESTRICTION_SQE_OP;
+		rules[i].sqe_op = allowed_ops[i];
+	}
+	rc = io_uring_register_restrictions(ring, rules, ARRAY_SIZE(rules));
+	return rc < 0 ? rc : io_uring_enable_rings(ring);
+}
+
+static int uring_open(struct worker *w)
+{
+	struct io_uring_params params = {
+		.flags = IORING_SETUP_R_DISABLED | IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER |
+			 IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+		.cq_entries = CQ_ENTRIES,
+	};
+	struct reactor_state *state = calloc(1, sizeof(*state));
+	int rc;
+
+	if (!state)
+		return -ENOMEM;
+	rc = io_uring_queue_init_params(SQ_ENTRIES, &state->ring, &params);
+	if (rc < 0) {
+		free(state);
+		return rc;
+	}
+	rc = ring_restrict(&state->ring);
+	if (rc < 0) {
+		io_uring_queue_exit(&state->ring);
+		free(state);
+		return rc;
+	}
+	w->state = state;
+	poll_fd(&state->ring, w->wake_fd, TAG_WAKE);
+	return 0;
+}
+
+static void uring_close(struct worker *w)
+{
+	io_uring_queue_exit(&w->state->ring);
+	free(w->state);
+}
+
+static int uring_add_kick(struct worker *w, struct virtqueue *vq)
+{
+	poll_fd(&w->state->ring, vq->kick_fd, (uint64_t)(uintptr_t)vq | TAG_KICK);
+	return 0;
+}
+
+static void uring_remove_kick(struct worker *w, struct virtqueue *vq)
+{
+	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
+
+	io_uring_prep_poll_remove(sqe, (uint64_t)(uintptr_t)vq | TAG_KICK);
+	io_uring_sqe_set_data64(sqe, TAG_KICK_REMOVED);
+}
+
+static void uring_submit(struct worker *w, struct request *r)
+{
+	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
+
+	switch (r->io) {
+	case IO_READ:
+		io_uring_prep_readv2(sqe, r->fd, r->io_iov, r->io_count, r->offset, r->flags);
+		break;
+	case IO_WRITE:
+		io_uring_prep_writev2(sqe, r->fd, r->io_iov, r->io_count, r->offset, r->flags);
+		break;
+	case IO_FSYNC:
+		io_uring_prep_fsync(sqe, r->fd, IORING_FSYNC_DATASYNC);
+		break;
+	case IO_FALLOCATE:
+		io_uring_prep_fallocate(sqe, r->fd, r->flags, (off_t)r->offset, (off_t)r->length);
+		break;
+	}
+	io_uring_sqe_set_data64(sqe, (uint64_t)(uintptr_t)r);
+}
+
+static void wake_drain(struct worker *w)
+{
+	uint64_t count;
+
+	if (read(w->wake_fd, &count, sizeof(count)) < 0)
+		return; /* non-blocking: somebody's wake-up was taken with an earlier one */
+}
+
+static void complete(struct worker *w, const struct io_uring_cqe *cqe)
+{
+	uint64_t data = cqe->user_data;
+	bool last = !(cqe->flags & IORING_CQE_F_MORE);
+	struct virtqueue *vq;
+	struct request *r;
+
+	switch (data & TAG_MASK) {
+	case TAG_REQUEST:
+		r = (struct request *)(uintptr_t)data;
+		r->device->ops->io_done(r, cqe->res);
+		break;
+	case TAG_KICK:
+		vq = (struct virtqueue *)(uintptr_t)(data & ~TAG_MASK);
+		if (cqe->res >= 0)
+			worker_kicked(vq);
+		if (!last)
+			break;
+		/* A multishot poll may end by itself, say when the completion queue was full: set it up again. */
+		if (vq->detaching)
+			worker_kick_removed(w, vq);
+		else
+			poll_fd(&w->state->ring, vq->kick_fd, data);
+		break;
+	case TAG_WAKE:
+		wake_drain(w);
+		if (last)
+			poll_fd(&w->state->ring, w->wake_fd, TAG_WAKE);
+		break;
+	default: /* TAG_KICK_REMOVED: what counts is the end of the poll itself */
+		break;
+	}
+}
+
+static bool uring_turn(struct worker *w, uint64_t timeout_ns)
+{
+	struct io_uring *ring = &w->state->ring;
+	struct __kernel_timespec timeout = { .tv_sec = (long long)(timeout_ns / 1000000000u),
+					     .tv_nsec = (long long)(timeout_ns % 1000000000u) };
+	struct io_uring_cqe *cqe;
+	unsigned head, seen = 0;
+
+	if (timeout_ns == WAIT_FOREVER)
+		io_uring_submit_and_wait(ring, 1);
+	else if (timeout_ns)
+		io_uring_submit_and_wait_timeout(ring, &cqe, 1, &timeout, NULL);
+	else if (io_uring_sq_ready(ring))
+		io_uring_submit_and_get_events(ring);
+	else if (IO_URING_READ_ONCE(*ring->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
+		io_uring_get_events(ring);
+	io_uring_for_each_cqe(ring, head, cqe) {
+		seen++;
+		complete(w, cqe);
+	}
+	io_uring_cq_advance(ring, seen);
+	return seen > 0;
+}
+
+const struct reactor_ops uring_ops = {
+	.open = uring_open,
+	.close = uring_close,
+	.add_kick = uring_add_kick,
+	.remove_kick = uring_remove_kick,
+	.submit = uring_submit,
+	.turn = uring_turn,
+};

@@ -1,0 +1,51 @@
+/* Requests that wait for I/O: a pool a worker, so that nothing is allocated on the way. Worker thread only. */
+#include "dataplane.h"
+
+struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
+			      const struct chain_view *chain, uint64_t start_ns)
+{
+	struct request *r = w->free_requests;
+
+	if (!r)
+		return NULL;
+	w->free_requests = r->next;
+	r->worker = w;
+	r->vq = vq;
+	r->device = native_device_ref(device);
+	r->table = memory_table_ref(vq->table);
+	r->head = chain->head;
+	r->slots = chain->slots;
+	r->bounce = NULL;
+	r->segment = r->segment_count = 0;
+	r->zeroing = false;
+	r->link.start_ns = start_ns;
+	inflight_add(vq, &r->link);
+	return r;
+}
+
+void request_finish(struct request *r, uint32_t written, bool failed)
+{
+	struct worker *w = r->worker;
+	struct virtqueue *vq = r->vq;
+
+	inflight_remove(vq, &r->link);
+	virtqueue_push(vq, r->head, r->slots, written);
+	op_stats_add(&vq->stats.ops[r->op], now_ns() - r->link.start_ns, failed ? 0 : r->bytes, failed);
+	worker_touch(w, vq);
+	memory_table_unref(r->table);
+	native_device_unref(r->device);
+	r->next = w->free_requests;
+	w->free_requests = r;
+}
+
+struct native_device *native_device_ref(struct native_device *device)
+{
+	__atomic_add_fetch(&device->refs, 1, __ATOMIC_RELAXED);
+	return device;
+}
+
+void native_device_unref(struct native_device *device)
+{
+	if (device && __atomic_sub_fetch(&device->refs, 1, __ATOMIC_ACQ_REL) == 0)
+		device->ops->free(device);
+}

@@ -1,0 +1,170 @@
+/* The split ring, section 2.7. */
+#include "dataplane.h"
+
+#define VRING_AVAIL_F_NO_INTERRUPT 1
+#define VRING_USED_F_NO_NOTIFY 1
+
+/* Offsets in 16-bit words: avail and used both begin with flags and idx. */
+#define FLAGS 0
+#define IDX 1
+#define RING 2
+
+static void split_areas(const struct virtqueue *vq, uint64_t sizes[3])
+{
+	/* 2.7.2; each ring has its event word at the end, used or not. */
+	sizes[0] = 16ull * vq->size;
+	sizes[1] = 6 + 2ull * vq->size;
+	sizes[2] = 6 + 8ull * vq->size;
+}
+
+static void split_attach(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, uint8_t *used)
+{
+	vq->split.desc = (const uint64_t *)desc;
+	vq->split.avail = (const uint16_t *)avail;
+	vq->split.used = (uint16_t *)used;
+	if (!vq->split.started) {
+		/*
+		 * A device may start in a ring that another one served before: the used index in memory is the
+		 * driver's truth, only the avail position comes with the base.
+		 */
+		vq->split.used_idx = load_relaxed(&vq->split.used[IDX]);
+		vq->split.started = true;
+	}
+}
+
+static int split_set_base(struct virtqueue *vq, uint32_t base)
+{
+	if (base > UINT16_MAX)
+		return DP_E_BASE;
+	vq->split = (struct split_ring){ .last_avail = (uint16_t)base, .avail_seen = (uint16_t)base };
+	return 0;
+}
+
+static uint32_t split_base(const struct virtqueue *vq)
+{
+	return vq->split.last_avail;
+}
+
+static int split_pop(struct virtqueue *vq, struct chain_view *chain)
+{
+	struct split_ring *r = &vq->split;
+	uint32_t mask = vq->size - 1, steps = 0;
+	uint16_t head, at;
+	struct desc d;
+	int rc;
+
+	if (r->avail_seen == r->last_avail) {
+		r->avail_seen = load_acquire(&r->avail[IDX]);
+		if (r->avail_seen == r->last_avail)
+			return VQ_EMPTY;
+		/* 2.7.13: the driver never has more than the queue's size outstanding. */
+		if (unlikely((uint16_t)(r->avail_seen - r->last_avail) > vq->size))
+			return virtqueue_fail(vq, VQ_FAULT_AVAIL_INDEX, r->avail_seen, 0, r->last_avail);
+	}
+	head = at = load_relaxed(&r->avail[RING + (r->last_avail & mask)]);
+	if (unlikely(head >= vq->size))
+		return virtqueue_fail(vq, VQ_FAULT_HEAD, head, 0, vq->size);
+	chain_begin(chain);
+	for (;;) {
+		uint64_t lo = load_relaxed(&r->desc[2 * at]), hi = load_relaxed(&r->desc[2 * at + 1]);
+
+		d = desc_unpack(lo, hi, false);
+		if (d.flags & VRING_DESC_F_INDIRECT) {
+			rc = chain_add_indirect(vq, chain, &d, head, false);
+			if (unlikely(rc))
+				return rc;
+			break; /* 2.7.5.3.2: only as the last of a chain */
+		}
+		rc = chain_add(vq, chain, &d, head);
+		if (unlikely(rc))
+			return rc;
+		if (!(d.flags & VRING_DESC_F_NEXT))
+			break;
+		/* 2.7.5.3.1: no chain is longer than the queue; one that is has a loop in it. */
+		if (unlikely(++steps >= vq->size))
+			return virtqueue_fail(vq, VQ_FAULT_CHAIN_LENGTH, head, 0, steps);
+		if (unlikely(d.next >= vq->size))
+			return virtqueue_fail(vq, VQ_FAULT_NEXT, head, d.next, vq->size);
+		at = d.next;
+	}
+	chain->head = head;
+	chain->slots = 1;
+	r->last_avail++; /* not before the chain is whole: a miss takes it up again from its head */
+	return VQ_CHAIN;
+}
+
+static void split_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written)
+{
+	struct split_ring *r = &vq->split;
+	uint32_t *element = (uint32_t *)(r->used + RING) + 2 * (r->used_idx & (vq->size - 1));
+
+	(void)slots;
+	store_relaxed(&element[0], head);
+	store_relaxed(&element[1], written);
+	r->used_idx++;
+}
+
+static void split_publish(struct virtqueue *vq)
+{
+	store_release(&vq->split.used[IDX], vq->split.used_idx); /* 2.7.8.1: elements before the index */
+}
+
+static void split_rewind(struct virtqueue *vq, uint32_t chains, uint32_t slots)
+{
+	(void)slots;
+	vq->split.last_avail = (uint16_t)(vq->split.last_avail - chains);
+}
+
+static bool split_needs_notify(struct virtqueue *vq)
+{
+	struct split_ring *r = &vq->split;
+	uint16_t old = r->signalled_used;
+	bool valid = r->signalled_valid;
+
+	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the index is out before the driver's wish is read, 2.7.10.1 */
+	if (!vq->event_idx)
+		return !(load_relaxed(&r->avail[FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT);
+	r->signalled_used = r->used_idx;
+	r->signalled_valid = true;
+	return !valid || vring_need_event(load_relaxed(&r->avail[RING + vq->size]), r->used_idx, old);
+}
+
+static bool split_has_work(const struct virtqueue *vq)
+{
+	const struct split_ring *r = &vq->split;
+
+	return r->avail_seen != r->last_avail || load_relaxed(&r->avail[IDX]) != r->last_avail;
+}
+
+static void split_arm(struct virtqueue *vq)
+{
+	struct split_ring *r = &vq->split;
+
+	if (vq->event_idx)
+		store_relaxed(&r->used[RING + 4 * vq->size], r->last_avail); /* avail_event, 2.7.10 */
+	else
+		store_relaxed(&r->used[FLAGS], 0);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the wish is out before the ring is looked at again */
+}
+
+static void split_disarm(struct virtqueue *vq)
+{
+	/* With EVENT_IDX there is nothing to do: the driver has passed avail_event and won't kick until it is moved. */
+	if (!vq->event_idx)
+		store_relaxed(&vq->split.used[FLAGS], VRING_USED_F_NO_NOTIFY);
+}
+
+const struct ring_ops split_ops = {
+	.areas = split_areas,
+	.attach = split_attach,
+	.set_base = split_set_base,
+	.base = split_base,
+	.pop = split_pop,
+	.push = split_push,
+	.publish = split_publish,
+	.rewind = split_rewind,
+	.needs_notify = split_needs_notify,
+	.has_work = split_has_work,
+	.arm = split_arm,
+	.disarm = split_disarm,
+};

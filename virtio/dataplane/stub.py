@@ -1,0 +1,47 @@
+"""Writes ``virtio/_dataplane.pyi`` from ``dataplane.cdef.h``: run it after changing the border (``make stub``)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STUB = HERE.parent / "_dataplane.pyi"
+
+_HEAD = '''"""Made from dataplane.cdef.h by virtio/dataplane/stub.py; a test compares the two."""
+
+from typing import Any
+
+class _Ffi:
+    NULL: Any
+    def new(self, cdecl: str, init: Any = ..., /) -> Any: ...
+    def gc(self, cdata: Any, destructor: Any, /) -> Any: ...
+    def from_buffer(self, data: Any, /) -> Any: ...
+    def buffer(self, cdata: Any, size: int = ..., /) -> Any: ...
+    def cast(self, cdecl: str, value: Any, /) -> Any: ...
+
+ffi: _Ffi
+
+class _Lib:
+'''
+
+_DEFINE = re.compile(r"^#define (\w+) ", re.MULTILINE)
+_FUNCTION = re.compile(r"^([a-z][\w ]*?[ *]+)(\w+)\(([^)]*)\);", re.MULTILINE)
+_INTEGER = re.compile(r"^(int|u?int\d+_t)$")
+
+
+def stub_text(cdef: str) -> str:
+    """The stub for a cdef header's text: constants and functions of ``lib``, integers typed, pointers ``Any``."""
+    lines = [f"    {name}: int" for name in _DEFINE.findall(cdef)]
+    plain = re.sub(r"/\*.*?\*/", "", cdef, flags=re.DOTALL)
+    for result, name, arguments in _FUNCTION.findall(plain):
+        result = result.strip()
+        kind = "None" if result == "void" else "int" if _INTEGER.match(result) else "Any"
+        count = 0 if arguments.strip() == "void" else len(arguments.split(","))
+        given = "".join(f", a{i}: Any" for i in range(count))
+        lines.append(f"    def {name}(self{given}, /) -> {kind}: ...")
+    return _HEAD + "\n".join(lines) + "\n\nlib: _Lib\n"
+
+
+if __name__ == "__main__":
+    STUB.write_text(stub_text((HERE / "dataplane.cdef.h").read_text(encoding="ascii")), encoding="ascii")

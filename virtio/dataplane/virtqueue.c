@@ -1,0 +1,341 @@
+/* What both ring formats share: setting up, gathering a chain, breaking, signalling. Section 2.6 to 2.8. */
+#include "dataplane.h"
+
+#include <stdlib.h>
+#include <unistd.h>
+
+#define VIRTIO_F_INDIRECT_DESC 28
+#define VIRTIO_F_EVENT_IDX 29
+#define VIRTIO_F_ACCESS_PLATFORM 33
+#define VIRTIO_F_RING_PACKED 34
+#define QUEUE_SIZE_MAX 32768
+
+struct virtqueue *virtqueue_new(uint32_t index, int event_fd)
+{
+	struct virtqueue *vq = calloc(1, sizeof(*vq));
+
+	if (!vq)
+		return NULL;
+	vq->index = index;
+	vq->event_fd = event_fd;
+	vq->kick_fd = vq->call_fd = vq->err_fd = -1;
+	return vq;
+}
+
+void virtqueue_forget(struct virtqueue *vq)
+{
+	memory_table_unref(vq->table);
+	memory_table_unref(vq->ring_table);
+	iotlb_unref(vq->iotlb);
+	free(vq->inflight_heads);
+	vq->table = vq->ring_table = NULL;
+	vq->iotlb = NULL;
+	vq->inflight_heads = NULL;
+	vq->configured = vq->resolved = vq->parked = false;
+	vq->inflight = 0;
+	store_release(&vq->fault, VQ_FAULT_NONE);
+	store_release(&vq->miss, 0);
+	memset(&vq->report, 0, sizeof(vq->report));
+}
+
+void virtqueue_free(struct virtqueue *vq)
+{
+	if (!vq)
+		return;
+	virtqueue_forget(vq);
+	virtqueue_set_kick(vq, -1);
+	virtqueue_set_call(vq, -1);
+	virtqueue_set_err(vq, -1);
+	free(vq);
+}
+
+int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup, struct memory_table *table,
+			struct iotlb *tlb)
+{
+	bool packed = setup->features >> VIRTIO_F_RING_PACKED & 1;
+	uint64_t other_align = packed ? 4 : 2;
+	int rc;
+
+	virtqueue_forget(vq);
+	/* 2.7: a split queue's size is a power of two; 2.8: a packed one's need not be. */
+	if (setup->size == 0 || setup->size > QUEUE_SIZE_MAX || (!packed && (setup->size & (setup->size - 1))))
+		return DP_E_RING_SIZE;
+	if (setup->desc & 15 || setup->avail & (other_align - 1) || setup->used & 3)
+		return DP_E_RING_ALIGN;
+	vq->ops = packed ? &packed_ops : &split_ops;
+	vq->size = setup->size;
+	vq->space = setup->space;
+	vq->event_idx = setup->features >> VIRTIO_F_EVENT_IDX & 1;
+	vq->indirect = setup->features >> VIRTIO_F_INDIRECT_DESC & 1;
+	vq->desc_addr = setup->desc;
+	vq->avail_addr = setup->avail;
+	vq->used_addr = setup->used;
+	rc = vq->ops->set_base(vq, setup->base);
+	if (rc < 0)
+		return rc;
+	vq->inflight_heads = calloc(packed ? 65536 / 64 : (setup->size + 63) / 64, sizeof(uint64_t));
+	if (!vq->inflight_heads)
+		return -ENOMEM;
+	vq->table = memory_table_ref(table);
+	vq->iotlb = setup->features >> VIRTIO_F_ACCESS_PLATFORM & 1 ? iotlb_ref(tlb) : NULL;
+	vq->deaths_seen = load_acquire(&sigbus_deaths) - 1; /* look once, at the first pop */
+	vq->configured = true;
+	return 0;
+}
+
+static void event_raise(struct virtqueue *vq)
+{
+	uint64_t one = 1;
+
+	/* Our own, non-blocking eventfd: when it is full, Python has been told long since. */
+	if (write(vq->event_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length)
+{
+	if (load_relaxed(&vq->fault) != VQ_FAULT_NONE)
+		return VQ_BROKEN;
+	vq->report.fault = fault;
+	vq->report.head = head;
+	vq->report.address = address;
+	vq->report.length = length;
+	store_release(&vq->fault, fault);
+	event_raise(vq);
+	if (vq->err_fd >= 0)
+		eventfd_signal_bounded(vq->err_fd);
+	return VQ_BROKEN;
+}
+
+void virtqueue_break(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length)
+{
+	virtqueue_fail(vq, fault, head, address, length);
+}
+
+static int virtqueue_miss(struct virtqueue *vq, uint64_t iova, uint32_t perm)
+{
+	vq->parked = true;
+	vq->report.miss_iova = iova;
+	vq->report.miss_perm = perm;
+	store_release(&vq->miss, 1);
+	event_raise(vq);
+	return VQ_MISS;
+}
+
+void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
+{
+	uint32_t fault = load_acquire(&vq->fault), miss = load_acquire(&vq->miss);
+
+	*report = (struct queue_report){ 0 };
+	if (fault) {
+		report->fault = fault;
+		report->head = vq->report.head;
+		report->address = vq->report.address;
+		report->length = vq->report.length;
+	}
+	if (miss) { /* written before `miss` was, and left alone until virtqueue_resume */
+		report->miss = 1;
+		report->miss_iova = vq->report.miss_iova;
+		report->miss_perm = vq->report.miss_perm;
+	}
+}
+
+void virtqueue_resume(struct virtqueue *vq)
+{
+	store_release(&vq->miss, 0);
+	vq->parked = false;
+}
+
+/* ---- addresses ---- */
+
+int virtqueue_translate(struct virtqueue *vq, uint64_t addr, uint64_t len, uint32_t perm, uint8_t **hva)
+{
+	uint64_t missing = addr;
+	int64_t n;
+
+	if (!vq->iotlb)
+		n = memory_table_gpa(vq->table, addr, len, hva);
+	else
+		n = iotlb_translate(vq->iotlb, vq->table, addr, len, perm, hva, &missing);
+	if (n == TRANSLATE_MISS)
+		return virtqueue_miss(vq, missing, perm);
+	if (n <= 0)
+		return VQ_BROKEN;
+	return n > INT32_MAX ? INT32_MAX : (int)n;
+}
+
+/* One ring area, contiguous in our memory with its whole length. 0, VQ_MISS or VQ_BROKEN. */
+static int area_resolve(struct virtqueue *vq, uint64_t addr, uint64_t len, uint8_t **hva)
+{
+	uint8_t *rest;
+	int64_t n;
+	int rc;
+
+	if (addr + len < addr)
+		return VQ_BROKEN;
+	if (vq->iotlb) {
+		rc = virtqueue_translate(vq, addr, len, DP_PERM_READ | DP_PERM_WRITE, hva);
+		if (rc < 0)
+			return rc;
+		n = rc;
+		/* Cut short: either the next page is not known yet (a miss), or it lies elsewhere (no ring can). */
+		if ((uint64_t)n < len && virtqueue_translate(vq, addr + (uint64_t)n, len - (uint64_t)n,
+							     DP_PERM_READ | DP_PERM_WRITE, &rest) == VQ_MISS)
+			return VQ_MISS;
+	} else if (vq->space == VQ_SPACE_GPA) {
+		n = memory_table_gpa(vq->table, addr, len, hva);
+	} else {
+		n = memory_table_uva(vq->table, addr, len, hva);
+	}
+	return n < 0 || (uint64_t)n < len ? VQ_BROKEN : 0;
+}
+
+static int ring_resolve(struct virtqueue *vq)
+{
+	const uint64_t addrs[3] = { vq->desc_addr, vq->avail_addr, vq->used_addr };
+	static const uintptr_t align[3] = { 16, 2, 4 };
+	uint8_t *hva[3] = { NULL, NULL, NULL };
+	uint64_t sizes[3];
+
+	vq->ops->areas(vq, sizes);
+	if (vq->iotlb)
+		vq->iotlb_generation = iotlb_generation(vq->iotlb); /* before looking: a later change is seen */
+	for (int i = 0; i < 3; i++) {
+		int rc = area_resolve(vq, addrs[i], sizes[i], &hva[i]);
+
+		if (rc == VQ_MISS)
+			return VQ_MISS;
+		if (rc < 0 || (uintptr_t)hva[i] % align[i])
+			return virtqueue_fail(vq, VQ_FAULT_RING_ADDRESS, 0, addrs[i], sizes[i]);
+	}
+	vq->ops->attach(vq, hva[0], hva[1], hva[2]);
+	memory_table_ref(vq->table);
+	memory_table_unref(vq->ring_table);
+	vq->ring_table = vq->table;
+	vq->resolved = true;
+	return 0;
+}
+
+/* Everything that must hold before the ring is read: 0, VQ_MISS or VQ_BROKEN. */
+static int ring_ready(struct virtqueue *vq)
+{
+	if (unlikely(load_relaxed(&vq->fault)))
+		return VQ_BROKEN;
+	if (unlikely(vq->parked))
+		return VQ_MISS;
+	if (unlikely(vq->iotlb && vq->resolved && vq->iotlb_generation != iotlb_generation(vq->iotlb)))
+		vq->resolved = false;
+	return unlikely(!vq->resolved) ? ring_resolve(vq) : 0;
+}
+
+void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table)
+{
+	if (!vq->configured)
+		return;
+	memory_table_unref(vq->table);
+	vq->table = memory_table_ref(table);
+	vq->resolved = false;
+	vq->deaths_seen = load_acquire(&sigbus_deaths) - 1;
+	/*
+	 * At once, so that the old table can go. Behind an IOMMU this may miss: until the answer comes, completions
+	 * still reach the driver through the old table, which the ring keeps.
+	 */
+	ring_ready(vq);
+}
+
+/* After guest memory was read: was it still there? */
+static int memory_alive(struct virtqueue *vq)
+{
+	uint32_t deaths = load_acquire(&sigbus_deaths);
+
+	if (likely(deaths == vq->deaths_seen))
+		return 0;
+	if (memory_table_dead(vq->table))
+		return virtqueue_fail(vq, VQ_FAULT_MEMORY_GONE, 0, 0, 0);
+	vq->deaths_seen = deaths;
+	return 0;
+}
+
+/* ---- popping and pushing ---- */
+
+int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain)
+{
+	uint64_t bit;
+	int rc = ring_ready(vq);
+
+	if (unlikely(rc))
+		return rc;
+	rc = vq->ops->pop(vq, chain);
+	if (unlikely(memory_alive(vq) < 0))
+		return VQ_BROKEN;
+	if (rc != VQ_CHAIN)
+		return rc;
+	/* A head the driver has not got back yet cannot come again (2.7.13, 2.8.21); it also bounds what is in flight. */
+	bit = 1ull << (chain->head & 63);
+	if (unlikely(vq->inflight_heads[chain->head / 64] & bit))
+		return virtqueue_fail(vq, VQ_FAULT_HEAD_INFLIGHT, chain->head, 0, 0);
+	vq->inflight_heads[chain->head / 64] |= bit;
+	vq->inflight++;
+	return VQ_CHAIN;
+}
+
+void virtqueue_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written)
+{
+	vq->inflight_heads[head / 64] &= ~(1ull << (head & 63));
+	vq->inflight--;
+	if (likely(vq->ring_table && !load_relaxed(&vq->fault)))
+		vq->ops->push(vq, head, slots, written);
+}
+
+void virtqueue_publish(struct virtqueue *vq)
+{
+	if (likely(vq->ring_table && !load_relaxed(&vq->fault)))
+		vq->ops->publish(vq);
+}
+
+void virtqueue_notify(struct virtqueue *vq)
+{
+	if (unlikely(!vq->ring_table || load_relaxed(&vq->fault)))
+		return;
+	if (!vq->ops->needs_notify(vq)) {
+		stat_add(&vq->stats.notifications_suppressed, 1);
+		return;
+	}
+	stat_add(&vq->stats.notifications_sent, 1);
+	virtqueue_signal(vq);
+}
+
+bool virtqueue_runnable(struct virtqueue *vq)
+{
+	return vq->configured && !vq->parked && !load_relaxed(&vq->fault);
+}
+
+bool virtqueue_has_work(struct virtqueue *vq)
+{
+	/* A ring that is not resolved yet is work: the pop will resolve it, or say what is missing. */
+	return virtqueue_runnable(vq) && (!vq->resolved || vq->ops->has_work(vq));
+}
+
+int virtqueue_arm(struct virtqueue *vq)
+{
+	if (!virtqueue_runnable(vq) || ring_ready(vq) != 0)
+		return 1; /* nothing to wait for that a kick could bring; RESUME or a new setup will */
+	vq->ops->arm(vq);
+	return !vq->ops->has_work(vq);
+}
+
+void virtqueue_disarm(struct virtqueue *vq)
+{
+	if (vq->ring_table && virtqueue_runnable(vq))
+		vq->ops->disarm(vq);
+}
+
+uint32_t virtqueue_base(struct virtqueue *vq)
+{
+	return vq->configured ? vq->ops->base(vq) : 0;
+}
+
+int virtqueue_kick_fd(struct virtqueue *vq)
+{
+	return vq->kick_fd;
+}

@@ -1,0 +1,402 @@
+/*
+ * A worker: one pthread that drives the queues of native devices, with one reactor (io_uring or epoll).
+ *
+ * The round: take commands, serve each queue that has work (a bounded turn each), take completions, publish and
+ * notify once a queue. When a round finds nothing the worker polls for a while (adaptive, bounded), then arms the
+ * kicks, looks once more and sleeps. It never calls Python: it answers commands through a list and an eventfd.
+ */
+#include "dataplane.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define POLL_MIN_NS 4000          /* the window starts here when it grows again from nothing */
+#define KICKLESS_SLEEP_NS 200000  /* a queue without a kick fd is looked at this often while it is idle */
+
+/* ---- queues ---- */
+
+void worker_touch(struct worker *w, struct virtqueue *vq)
+{
+	if (vq->touched)
+		return;
+	if (w->touched_count == ARRAY_SIZE(w->touched)) {
+		virtqueue_publish(vq);
+		virtqueue_notify(vq);
+		return;
+	}
+	vq->touched = true;
+	w->touched[w->touched_count++] = vq;
+}
+
+static void publish_touched(struct worker *w)
+{
+	for (uint32_t i = 0; i < w->touched_count; i++) {
+		w->touched[i]->touched = false;
+		virtqueue_publish(w->touched[i]);
+		virtqueue_notify(w->touched[i]);
+	}
+	w->touched_count = 0;
+}
+
+static bool serve_queue(struct worker *w, struct virtqueue *vq)
+{
+	struct chain_view chain = { .iov = w->scratch };
+	uint64_t start_ns = 0;
+	uint32_t served = 0;
+
+	while (served < WORKER_TURN && w->free_requests && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+		int64_t written;
+
+		if (served++ == 0)
+			start_ns = now_ns();
+		written = vq->device->ops->serve(vq->device, w, vq, &chain, start_ns);
+		if (written == SERVE_BROKEN)
+			break;
+		if (written >= 0) {
+			virtqueue_push(vq, chain.head, chain.slots, (uint32_t)written);
+			start_ns = now_ns();
+			worker_touch(w, vq);
+			/* A driver that polls may go on with what is done; who sleeps is told once, at the end. */
+			if (served % 16 == 0)
+				virtqueue_publish(vq);
+		}
+	}
+	if (vq->kicked) {
+		vq->kicked = false;
+		stat_add(&vq->stats.wakeups, 1);
+		virtqueue_take_kicks(vq);
+		if (served == 0)
+			stat_add(&vq->stats.empty_wakeups, 1);
+	}
+	return served > 0;
+}
+
+static bool serve_queues(struct worker *w)
+{
+	bool served = false;
+
+	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
+		if (!vq->detaching && (vq->kicked || virtqueue_has_work(vq)))
+			served |= serve_queue(w, vq);
+	publish_touched(w);
+	return served;
+}
+
+void worker_kicked(struct virtqueue *vq)
+{
+	vq->kicked = true;
+}
+
+static void detach_if_drained(struct worker *w, struct virtqueue *vq)
+{
+	struct worker_command *command = vq->detaching;
+	struct virtqueue **at = &w->queues;
+
+	if (vq->kick_armed || vq->inflight)
+		return;
+	while (*at != vq)
+		at = &(*at)->worker_next;
+	*at = vq->worker_next;
+	if (vq->kick_fd < 0)
+		w->kickless--;
+	virtqueue_take_kicks(vq);
+	native_device_unref(vq->device);
+	vq->device = NULL;
+	vq->detaching = NULL;
+	vq->kicked = false;
+	worker_acknowledge(w, command, 0);
+}
+
+void worker_kick_removed(struct worker *w, struct virtqueue *vq)
+{
+	(void)w;
+	vq->kick_armed = false;
+}
+
+static int attach(struct worker *w, struct virtqueue *vq, struct native_device *device)
+{
+	int rc = 0;
+
+	if (vq->kick_fd >= 0)
+		rc = w->reactor->add_kick(w, vq);
+	else
+		w->kickless++;
+	if (rc < 0)
+		return rc;
+	vq->kick_armed = vq->kick_fd >= 0;
+	vq->device = native_device_ref(device);
+	vq->worker_next = w->queues;
+	w->queues = vq;
+	/* A front-end that kicked before we watched, or whose notifier is new, left its work in the ring. */
+	virtqueue_disarm(vq);
+	return 0;
+}
+
+static void obey(struct worker *w, struct worker_command *command)
+{
+	struct virtqueue *vq = command->vq;
+
+	switch (command->op) {
+	case WORKER_ATTACH:
+		worker_acknowledge(w, command, attach(w, vq, command->device));
+		break;
+	case WORKER_DETACH:
+		vq->detaching = command; /* acknowledged by detach_if_drained */
+		if (vq->kick_armed)
+			w->reactor->remove_kick(w, vq);
+		break;
+	case WORKER_SET_MEMORY:
+		virtqueue_set_memory(vq, command->table);
+		worker_acknowledge(w, command, 0);
+		break;
+	case WORKER_SET_CALL:
+		worker_acknowledge(w, command, virtqueue_set_call(vq, command->fd));
+		break;
+	case WORKER_SET_ERR:
+		worker_acknowledge(w, command, virtqueue_set_err(vq, command->fd));
+		break;
+	case WORKER_RESUME:
+		virtqueue_resume(vq);
+		worker_acknowledge(w, command, 0);
+		break;
+	case WORKER_QUIT:
+		w->quit = command;
+		break;
+	default:
+		worker_acknowledge(w, command, -EINVAL);
+	}
+}
+
+static bool obey_commands(struct worker *w)
+{
+	struct worker_command *command, *next;
+
+	bool any = false;
+
+	for (command = worker_take_inbox(w); command; command = next) {
+		next = command->next; /* once acknowledged the struct is Python's again */
+		obey(w, command);
+		any = true;
+	}
+	return any;
+}
+
+static void detach_drained(struct worker *w)
+{
+	struct virtqueue *next;
+
+	for (struct virtqueue *vq = w->queues; vq; vq = next) {
+		next = vq->worker_next;
+		if (vq->detaching)
+			detach_if_drained(w, vq);
+	}
+}
+
+/* ---- the thread ---- */
+
+/* One round without waiting; true when anything happened. */
+static bool round_once(struct worker *w)
+{
+	bool busy = obey_commands(w);
+
+	busy |= serve_queues(w);
+	busy |= w->reactor->turn(w, 0);
+	publish_touched(w);
+	detach_drained(w);
+	return busy;
+}
+
+static bool poll_for_work(struct worker *w)
+{
+	uint64_t until;
+
+	if (w->poll_ns == 0)
+		return false;
+	until = now_ns() + w->poll_ns;
+	do {
+		if (round_once(w)) {
+			stat_add(&w->stats.poll_hits, 1);
+			return true;
+		}
+		__builtin_ia32_pause();
+	} while (now_ns() < until);
+	stat_add(&w->stats.poll_misses, 1);
+	return false;
+}
+
+static void worker_sleep(struct worker *w)
+{
+	uint64_t start = now_ns(), slept;
+	bool ready = false;
+
+	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
+		if (!vq->detaching && !virtqueue_arm(vq) && w->free_requests)
+			ready = true;
+	store_relaxed(&w->sleeping, 1);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (!ready && !load_relaxed(&w->inbox)) {
+		w->reactor->turn(w, w->kickless ? KICKLESS_SLEEP_NS : WAIT_FOREVER);
+		stat_add(&w->stats.wakeups, 1);
+	}
+	store_relaxed(&w->sleeping, 0);
+	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
+		virtqueue_disarm(vq);
+	publish_touched(w);
+	detach_drained(w);
+	/* Would polling have caught it? Then poll longer the next time; if it would have taken too long, less. */
+	slept = now_ns() - start;
+	if (slept < w->poll_max_ns)
+		w->poll_ns = w->poll_ns < POLL_MIN_NS ? POLL_MIN_NS : w->poll_ns * 2;
+	else
+		w->poll_ns = w->poll_ns / 2 < POLL_MIN_NS ? 0 : w->poll_ns / 2;
+	if (w->poll_ns > w->poll_max_ns)
+		w->poll_ns = w->poll_max_ns;
+}
+
+static int thread_prepare(struct worker *w)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	for (uint32_t i = 0; i < w->cpu_count; i++)
+		CPU_SET(w->cpus[i], &set);
+	if (w->cpu_count && sched_setaffinity(0, sizeof(set), &set) < 0)
+		return -errno;
+	pthread_setname_np(pthread_self(), w->name);
+	return 0;
+}
+
+static int reactor_open(struct worker *w)
+{
+	int rc = -ENOSYS;
+
+	if (w->reactor_wanted != REACTOR_EPOLL) {
+		w->reactor = &uring_ops;
+		rc = w->reactor->open(w);
+		w->stats.reactor = REACTOR_IO_URING;
+	}
+	if (rc < 0 && w->reactor_wanted != REACTOR_IO_URING) {
+		w->reactor = &epoll_ops;
+		rc = w->reactor->open(w);
+		w->stats.reactor = REACTOR_EPOLL;
+	}
+	return rc;
+}
+
+static void *worker_main(void *argument)
+{
+	struct worker *w = argument;
+	struct worker_command *starting = w->quit;
+	int rc = thread_prepare(w);
+
+	w->quit = NULL;
+	if (rc == 0)
+		rc = reactor_open(w);
+	worker_acknowledge(w, starting, rc);
+	if (rc < 0)
+		return NULL;
+	while (!w->quit) {
+		if (round_once(w) || poll_for_work(w))
+			continue;
+		worker_sleep(w);
+	}
+	w->reactor->close(w);
+	eventfd_signal_thread_end();
+	worker_acknowledge(w, w->quit, 0);
+	return NULL;
+}
+
+static void worker_release(struct worker *w)
+{
+	close(w->wake_fd);
+	free(w->requests);
+	free(w);
+}
+
+static int thread_start(struct worker *w)
+{
+	sigset_t all, old;
+	pthread_t thread;
+	int rc;
+
+	/* Signals are for Python's main thread; faults are not maskable, and notify.c unblocks its own tick. */
+	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	rc = pthread_create(&thread, NULL, worker_main, w);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	w->thread = thread;
+	return -rc;
+}
+
+struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, const uint32_t *cpus,
+			  uint32_t cpu_count, int done_fd, int *error)
+{
+	struct worker_command starting = { 0 };
+	struct worker *w;
+
+	*error = -EINVAL;
+	if (cpu_count > ARRAY_SIZE(w->cpus))
+		return NULL;
+	*error = -ENOMEM;
+	w = calloc(1, sizeof(*w));
+	if (!w)
+		return NULL;
+	w->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	w->done_fd = done_fd;
+	w->poll_max_ns = poll_us * 1000ull;
+	w->poll_ns = w->poll_max_ns;
+	w->reactor_wanted = reactor;
+	w->cpu_count = cpu_count;
+	for (uint32_t i = 0; i < cpu_count; i++)
+		w->cpus[i] = cpus[i];
+	strncpy(w->name, name, sizeof(w->name) - 1);
+	w->requests = calloc(WORKER_REQUESTS, sizeof(*w->requests));
+	if (!w->requests || w->wake_fd < 0) {
+		worker_release(w);
+		return NULL;
+	}
+	for (uint32_t i = 0; i < WORKER_REQUESTS; i++) {
+		w->requests[i].next = w->free_requests;
+		w->free_requests = &w->requests[i];
+	}
+	w->quit = &starting; /* the thread answers it like a command, once its reactor is open */
+	*error = thread_start(w);
+	if (*error == 0) {
+		struct worker_command *done;
+
+		while (!(done = worker_take_done(w)))
+			sched_yield(); /* a few syscalls long, once a worker's life */
+		*error = done->result;
+		if (*error == 0)
+			return w;
+		pthread_join((pthread_t)w->thread, NULL);
+	}
+	worker_release(w);
+	return NULL;
+}
+
+const struct worker_stats *worker_stats(struct worker *w)
+{
+	return &w->stats;
+}
+
+uint64_t worker_cpu_ns(struct worker *w)
+{
+	struct timespec t = { 0 };
+	clockid_t clock;
+
+	if (pthread_getcpuclockid((pthread_t)w->thread, &clock) == 0)
+		clock_gettime(clock, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void worker_free(struct worker *w)
+{
+	pthread_join((pthread_t)w->thread, NULL);
+	worker_release(w);
+}

@@ -1,0 +1,99 @@
+"""What a device is: its class attributes say what it offers, its methods do the work.
+
+A native device is driven by C workers and only describes itself here. Any other device is Python: its queues are
+pumped by trio tasks that call ``handle``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import trio
+from pydantic import BaseModel, ConfigDict
+
+from virtio.chain import Chain
+from virtio.disk import NativeDevice
+from virtio.pump import Queue
+
+__all__ = ["Chain", "Device", "DeviceOptions", "Queue"]
+
+
+class DeviceOptions(BaseModel):
+    """Base of a device type's own options in the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device:
+    """One virtio device.
+
+    Class attributes: ``virtio_id`` (section 5), ``features`` (the names and bits it offers of its own; ring features
+    are added by the backend), ``queue_counts`` (least, most), ``ops`` (names of its operations, for the metrics),
+    ``Options`` (its configuration). ``native`` devices set ``native_device``.
+    """
+
+    virtio_id: ClassVar[int]
+    type_name: ClassVar[str]
+    native: ClassVar[bool] = False
+    feature_bits: ClassVar[Mapping[str, int]] = {}
+    queue_counts: ClassVar[tuple[int, int]] = (1, 1)
+    default_queues: ClassVar[int] = 1
+    queue_size_limit: ClassVar[int] = 32768
+    ops: ClassVar[tuple[str, ...]] = ("request",)
+    Options: ClassVar[type[DeviceOptions]] = DeviceOptions
+
+    def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
+        """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""
+        self.name = name
+        self.options = options
+        self.queue_count = queues
+        self.queue_size = queue_size
+        self.driver_features = 0
+        self.config_changed: Callable[[], None] = lambda: None
+        """Set by the backend; call it after ``config_space`` changed, so that the driver is told."""
+
+    @property
+    def native_device(self) -> NativeDevice:
+        """The C device of a native one."""
+        raise TypeError(f"{self.type_name} is not a native device")
+
+    def features(self) -> int:
+        """The feature bits this instance offers, as a mask."""
+        return sum(1 << bit for bit in self.feature_bits.values())
+
+    def set_driver_features(self, bits: int) -> None:
+        """The driver accepted these; called again with 0 at a reset."""
+        self.driver_features = bits
+
+    def config_space(self) -> bytes:
+        """The device-specific configuration as the driver reads it (zeroes follow)."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote to the config space; most fields are read-only, and writes to those are ignored (2.5)."""
+
+    def refresh(self) -> bool:
+        """Look again at what the device stands on (SIGHUP); True when something changed."""
+        return False
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """What the device does beside its queues, for as long as the daemon runs."""
+        task_status.started()
+
+    async def run_queue(self, queue: Queue) -> None:
+        """Drive one queue while it runs; cancelled when it stops. The default hands each chain to ``handle``."""
+        await queue.serve(self.handle)
+
+    async def handle(self, queue: Queue, chain: Chain) -> None:
+        """Serve one chain. ``GuestError`` breaks the queue, as does any other exception (which is our mistake)."""
+        raise TypeError(f"{self.type_name} has no handle()")
+
+    async def queue_stopping(self, queue: Queue) -> None:
+        """The queue is about to stop: give back the chains that were taken from it."""
+
+    def reset(self) -> None:
+        """The driver, or the front-end, starts over."""
+
+    def close(self) -> None:
+        """Give back what the device holds (files, sockets)."""

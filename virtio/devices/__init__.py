@@ -1,0 +1,16 @@
+"""The devices we have: one file each, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from virtio.device import Device
+from virtio.devices.blk import Blk
+from virtio.devices.rng import Rng
+
+REGISTRY: Final[Mapping[str, type[Device]]] = {
+    "blk": Blk,
+    "rng": Rng,
+}
+"""Type name in the configuration to class."""

@@ -1,0 +1,222 @@
+"""The block device (section 5.2): a raw image, a block device, memory, or nothing at all. Served by native workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from virtio import spec
+from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
+from virtio.device import Device, DeviceOptions
+from virtio.devices.image import Image, open_image
+from virtio.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
+from virtio.errors import HostError
+
+VIRTIO_BLK_F_SEG_MAX: Final = 2
+VIRTIO_BLK_F_RO: Final = 5
+VIRTIO_BLK_F_BLK_SIZE: Final = 6
+VIRTIO_BLK_F_FLUSH: Final = 9
+VIRTIO_BLK_F_TOPOLOGY: Final = 10
+VIRTIO_BLK_F_CONFIG_WCE: Final = 11
+VIRTIO_BLK_F_MQ: Final = 12
+VIRTIO_BLK_F_DISCARD: Final = 13
+VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
+
+MAX_ZEROED_SECTORS: Final = 1 << 21
+"""Most sectors of one discard or write-zeroes segment: 1 GiB, so that none holds up a queue's drain for long."""
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(value: object) -> object:
+    """``"64M"``, ``"1.5GiB"`` or a number of bytes to an int; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper().removesuffix("B").removesuffix("I")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS and text[-1:] else (text, "")
+    try:
+        size = float(number) * _UNITS[unit]
+    except ValueError:
+        raise ValueError(f'{value!r} is not a size; say a number of bytes, or "64M", "10G", "1.5GiB"') from None
+    if size != int(size):
+        raise ValueError(f"{value!r} is not a whole number of bytes")
+    return int(size)
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+class BlkOptions(DeviceOptions):
+    """Options of ``type = "blk"``."""
+
+    path: Path | None = Field(None, description="The raw image or block device. Its format is never guessed.")
+    backend: Literal["file", "memory", "null"] = Field(
+        "file", description='"file": the image at path; "memory": forgotten at the end; "null": answers without I/O'
+    )
+    size: Size | None = Field(None, description='Size of a "memory" or "null" disk, for instance "1GiB".', ge=512)
+    read_only: bool = Field(False, description="Refuse every write, whatever the guest asks for.")
+    serial: str = Field("", max_length=20, pattern=r"^[\x20-\x7e]*$", description="Serial number, up to 20 characters.")
+    direct: bool = Field(False, description="O_DIRECT: past the host's page cache.")
+    write_cache: Literal["writeback", "writethrough"] = Field(
+        "writeback", description="writeback: durable after a flush; writethrough: every write is durable when answered."
+    )
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> BlkOptions:
+        if self.backend == "file" and self.path is None:
+            raise ValueError('path is missing: name the image, or set backend = "memory" or "null"')
+        if self.backend == "file" and self.size is not None:
+            raise ValueError("size is the image's own; leave it out (truncate -s changes the image)")
+        if self.backend != "file" and self.size is None:
+            raise ValueError(f'size is missing: a "{self.backend}" disk has none of its own, say size = "1GiB"')
+        if self.backend != "file" and self.path is not None:
+            raise ValueError(f'path and backend = "{self.backend}" exclude each other')
+        if self.backend != "file" and self.direct:
+            raise ValueError(f'direct has no meaning with backend = "{self.backend}"')
+        if self.size is not None and self.size % SECTOR_SIZE:
+            raise ValueError(f"size is not a multiple of {SECTOR_SIZE}")
+        return self
+
+
+class Blk(Device):
+    """One disk."""
+
+    virtio_id: ClassVar[int] = spec.VIRTIO_ID_BLOCK
+    type_name = "blk"
+    native = True
+    queue_counts = (1, 256)
+    queue_size_limit = 1024
+    ops = OPS
+    Options = BlkOptions
+    feature_bits = {
+        "VIRTIO_BLK_F_SEG_MAX": VIRTIO_BLK_F_SEG_MAX,
+        "VIRTIO_BLK_F_RO": VIRTIO_BLK_F_RO,
+        "VIRTIO_BLK_F_BLK_SIZE": VIRTIO_BLK_F_BLK_SIZE,
+        "VIRTIO_BLK_F_FLUSH": VIRTIO_BLK_F_FLUSH,
+        "VIRTIO_BLK_F_TOPOLOGY": VIRTIO_BLK_F_TOPOLOGY,
+        "VIRTIO_BLK_F_CONFIG_WCE": VIRTIO_BLK_F_CONFIG_WCE,
+        "VIRTIO_BLK_F_MQ": VIRTIO_BLK_F_MQ,
+        "VIRTIO_BLK_F_DISCARD": VIRTIO_BLK_F_DISCARD,
+        "VIRTIO_BLK_F_WRITE_ZEROES": VIRTIO_BLK_F_WRITE_ZEROES,
+    }
+
+    def __init__(self, name: str, options: BlkOptions, queues: int, queue_size: int) -> None:
+        super().__init__(name, options, queues, queue_size)
+        self._options = options
+        self._image: Image | None = None
+        if options.path is not None:
+            self._image = open_image(options.path, read_only=options.read_only, direct=options.direct)
+        try:
+            self._capacity = self._measure()
+            self._disk = NativeDisk(self._setup())
+        except BaseException:
+            self.close()
+            raise
+        self._writeback = options.write_cache == "writeback"
+        self._disk.set_writeback(self._writeback)
+
+    def _measure(self) -> int:
+        """Capacity in sectors; a last piece of less than a block is left out."""
+        if self._image is None:
+            return (self._options.size or 0) // SECTOR_SIZE
+        blocks = self._image.size() // self._block_size
+        if blocks == 0:
+            raise HostError(f"{self._options.path}: the image is empty; give it a size: truncate -s 10G FILE")
+        return blocks * self._block_size // SECTOR_SIZE
+
+    @property
+    def _block_size(self) -> int:
+        return self._image.block_size if self._image is not None else SECTOR_SIZE
+
+    def _setup(self) -> DiskSetup:
+        backend = {"memory": DiskBackend.MEMORY, "null": DiskBackend.NULL}.get(self._options.backend, DiskBackend.FILE)
+        if self._image is not None and self._image.is_block_device:
+            backend = DiskBackend.BLOCK_DEVICE
+        writable = not self._options.read_only
+        return DiskSetup(
+            backend=backend,
+            capacity=self._capacity,
+            fd=self._image.fd if self._image is not None else None,
+            block_size=self._block_size,
+            direct=self._options.direct,
+            read_only=self._options.read_only,
+            discard=writable,
+            write_zeroes=writable,
+            max_discard_sectors=MAX_ZEROED_SECTORS,
+            max_write_zeroes_sectors=MAX_ZEROED_SECTORS,
+            serial=self._options.serial.encode("ascii"),
+        )
+
+    @property
+    def native_device(self) -> NativeDisk:
+        return self._disk
+
+    def features(self) -> int:
+        bits = super().features()
+        if self._options.read_only:
+            bits &= ~(1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES)
+        else:
+            bits &= ~(1 << VIRTIO_BLK_F_RO)
+        if self.queue_count == 1:
+            bits &= ~(1 << VIRTIO_BLK_F_MQ)
+        return bits
+
+    def set_driver_features(self, bits: int) -> None:
+        super().set_driver_features(bits)
+        # 5.2.5.2: with CONFIG_WCE the driver chooses and starts from our default; without it a driver that can
+        # flush gets the configured mode, and one that cannot must find every write durable.
+        flushes = bits >> VIRTIO_BLK_F_FLUSH & 1 or bits >> VIRTIO_BLK_F_CONFIG_WCE & 1
+        self._set_writeback(bool(flushes) and self._options.write_cache == "writeback")
+
+    def _set_writeback(self, on: bool) -> None:
+        self._writeback = on
+        self._disk.set_writeback(on)
+
+    def config_space(self) -> bytes:
+        image, block = self._image, self._block_size
+        physical = image.physical_block_size if image is not None else 4096
+        alignment = max(physical // SECTOR_SIZE, 1)
+        fields: dict[str, Any] = {
+            "capacity": self._capacity,
+            "size_max": 0,
+            "seg_max": max(min(SEG_MAX, self.queue_size - 2), 1),
+            "cylinders": 0,
+            "heads": 0,
+            "sectors": 0,
+            "blk_size": block,
+            "physical_block_exp": max((physical // block).bit_length() - 1, 0),
+            "alignment_offset": 0,
+            "min_io_size": min((image.minimum_io if image is not None else 0) // block, 0xFFFF),
+            "opt_io_size": (image.optimal_io if image is not None else 0) // block,
+            "writeback": int(self._writeback),
+            "num_queues": self.queue_count,
+            "max_discard_sectors": MAX_ZEROED_SECTORS,
+            "max_discard_seg": DISCARD_SEGMENTS,
+            "discard_sector_alignment": alignment,
+            "max_write_zeroes_sectors": MAX_ZEROED_SECTORS,
+            "max_write_zeroes_seg": DISCARD_SEGMENTS,
+            "write_zeroes_may_unmap": 1,
+        }
+        return bytes(VIRTIO_BLK_CONFIG.build(fields))
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Only ``writeback`` may be written, and only with CONFIG_WCE; the rest is read-only and stays (5.2.4)."""
+        at = VIRTIO_BLK_CONFIG_WRITEBACK - offset
+        if 0 <= at < len(data) and self.driver_features >> VIRTIO_BLK_F_CONFIG_WCE & 1:
+            self._set_writeback(bool(data[at] & 1))
+
+    def refresh(self) -> bool:
+        """The image may have been resized: the guest is told its new capacity."""
+        capacity = self._measure()
+        if capacity == self._capacity:
+            return False
+        self._capacity = capacity
+        self._disk.set_capacity(capacity)
+        self.config_changed()
+        return True
+
+    def close(self) -> None:
+        if self._image is not None:
+            self._image.fd.close()

@@ -1,0 +1,82 @@
+"""The Python face of the native block device: what is set once, and the two things that may change while it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from virtio.dataplane import check, ffi, lib
+from virtio.errors import HostError
+from virtio.fd import OwnedFd
+
+SEG_MAX: Final[int] = lib.BLK_SEG_MAX
+DISCARD_SEGMENTS: Final[int] = lib.BLK_DISCARD_SEGMENTS
+OPS: Final = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "other")
+SECTOR_SIZE: Final = 512
+
+
+class DiskBackend(IntEnum):
+    """Where the bytes are."""
+
+    NULL = lib.BLK_BACKEND_NULL
+    MEMORY = lib.BLK_BACKEND_MEMORY
+    FILE = lib.BLK_BACKEND_FILE
+    BLOCK_DEVICE = lib.BLK_BACKEND_BLOCK_DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSetup:
+    """What a native disk is made of. ``capacity`` in 512-byte sectors; ``serial`` up to 20 bytes (5.2.6, GET_ID)."""
+
+    backend: DiskBackend
+    capacity: int
+    fd: OwnedFd | None
+    block_size: int
+    direct: bool
+    read_only: bool
+    discard: bool
+    write_zeroes: bool
+    max_discard_sectors: int
+    max_write_zeroes_sectors: int
+    serial: bytes
+
+
+class NativeDevice:
+    """A device that a worker serves without Python. ``pointer`` is its C struct."""
+
+    pointer: Any
+
+
+class NativeDisk(NativeDevice):
+    """A disk in the data plane. It keeps a duplicate of the image's fd, and with it the image's lock."""
+
+    def __init__(self, setup: DiskSetup) -> None:
+        raw = ffi.new("struct blk_setup *")
+        raw.backend, raw.capacity, raw.block_size = int(setup.backend), setup.capacity, setup.block_size
+        raw.fd = setup.fd.fileno() if setup.fd is not None else -1
+        raw.direct, raw.read_only = setup.direct, setup.read_only
+        raw.discard, raw.write_zeroes = setup.discard, setup.write_zeroes
+        raw.max_discard_sectors = setup.max_discard_sectors
+        raw.max_write_zeroes_sectors = setup.max_write_zeroes_sectors
+        raw.serial = setup.serial[:20]
+        raw.inline_io = setup.fd is not None and not setup.direct and file_is_memory(setup.fd)
+        error = ffi.new("int *")
+        pointer = lib.blk_new(raw, error)
+        if pointer == ffi.NULL:
+            check(error[0], "making a disk")
+            raise HostError("making a disk failed")
+        self.pointer = ffi.gc(pointer, lib.native_device_unref)
+
+    def set_capacity(self, sectors: int) -> None:
+        """The image was resized; requests beyond the new end fail from now on."""
+        lib.blk_set_capacity(self.pointer, sectors)
+
+    def set_writeback(self, on: bool) -> None:
+        """The driver's cache mode (5.2.5.2): off means that a write is durable before it is answered."""
+        lib.blk_set_writeback(self.pointer, on)
+
+
+def file_is_memory(fd: OwnedFd) -> bool:
+    """True for files on tmpfs and ramfs: their I/O is a copy and needs no asynchrony."""
+    return bool(check(lib.blk_file_inline(fd.fileno()), "looking at the image's file system"))

@@ -1,0 +1,103 @@
+"""How a trio task drives a queue for a Python device: the same rings, checks and counters as a worker's.
+
+``Queue`` is what a device sees. By default its chains are handed to ``device.handle`` one by one, inline and in
+order, and go back to the driver in batches. A device that only needs a chain when it has something to say (a
+console's receive queue) pulls with ``await queue.next_chain()`` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import trio
+
+from virtio.chain import Chain
+from virtio.dataplane import ffi
+from virtio.virtqueue import Virtqueue
+
+BATCH: Final = 64
+"""Chains popped at once; between batches other tasks of the daemon have their turn."""
+
+POLL_SECONDS: Final = 0.001
+"""How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
+
+
+class Queue:
+    """One running queue of a Python device. ``index`` is the virtqueue's index (section 5, "Virtqueues")."""
+
+    def __init__(self, vq: Virtqueue) -> None:
+        self.index = vq.index
+        self._vq = vq
+        self._room = ffi.new("struct chain *[]", BATCH)
+        self.outstanding = 0
+        self._idle = trio.Event()
+
+    def _pop(self, limit: int) -> list[Chain]:
+        count = self._vq.pop_many(self._room, limit)
+        self.outstanding += count
+        return [Chain(self, self._room[i]) for i in range(count)]
+
+    def push(self, chains: Sequence[Chain]) -> None:
+        """Return chains to the driver, with one notification for all of them."""
+        written = [chain.written for chain in chains]
+        for chain in chains:
+            chain.account()
+        self._vq.push_many([chain.release() for chain in chains], written)
+        self._gave_back(len(chains))
+
+    def _rewind(self, chains: Sequence[Chain]) -> None:
+        self._vq.rewind([chain.release() for chain in chains])
+        self._gave_back(len(chains))
+
+    def _gave_back(self, count: int) -> None:
+        self.outstanding -= count
+        if self.outstanding == 0:
+            self._idle.set()
+
+    async def drained(self) -> None:
+        """Wait until every chain went back to the driver."""
+        while self.outstanding:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    async def _wait_for_kick(self) -> None:
+        if not self._vq.arm():
+            return
+        kick_fd = self._vq.kick_fd
+        if kick_fd < 0:
+            await trio.sleep(POLL_SECONDS)
+        else:
+            await trio.lowlevel.wait_readable(kick_fd)
+            self._vq.take_kicks()
+        self._vq.disarm()
+
+    async def next_chain(self) -> Chain:
+        """The next chain of the queue, taken: the caller completes it. Waits for the driver where there is none."""
+        while True:
+            chains = self._pop(1)
+            if chains:
+                return chains[0].take()
+            await self._wait_for_kick()
+
+    async def serve(self, handle: Callable[[Queue, Chain], Awaitable[None]]) -> None:
+        """Hand every chain to ``handle``, for ever. Cancelled in the middle, what was not handled is un-popped."""
+        while True:
+            chains = self._pop(BATCH)
+            if not chains:
+                await self._wait_for_kick()
+                continue
+            done: list[Chain] = []
+            handled = 0
+            try:
+                for chain in chains:
+                    await handle(self, chain)
+                    handled += 1
+                    if not chain.taken:
+                        done.append(chain)
+            finally:
+                if handled < len(chains):
+                    self._rewind([chain for chain in chains[handled:] if not chain.taken])
+                if done:
+                    self.push(done)
+            await trio.lowlevel.checkpoint()

@@ -1,0 +1,111 @@
+"""The two ways to drive a queue, behind one face: by a native worker, or by a trio task that pumps it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import structlog
+import trio
+
+from virtio.device import Device
+from virtio.disk import NativeDevice
+from virtio.errors import GuestError
+from virtio.fd import OwnedFd
+from virtio.memory import MemoryTable
+from virtio.pump import Queue
+from virtio.virtqueue import Virtqueue
+from virtio.worker import Worker
+
+log = structlog.get_logger()
+
+
+class QueueDriver(Protocol):
+    """What the backend asks of whoever drives a queue; all but ``start`` only between ``start`` and ``stop``."""
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def set_memory(self, table: MemoryTable) -> None: ...
+    async def set_call(self, fd: OwnedFd | None) -> None: ...
+    async def set_err(self, fd: OwnedFd | None) -> None: ...
+    async def resume(self) -> None: ...
+
+
+class WorkerQueue:
+    """A queue of a native device."""
+
+    def __init__(self, vq: Virtqueue, worker: Worker, device: NativeDevice) -> None:
+        self._vq = vq
+        self._worker = worker
+        self._device = device
+
+    async def start(self) -> None:
+        await self._worker.attach(self._vq, self._device)
+
+    async def stop(self) -> None:
+        await self._worker.detach(self._vq)
+
+    async def set_memory(self, table: MemoryTable) -> None:
+        await self._worker.set_memory(self._vq, table)
+
+    async def set_call(self, fd: OwnedFd | None) -> None:
+        await self._worker.set_call(self._vq, fd)
+
+    async def set_err(self, fd: OwnedFd | None) -> None:
+        await self._worker.set_err(self._vq, fd)
+
+    async def resume(self) -> None:
+        await self._worker.resume(self._vq)
+
+
+class PumpedQueue:
+    """A queue of a Python device: while it runs, one task of ``nursery`` is in ``device.run_queue``."""
+
+    def __init__(self, vq: Virtqueue, device: Device, nursery: trio.Nursery) -> None:
+        self._vq = vq
+        self._device = device
+        self._nursery = nursery
+        self._queue: Queue | None = None
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def start(self) -> None:
+        self._queue = Queue(self._vq)
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._nursery.start_soon(self._run, self._queue)
+
+    async def _run(self, queue: Queue) -> None:
+        try:
+            with self._scope:
+                await self._device.run_queue(queue)
+        except GuestError as error:
+            self._vq.break_queue(max(error.head, 0), error.gpa, error.length)
+        except Exception:
+            # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
+            log.exception("device failed", device=self._device.name, queue=queue.index)
+            self._vq.break_queue(0, 0, 0)
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        assert self._queue is not None
+        self._scope.cancel()
+        await self._ended.wait()
+        await self._device.queue_stopping(self._queue)
+        await self._queue.drained()
+        self._queue = None
+
+    async def set_memory(self, table: MemoryTable) -> None:
+        self._vq.set_memory(table)
+
+    async def set_call(self, fd: OwnedFd | None) -> None:
+        self._vq.set_call(fd)
+
+    async def set_err(self, fd: OwnedFd | None) -> None:
+        self._vq.set_err(fd)
+
+    async def resume(self) -> None:
+        # The task may be waiting for a kick that will not come: start it anew, it looks at the ring first.
+        await self.stop()
+        self._vq.resume()
+        await self.start()

@@ -1,0 +1,67 @@
+"""What a backend counts, as plain values read from the data plane without a lock.
+
+Durations are kept in log2 buckets: bucket ``k`` counts what took less than ``DURATION_BOUNDS[k]`` seconds
+and at least the bound before it; the last bucket has no upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+HISTOGRAM_BUCKETS: Final = 25
+"""Buckets of a latency histogram, the unbounded one included (DP_HISTOGRAM_BUCKETS in the data plane)."""
+
+DURATION_BOUNDS: Final[tuple[float, ...]] = tuple((1 << (10 + k)) / 1e9 for k in range(HISTOGRAM_BUCKETS - 1))
+"""Upper bounds in seconds of all but the last bucket: 1.024 us, 2.048 us, ... 8.6 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpStats:
+    """Counts of one operation (say ``read``) on one queue since the device was made."""
+
+    requests: int
+    errors: int
+    bytes: int
+    duration_buckets: tuple[int, ...]
+    duration_sum_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counts of one queue. ``inflight`` and ``oldest_age_seconds`` are of this moment, the rest only grow."""
+
+    queue: int
+    kicks: int
+    wakeups: int
+    empty_wakeups: int
+    notifications_sent: int
+    notifications_suppressed: int
+    inflight: int
+    oldest_age_seconds: float
+    running: bool
+    broken: bool
+    ops: Mapping[str, OpStats]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStats:
+    """One device's queues, and which features its driver accepted (0 before negotiation)."""
+
+    device: str
+    type: str
+    driver_features: int
+    queues: tuple[QueueStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """One native worker thread. ``reactor`` is ``io_uring`` or ``epoll``."""
+
+    name: str
+    reactor: str
+    wakeups: int
+    poll_hits: int
+    poll_misses: int
+    cpu_seconds: float

@@ -1,0 +1,158 @@
+"""A virtqueue of the data plane. Thin: the rings, the checks and the fds are handled in C.
+
+Everything here must be called from the thread that drives the queue: the trio thread while the queue is stopped
+or pumped; while a worker drives it only ``report`` and ``stats`` are free to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from virtio.dataplane import check, ffi, guest_error, lib
+from virtio.errors import GuestError, HostError
+from virtio.fd import OwnedFd
+from virtio.memory import Iotlb, MemoryTable
+from virtio.stats import HISTOGRAM_BUCKETS, OpStats, QueueStats
+from virtio.waist import IotlbMiss, Permission, QueueSetup
+
+assert lib.DP_HISTOGRAM_BUCKETS == HISTOGRAM_BUCKETS
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened on a queue since it was set up: it broke, or it waits for the IOTLB."""
+
+    error: GuestError | None
+    miss: IotlbMiss | None
+
+
+class Virtqueue:
+    """One queue, split or packed. ``event_fd`` is written by C when there is something to ``report``."""
+
+    def __init__(self, index: int, event_fd: int) -> None:
+        pointer = lib.virtqueue_new(index, event_fd)
+        if pointer == ffi.NULL:
+            raise HostError("no memory for a virtqueue")
+        self.index = index
+        self.pointer: Any = ffi.gc(pointer, lib.virtqueue_free)
+
+    def configure(self, setup: QueueSetup, features: int, table: MemoryTable, iotlb: Iotlb) -> None:
+        """Set size, addresses, format and position; ``HostError`` says what is impossible. Forgets faults."""
+        given = ffi.new("struct queue_setup *")
+        given.desc, given.avail, given.used = setup.desc, setup.avail, setup.used
+        given.size, given.base, given.space = setup.size, setup.base, int(setup.space)
+        given.features = features
+        code = lib.virtqueue_configure(self.pointer, given, table.pointer, iotlb.pointer)
+        check(code, f"setting up queue {self.index}")
+
+    def forget(self) -> None:
+        """Drop setup, memory and faults; fds stay."""
+        lib.virtqueue_forget(self.pointer)
+
+    def set_memory(self, table: MemoryTable) -> None:
+        lib.virtqueue_set_memory(self.pointer, table.pointer)
+
+    def resume(self) -> None:
+        """Look at the ring again after the IOTLB learned what was missing."""
+        lib.virtqueue_resume(self.pointer)
+
+    def _give(self, setter: Any, fd: OwnedFd | None, name: str) -> None:
+        with fd or nullcontext():
+            number = fd.fileno() if fd is not None else -1
+            check(setter(self.pointer, number), f"{name} fd of queue {self.index}")
+            if fd is not None:
+                fd.detach()
+
+    def set_kick(self, fd: OwnedFd | None) -> None:
+        """Takes the fd, also when it is refused (``HostError``: not an eventfd). Same for the next two."""
+        self._give(lib.virtqueue_set_kick, fd, "kick")
+
+    def set_call(self, fd: OwnedFd | None) -> None:
+        self._give(lib.virtqueue_set_call, fd, "call")
+
+    def set_err(self, fd: OwnedFd | None) -> None:
+        self._give(lib.virtqueue_set_err, fd, "err")
+
+    @property
+    def kick_fd(self) -> int:
+        """The kick eventfd's number, or -1; owned by the queue."""
+        fd: int = lib.virtqueue_kick_fd(self.pointer)
+        return fd
+
+    @property
+    def base(self) -> int:
+        """Where the ring stands, in vhost-user's encoding; 0 before it was set up."""
+        base: int = lib.virtqueue_base(self.pointer)
+        return base
+
+    def report(self) -> Report:
+        """Any thread: the fault that broke the queue, the translation it waits for."""
+        seen = ffi.new("struct queue_report *")
+        lib.virtqueue_report(self.pointer, seen)
+        error = miss = None
+        if seen.fault:
+            error = guest_error(self.index, seen.fault, seen.head, seen.address, seen.length)
+        if seen.miss:
+            miss = IotlbMiss(seen.miss_iova, Permission(seen.miss_perm))
+        return Report(error, miss)
+
+    def break_queue(self, head: int, readable: int, writable: int) -> None:
+        """Break the queue because a request lacks the parts its device needs, or its device failed."""
+        lib.virtqueue_break(self.pointer, lib.VQ_FAULT_SHAPE, head, readable, writable)
+
+    # What the pump uses.
+
+    def take_kicks(self) -> int:
+        """Read the kick eventfd without blocking; how often it was rung."""
+        count: int = lib.virtqueue_take_kicks(self.pointer)
+        return count
+
+    def pop_many(self, room: Any, limit: int) -> int:
+        """Fill ``room`` (a ``struct chain *[]``) with up to ``limit`` chains; how many, 0 also when broken."""
+        count: int = lib.virtqueue_pop_many(self.pointer, room, limit)
+        return max(count, 0)
+
+    def push_many(self, pointers: Sequence[Any], written: Sequence[int]) -> None:
+        """Return chains with the bytes written to each: one used index, at most one notification."""
+        lib.virtqueue_push_many(self.pointer, list(pointers), list(written), len(pointers))
+
+    def rewind(self, pointers: Sequence[Any]) -> None:
+        """Un-pop the chains popped last (oldest first): the next pop finds them again."""
+        lib.virtqueue_rewind(self.pointer, list(pointers), len(pointers))
+
+    def arm(self) -> bool:
+        """Ask for kicks; True when the ring was empty even after that, so that waiting is right."""
+        return bool(lib.virtqueue_arm(self.pointer))
+
+    def disarm(self) -> None:
+        lib.virtqueue_disarm(self.pointer)
+
+    def stats(self, ops: Sequence[str], running: bool, now_ns: int) -> QueueStats:
+        """Any thread: the counters as they are now. ``now_ns`` is CLOCK_MONOTONIC."""
+        raw = lib.virtqueue_stats(self.pointer)
+        oldest = raw.oldest_ns
+        return QueueStats(
+            queue=self.index,
+            kicks=raw.kicks,
+            wakeups=raw.wakeups,
+            empty_wakeups=raw.empty_wakeups,
+            notifications_sent=raw.notifications_sent,
+            notifications_suppressed=raw.notifications_suppressed,
+            inflight=raw.inflight,
+            oldest_age_seconds=max(now_ns - oldest, 0) / 1e9 if oldest else 0.0,
+            running=running,
+            broken=self.report().error is not None,
+            ops={
+                name: OpStats(
+                    requests=op.requests,
+                    errors=op.errors,
+                    bytes=op.bytes,
+                    duration_buckets=tuple(op.buckets),
+                    duration_sum_seconds=op.duration_sum_ns / 1e9,
+                )
+                for name, op in zip(ops, raw.ops, strict=False)
+            },
+        )

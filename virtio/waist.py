@@ -1,0 +1,83 @@
+"""The plain values that cross the waist between a transport and ``virtio.backend.Backend``."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from virtio.errors import GuestError
+from virtio.fd import OwnedFd
+
+
+class AddressSpace(enum.IntEnum):
+    """In which space a ring's addresses are given."""
+
+    GPA = 0  # guest physical (virtio-mmio)
+    UVA = 1  # the front-end's user virtual addresses (vhost-user without an IOMMU)
+    IOVA = 2  # I/O virtual, through the IOTLB (VIRTIO_F_ACCESS_PLATFORM)
+
+
+class Permission(enum.IntFlag):
+    """IOTLB access permissions, as in the vhost-user text (struct vhost_iotlb_msg)."""
+
+    READ = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRegion:
+    """One range of guest memory: ``size`` bytes at ``gpa``, in the file ``fd`` at ``offset``.
+
+    The object keeps its fd for as long as a memory table that uses it lives; the mapping is made
+    (and the file's size checked) when the region is first given to ``set_memory``.
+    Regions are compared by identity, so that a table can be changed without mapping all of it anew.
+    """
+
+    gpa: int
+    size: int
+    uva: int
+    offset: int
+    fd: OwnedFd
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSetup:
+    """Where a virtqueue lies. ``base`` is the next index in vhost-user's encoding:
+    split: the avail index; packed: bits 0-14 avail index, 15 its wrap counter, 16-30 used, 31 its wrap."""
+
+    size: int
+    desc: int
+    avail: int
+    used: int
+    base: int
+    space: AddressSpace
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    """The device's config space changed; the driver is to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueBroken:
+    """One queue stopped for good (until reset) through the driver's fault."""
+
+    index: int
+    error: GuestError
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbMiss:
+    """A queue waits for the translation of ``iova``."""
+
+    iova: int
+    perm: Permission
+
+
+Event = ConfigChanged | QueueBroken | IotlbMiss
