@@ -103,7 +103,6 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	*at = vq->worker_next;
 	if (vq->kick_fd < 0)
 		w->kickless--;
-	virtqueue_take_kicks(vq);
 	native_device_unref(vq->device);
 	vq->device = NULL;
 	vq->detaching = NULL;

@@ -1,0 +1,270 @@
+"""The host's end of a console port: a Unix socket, a pty, or the log.
+
+What comes from the guest never waits for the host: a reader that is too slow loses its connection, because a Linux
+guest spins in its console driver until the device takes the bytes. What goes to the guest is bounded by reading no
+further than ``PENDING_MAX`` ahead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+import tty
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+import trio
+
+from virtio.errors import HostError
+from virtio.fd import OwnedFd
+
+PENDING_MAX: Final = 64 * 1024
+"""Bytes read from the host ahead of a guest that does not take them."""
+
+BACKLOG_MAX: Final = 256 * 1024
+"""Bytes a reader may be behind; what a newly connected one still gets to see of the past, too."""
+
+LINE_MAX: Final = 1024
+"""Longest line of the log."""
+
+
+class PortEnd(Protocol):
+    """One host end: ``run`` lives as long as the device, ``send`` takes what the guest wrote and never waits."""
+
+    connected: bool
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None: ...
+    def send(self, data: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class Pending:
+    """Bytes on their way to the guest."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._arrived = trio.Event()
+        self._drained = trio.Event()
+
+    async def feed(self, data: bytes) -> None:
+        """Append, then wait until there is room for more."""
+        self._bytes += data
+        self._arrived.set()
+        while len(self._bytes) >= PENDING_MAX:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    async def wait(self) -> None:
+        """Until there is something to take."""
+        while not self._bytes:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+
+    def take(self, limit: int) -> bytes:
+        data = bytes(self._bytes[:limit])
+        del self._bytes[:limit]
+        self._drained.set()
+        return data
+
+    def clear(self) -> None:
+        self._bytes.clear()
+        self._drained.set()
+
+
+class LogEnd:
+    """Every line the guest writes becomes a line of the daemon's log."""
+
+    connected = True
+
+    def __init__(self, device: str, port: str) -> None:
+        self._log = structlog.get_logger().bind(device=device, port=port)
+        self._line = bytearray()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+
+    def send(self, data: bytes) -> None:
+        for piece in data.splitlines(keepends=True):
+            self._line += piece
+            if self._line.endswith((b"\n", b"\r")) or len(self._line) >= LINE_MAX:
+                text = self._line.decode("utf-8", "backslashreplace").rstrip()
+                self._line.clear()
+                if text:
+                    self._log.info("guest console", line=text)
+
+    def close(self) -> None:
+        self._line.clear()
+
+
+class _Outbox:
+    """Bytes on their way to one reader, bounded; the oldest go first when nobody reads."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+        self._arrived = trio.Event()
+
+    def put(self, data: bytes) -> bool:
+        """Append; False when something old had to go for it."""
+        self._pieces.append(data)
+        self._size += len(data)
+        self._arrived.set()
+        kept = True
+        while self._size > BACKLOG_MAX:
+            self._size -= len(self._pieces.popleft())
+            kept = False
+        return kept
+
+    async def get(self) -> bytes:
+        while not self._pieces:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        self._size = 0
+        return data
+
+
+class SocketEnd:
+    """A Unix socket that listens at ``path`` (mode 0600); one reader at a time, a new one takes over."""
+
+    def __init__(self, path: Path, pending: Pending, changed: Callable[[], None]) -> None:
+        self._path = path
+        self._pending = pending
+        self._changed = changed
+        self._outbox = _Outbox()
+        self._reader: trio.CancelScope | None = None
+        self.connected = False
+        self._listener = _listen(path)
+        self._identity = _identity(path)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                client, _ = await self._listener.accept()
+                if self._reader is not None:
+                    self._reader.cancel()
+                self._reader = trio.CancelScope()
+                nursery.start_soon(self._talk, trio.SocketStream(client), self._reader)
+
+    async def _talk(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        self._set_connected(True)
+        async with stream:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, stream, scope)
+                    try:
+                        async for data in stream:
+                            await self._pending.feed(bytes(data))
+                    except trio.BrokenResourceError:
+                        pass  # the reader went away in the middle; so do we
+                    nursery.cancel_scope.cancel()
+        if self._reader is scope:
+            self._reader = None
+            self._set_connected(False)
+
+    async def _write(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                await stream.send_all(await self._outbox.get())
+        except trio.BrokenResourceError:
+            scope.cancel()
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected != self.connected:
+            self.connected = connected
+            self._changed()
+
+    def send(self, data: bytes) -> None:
+        if not self._outbox.put(data) and self._reader is not None:
+            self._reader.cancel()
+
+    def close(self) -> None:
+        self._listener.close()
+        if _identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> trio.socket.SocketType:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _somebody_listens(path):
+            path.unlink()  # left behind by a daemon that died
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(4)
+    except OSError as error:
+        listener.close()
+        raise HostError(f"console socket {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
+    return trio.socket.from_stdlib_socket(listener)
+
+
+def _somebody_listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == 0
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+class PtyEnd:
+    """A pseudo terminal; ``path`` is a symbolic link to it (``screen PATH``)."""
+
+    connected = True
+
+    def __init__(self, path: Path, pending: Pending, columns: int, rows: int) -> None:
+        self._path = path
+        self._pending = pending
+        self._outbox = _Outbox()
+        ours, theirs = os.openpty()
+        # The other side stays open here, so that the pty does not hang up between two readers.
+        self._ours, self._theirs = OwnedFd(ours), OwnedFd(theirs)
+        tty.setraw(theirs)
+        if columns and rows:
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self._target = os.ttyname(theirs)
+        try:
+            if path.is_symlink():
+                path.unlink()
+            path.symlink_to(self._target)
+        except OSError as error:
+            self._ours.close()
+            self._theirs.close()
+            raise HostError(f"console pty {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        # trio's FdStream makes the fd non-blocking; it is ours alone, so nobody is surprised.
+        async with trio.lowlevel.FdStream(self._ours.duplicate().detach()) as stream, trio.open_nursery() as nursery:
+            nursery.start_soon(self._write, stream)
+            task_status.started()
+            async for data in stream:
+                await self._pending.feed(bytes(data))
+
+    async def _write(self, stream: trio.lowlevel.FdStream) -> None:
+        while True:
+            await stream.send_all(await self._outbox.get())
+
+    def send(self, data: bytes) -> None:
+        self._outbox.put(data)
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+        if self._path.is_symlink() and str(self._path.readlink()) == self._target:
+            self._path.unlink()
