@@ -1,0 +1,145 @@
+"""Checks that need more than one table: a device and its type, its workers, and the other devices."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from config.origins import KeyPath
+from config.problems import closest, toml_value
+from config.schema import DEFAULT_WORKER, DeviceConfig, DeviceType
+
+
+class Finding(NamedTuple):
+    """Something wrong with the value at ``path``; the loader adds file and line."""
+
+    path: KeyPath
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDraft:
+    """A device table as far as it could be understood.
+
+    ``type`` and ``options`` are ``None`` when they have errors of their own; the keys of ``common`` that do are
+    named in ``faulty`` and hold stand-ins, which no check may look at.
+    """
+
+    name: str
+    type: DeviceType | None
+    common: DeviceConfig
+    faulty: frozenset[str]
+    options: BaseModel | None
+
+
+def check_device(draft: DeviceDraft, workers: Collection[str], transports: Collection[str]) -> Iterator[Finding]:
+    """What is wrong between one device's common keys and its type, transport and workers."""
+    path, common, device_type = ("devices", draft.name), draft.common, draft.type
+    if common.transport not in transports:
+        message = f"there is no transport {toml_value(common.transport)}"
+        yield Finding((*path, "transport"), message, closest(common.transport, transports))
+    if device_type is None:
+        return
+    for feature in common.features:
+        if feature not in device_type.features:
+            message = f"a {common.type} device has no such feature that could be turned off"
+            yield Finding((*path, "features", feature), message, closest(feature, device_type.features))
+    yield from _check_queues(path, draft, device_type)
+    if common.worker_names:
+        key_path = (*path, "worker" if common.worker is not None else "workers")
+        yield from _check_workers(key_path, draft, device_type, workers)
+
+
+def _check_queues(path: KeyPath, draft: DeviceDraft, device_type: DeviceType) -> Iterator[Finding]:
+    queues, size = draft.common.queues, draft.common.queue_size
+    least, most = device_type.queues_min, device_type.queues_max
+    if queues is not None and not least <= queues <= most and "queues" not in draft.faulty:
+        possible = f"{least}" if least == most else f"from {least} to {most}"
+        message = f"must be {possible} for a {draft.common.type} device, not {queues}"
+        yield Finding((*path, "queues"), message, f"for example: queues = {device_type.queues_default}")
+    if size > device_type.queue_size_max and "queue_size" not in draft.faulty:
+        message = f"must be at most {device_type.queue_size_max} for a {draft.common.type} device, not {size}"
+        yield Finding((*path, "queue_size"), message, f"for example: queue_size = {device_type.queue_size_max}")
+
+
+def _check_workers(
+    path: KeyPath, draft: DeviceDraft, device_type: DeviceType, workers: Collection[str]
+) -> Iterator[Finding]:
+    names = draft.common.worker_names
+    queues = draft.common.queues or device_type.queues_default
+    if not device_type.native:
+        message = f"a {draft.common.type} device has no worker: it runs in the daemon's event loop"
+        yield Finding(path, message, "remove the key")
+        return
+    for name in names:
+        if name not in workers and name != DEFAULT_WORKER:
+            hint = closest(name, workers) or f"add a table [workers.{name}]"
+            yield Finding(path, f"there is no worker {toml_value(name)}", hint)
+    if "queues" not in draft.faulty and len(names) > queues:
+        message = f"names {len(names)} workers for queues = {queues}: the last would have no work"
+        yield Finding(path, message, f"name fewer workers, or set queues = {len(names)}")
+
+
+class _Claim(NamedTuple):
+    """A file that something uses; ``shared`` when it only reads it."""
+
+    path: KeyPath
+    file: Path
+    owner: str
+    shared: bool
+
+
+def check_paths(drafts: Collection[DeviceDraft], control: Path | None, folder: Path) -> Iterator[Finding]:
+    """Sockets, images and other files that two things would use, unless all of them only read."""
+    users: dict[Path, _Claim] = {}
+    inherited: dict[int, str] = {}
+    for draft in drafts:
+        number = draft.common.socket_fd
+        if number is not None and inherited.setdefault(number, draft.name) != draft.name:
+            message = f'{number} is already the socket of device "{inherited[number]}"'
+            yield Finding(("devices", draft.name, "socket_fd"), message, "give each a socket of its own")
+    for claim in _claims(drafts, control):
+        first = users.setdefault((folder / claim.file).resolve(), claim)
+        if first is not claim and not (first.shared and claim.shared):
+            hint = "give each a file of its own"
+            if claim.path[-1] == first.path[-1] == "path":
+                hint += ", or set read_only = true on all of them"
+            yield Finding(claim.path, f"{claim.file} is already {first.owner}", hint)
+
+
+def _claims(drafts: Collection[DeviceDraft], control: Path | None) -> Iterator[_Claim]:
+    if control is not None:
+        yield _Claim(("daemon", "control"), control, "the daemon's control socket", False)
+    for draft in drafts:
+        path = ("devices", draft.name)
+        if "socket" not in draft.faulty:
+            yield _Claim((*path, "socket"), draft.common.socket, f'the socket of device "{draft.name}"', False)
+        if draft.options is not None:
+            shared = bool(getattr(draft.options, "read_only", False))
+            for key, file in _paths_in(draft.options):
+                yield _Claim((*path, *key), file, f'the {".".join(key)} of device "{draft.name}"', shared)
+
+
+def _paths_in(value: object) -> Iterator[tuple[KeyPath, Path]]:
+    """Every path among the options ``value``, with its key."""
+    inner: Iterable[tuple[str, object]] = ()
+    if isinstance(value, Path):
+        yield (), value
+    elif isinstance(value, BaseModel):
+        inner = ((name, getattr(value, name)) for name in type(value).model_fields)
+    elif isinstance(value, tuple | list):
+        inner = ((str(index), item) for index, item in enumerate(value))
+    for name, item in inner:
+        yield from (((name, *key), path) for key, path in _paths_in(item))
+
+
+def resolved_workers(common: DeviceConfig, device_type: DeviceType) -> tuple[str, ...]:
+    """The names of the workers that drive the device; none for one that is not native."""
+    if not device_type.native:
+        return ()
+    return common.worker_names or (DEFAULT_WORKER,)

@@ -1,0 +1,299 @@
+"""From TOML files to one checked configuration, or to all the reasons why not."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from config.checks import DeviceDraft, Finding, check_device, check_paths, resolved_workers
+from config.origins import KeyPath, Origins
+from config.problems import ConfigError, Problem, closest, explain, toml_value
+from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, WorkerConfig
+
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+_NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
+_TABLES: Final = ("daemon", "workers", "devices")
+_COMMON_KEYS: Final = frozenset(DeviceConfig.model_fields)
+
+Model = TypeVar("Model", bound=BaseModel)
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One ``[devices.NAME]`` table: the common keys, the options of its type, its number of queues, and the names
+    of the workers that drive them (none for a device written in Python). All paths are absolute."""
+
+    name: str
+    common: DeviceConfig
+    options: BaseModel
+    queues: int
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole configuration that passed every check. ``files``: the file and its drop-ins, in the order read.
+
+    ``workers`` has every worker a device names, the implied one included.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    daemon: DaemonConfig
+    workers: Mapping[str, WorkerConfig]
+    devices: Mapping[str, Device]
+    origins: Origins
+
+    def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
+        """A problem of the value at ``path`` that only showed up later, say on this host."""
+        return _problem(self.origins, Finding(path, message, hint))
+
+
+def load(path: Path, device_types: Mapping[str, DeviceType], transports: Collection[str]) -> Config:
+    """Read ``path`` and its drop-ins ``path.d/*.toml`` (sorted by name; the later file wins key by key).
+
+    Relative paths in them are relative to the folder of ``path``, also those in drop-ins.
+    Raises ``ConfigError`` with every problem that was found.
+    """
+    loader = _Loader(path, device_types, transports)
+    config = loader.load()
+    if config is None:
+        raise ConfigError(loader.problems)
+    return config
+
+
+def drop_ins(path: Path) -> tuple[Path, ...]:
+    """The drop-in files of the configuration file ``path``, in the order they are merged."""
+    return tuple(sorted(path.with_name(path.name + ".d").glob("*.toml")))
+
+
+class _Loader:
+    """Collects problems while it turns the tables into models, one table after the other."""
+
+    def __init__(self, path: Path, device_types: Mapping[str, DeviceType], transports: Collection[str]) -> None:
+        self.path = path
+        self.folder = path.absolute().parent
+        self.device_types = device_types
+        self.transports = transports
+        self.origins = Origins(path)
+        self.problems: list[Problem] = []
+        self.whole = True  # every file could be read, so what is missing is really missing
+
+    def load(self) -> Config | None:
+        files = (self.path, *drop_ins(self.path))
+        tree: Tree = {}
+        for file in files:
+            self._read(file, tree)
+        for name, value in tree.items():
+            if name not in _TABLES:
+                self._add(
+                    (name,), "unknown table" if isinstance(value, dict) else "unknown key", closest(name, _TABLES)
+                )
+        daemon = self._model(DaemonConfig, ("daemon",), self._table(("daemon",), tree.get("daemon", {})) or {})
+        workers = {
+            name: self._model(WorkerConfig, ("workers", name), table)
+            for name, table in self._named_tables(tree, "workers").items()
+        }
+        drafts = [self._device(name, table) for name, table in self._named_tables(tree, "devices").items()]
+        if self.whole:
+            self._check_together(daemon, workers, drafts)
+        if self.problems:
+            return None
+        return self._config(files, daemon or DaemonConfig(), workers, drafts)
+
+    def _config(
+        self,
+        files: tuple[Path, ...],
+        daemon: DaemonConfig,
+        workers: Mapping[str, WorkerConfig | None],
+        drafts: Iterable[DeviceDraft],
+    ) -> Config:
+        """The configuration, once nothing is wrong with it."""
+        devices = {
+            draft.name: Device(
+                draft.name,
+                _with_absolute_paths(draft.common, self.folder),
+                _with_absolute_paths(draft.options, self.folder),
+                draft.common.queues or draft.type.queues_default,
+                resolved_workers(draft.common, draft.type),
+            )
+            for draft in drafts
+            if draft.options is not None and draft.type is not None
+        }
+        all_workers = {name: worker for name, worker in workers.items() if worker is not None}
+        if any(DEFAULT_WORKER in device.workers for device in devices.values()):
+            all_workers.setdefault(DEFAULT_WORKER, WorkerConfig())
+        daemon = _with_absolute_paths(daemon, self.folder)
+        return Config(self.path, files, daemon, all_workers, devices, self.origins)
+
+    # Files
+
+    def _read(self, file: Path, tree: Tree) -> None:
+        """Merge one file into ``tree``; a file that cannot be read or parsed becomes a problem."""
+        try:
+            text = file.read_bytes().decode().replace("\r\n", "\n")
+            parsed = tomllib.loads(text)
+        except OSError as error:
+            self._file_problem(file, 0, f"cannot be read: {error.strerror}", "")
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            self._file_problem(file, line, "is not UTF-8 text", "save the file as UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            self._syntax_problem(file, text, str(error))
+        else:
+            self.origins.add_file(file, text)
+            _merge(tree, parsed)
+
+    def _syntax_problem(self, file: Path, text: str, error: str) -> None:
+        match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)", error)
+        what = error[: match.start()] if match else error
+        lines = text.rstrip("\n").split("\n")
+        line = min(int(match[1]), len(lines)) if match and match[1] else len(lines)
+        hint = 'a line reads: key = value, and strings stand in quotes: size = "64M"'
+        if "Cannot" in what:  # tomllib: "Cannot declare ... twice", "Cannot overwrite a value"
+            hint = "this file has the same name before: rename or remove one of the two"
+        self._file_problem(file, line, f"is not valid TOML: {what}: {lines[line - 1].strip()}", hint)
+
+    def _file_problem(self, file: Path, line: int, message: str, hint: str) -> None:
+        self.whole = False
+        self.problems.append(Problem(file, line, "", "", message, hint))
+
+    # Tables
+
+    def _add(self, path: KeyPath, message: str, hint: str = "") -> None:
+        self.problems.append(_problem(self.origins, Finding(path, message, hint)))
+
+    def _table(self, path: KeyPath, value: object) -> Tree | None:
+        """``value`` if it is a table; anything else is a problem."""
+        if isinstance(value, dict):
+            return value
+        self._add(path, f"must be a table, not {toml_value(value)}", f"write it as [{'.'.join(path)}]")
+        return None
+
+    def _named_tables(self, tree: Tree, kind: str) -> dict[str, Tree]:
+        """The tables ``[kind.NAME]``; the names become labels, file names and ids in QEMU."""
+        named = {}
+        for name, value in (self._table((kind,), tree.get(kind, {})) or {}).items():
+            if _NAME.fullmatch(name) is None:
+                self._add((kind, name), "this name cannot be used", _NAME_RULE)
+            table = self._table((kind, name), value)
+            if table is not None:
+                named[name] = table
+        return named
+
+    def _model(
+        self, model: type[Model], path: KeyPath, table: Tree, known_keys: Collection[str] | None = None
+    ) -> Model | None:
+        """``table`` as ``model``, or ``None`` after recording each of its errors."""
+        for key, value in table.items():
+            if isinstance(value, str) and "\0" in value:
+                self._add((*path, key), "holds a NUL character", "no name, path or address may have one")
+                return None
+        try:
+            return _parse(model, table)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                if detail["type"] != "missing" or self.whole:
+                    location = tuple(str(part) for part in detail["loc"])
+                    self._add(path + location, *explain(detail, model, known_keys or model.model_fields))
+            return None
+
+    def _device(self, name: str, table: Tree) -> DeviceDraft:
+        """One device table by the common keys and the options of its type, each with its own errors."""
+        path = ("devices", name)
+        type_name = table.get("type")
+        device_type = self.device_types.get(type_name) if isinstance(type_name, str) else None
+        if isinstance(type_name, str) and device_type is None:
+            hint = closest(type_name, self.device_types)
+            self._add((*path, "type"), f"there is no device type {toml_value(type_name)}", hint)
+        shared = {key: table[key] for key in table if key in _COMMON_KEYS}
+        common, faulty = self._model(DeviceConfig, path, shared), frozenset[str]()
+        if common is None:
+            common, faulty = _salvage(shared)
+        options: BaseModel | None = None
+        if device_type is not None:
+            own = {key: table[key] for key in table if key not in _COMMON_KEYS}
+            options = self._model(device_type.options, path, own, _COMMON_KEYS | set(device_type.options.model_fields))
+        return DeviceDraft(name, device_type, common, faulty, options)
+
+    def _check_together(
+        self, daemon: DaemonConfig | None, workers: Collection[str], drafts: Collection[DeviceDraft]
+    ) -> None:
+        """What is only wrong between tables."""
+        if not drafts and not self.problems:
+            hint = 'add one: [devices.disk] with type = "blk", path = "disk.img", socket = "disk.sock"'
+            self.problems.append(Problem(self.path, 0, "", "", "there is no device to serve", hint))
+        for draft in drafts:
+            for finding in check_device(draft, workers, self.transports):
+                self._add(*finding)
+        control = daemon.control if daemon is not None else None
+        for finding in check_paths(drafts, control, self.folder):
+            self._add(*finding)
+
+
+def _problem(origins: Origins, finding: Finding) -> Problem:
+    """``finding`` with its place. The first one or two names of its path are the table, the rest the key."""
+    path = finding.path
+    origin = origins.find(path)
+    depth = {"workers": 2, "devices": 2, "daemon": 1}.get(path[0], 0)
+    return Problem(
+        origin.file, origin.line, ".".join(path[:depth]), ".".join(path[depth:]), finding.message, finding.hint
+    )
+
+
+def _parse(model: type[Model], table: Tree) -> Model:
+    """``table`` as ``model``, with what JSON's strict rules allow: a string may be a path, but 1 is not true."""
+    return model.model_validate_json(json.dumps(table, default=str), strict=True)
+
+
+def _salvage(table: Tree) -> tuple[DeviceConfig, frozenset[str]]:
+    """The keys of a device table that are right, with stand-ins for the ``faulty`` ones, which are named.
+
+    So one wrong key does not hide what is wrong between this table and others.
+    """
+    stand_ins: Tree = {"type": "unknown", "socket": "unknown"}
+    good, faulty = dict(table), set[str]()
+    while True:
+        try:
+            return _parse(DeviceConfig, stand_ins | good), frozenset(faulty | (stand_ins.keys() - good.keys()))
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                key, *inner = detail["loc"]
+                if inner and isinstance(good.get(str(key)), dict):
+                    good[str(key)] = {name: value for name, value in good[str(key)].items() if name != inner[0]}
+                else:
+                    faulty.add(str(key))
+                    good.pop(str(key), None)
+
+
+def _merge(tree: Tree, later: Tree) -> None:
+    """Merge ``later`` into ``tree``, table by table; for every other value the later one wins."""
+    for key, value in later.items():
+        earlier = tree.get(key)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            _merge(earlier, value)
+        else:
+            tree[key] = value
+
+
+def _with_absolute_paths(model: Model, folder: Path) -> Model:
+    """A copy of ``model`` in which every relative path, also of inner tables, is taken from ``folder``."""
+    return model.model_copy(update={name: _absolute(getattr(model, name), folder) for name in type(model).model_fields})
+
+
+def _absolute(value: object, folder: Path) -> object:
+    if isinstance(value, Path):
+        return folder / value
+    if isinstance(value, BaseModel):
+        return _with_absolute_paths(value, folder)
+    if isinstance(value, tuple | list):
+        return type(value)(_absolute(item, folder) for item in value)
+    return value

@@ -1,0 +1,206 @@
+"""The running daemon: one nursery that holds every server, opened after and closed before what they stand on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Final
+
+import structlog
+import trio
+
+from config.changes import Change, changes
+from config.loader import Config
+from config.problems import ConfigError
+from config.schema import DaemonConfig
+from daemon import log
+from daemon.catalogue import TRANSPORTS, VhostUserService, features_off, make_devices
+from daemon.control import serve_control
+from daemon.metrics_server import PATH, serve_metrics
+from daemon.state import ConnectionState, DaemonState, DeviceState, version
+from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
+from virtio.backend import Backend
+from virtio.device import Device
+from virtio.errors import HostError
+from virtio.worker import Worker
+
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+RELOADABLE: Final = frozenset({("daemon", "log_level"), ("daemon", "log_format")})
+"""The keys that a reload (SIGHUP) puts into effect; all others need a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogChoice:
+    """What the command line says of the log; ``None`` leaves it to the configuration."""
+
+    level: str | None
+    format: str | None
+
+    def apply(self, config: Config) -> None:
+        log.configure(self.level or config.daemon.log_level, self.format or config.daemon.log_format)
+
+
+class App:
+    """One run of the daemon for ``config``; ``load`` reads the configuration anew for a reload."""
+
+    def __init__(self, config: Config, load: Callable[[], Config], log_choice: LogChoice, notifier: Notifier) -> None:
+        self._config = config
+        self._load = load
+        self._log_choice = log_choice
+        self._notifier = notifier
+        self._log = structlog.get_logger()
+        self._workers: dict[str, Worker] = {}
+        self._devices: Mapping[str, Device] = {}
+        self._backends: dict[str, Backend] = {}
+        self._services: dict[str, VhostUserService] = {}
+        self._metrics_url = ""
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, or until every device's inherited connection ended.
+
+        Raises ``HostError`` (in groups) when something configured cannot be had.
+        """
+        with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
+            async with AsyncExitStack() as stack:
+                await self._open(stack)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._obey, signals, nursery.cancel_scope)
+                    await self._serve(stack, nursery)
+
+    def snapshot(self) -> DaemonState:
+        """The counters now. In the event loop only, so that nothing read here is being closed."""
+        devices = tuple(
+            DeviceState(
+                backend=self._backends[name].stats(),
+                connection=ConnectionState.of(service.connection),
+                transport=self._config.devices[name].common.transport,
+                socket=self._config.devices[name].common.socket,
+            )
+            for name, service in self._services.items()
+        )
+        return DaemonState(devices, tuple(worker.stats() for worker in self._workers.values()))
+
+    # What the servers stand on: entered in this order, left in the other.
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        config = self._config
+        self._devices = make_devices(config)
+        for device in self._devices.values():
+            stack.callback(device.close)
+        for name, settings in config.workers.items():
+            if not any(name in device.workers for device in config.devices.values()):
+                self._log.warning("no device uses this worker: it is not started", worker=name)
+                continue
+            worker = Worker(name, settings.cpus or (), settings.poll_us, settings.reactor)
+            self._workers[name] = await stack.enter_async_context(worker)
+        for name, device in self._devices.items():
+            configured = config.devices[name]
+            backend = Backend(
+                device,
+                workers=[self._workers[worker_name] for worker_name in configured.workers],
+                queue_size_max=configured.common.queue_size,
+                features_off=features_off(configured),
+            )
+            self._backends[name] = await stack.enter_async_context(backend)
+
+    # The servers
+
+    async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
+        config = self._config
+        for name, backend in self._backends.items():
+            common = config.devices[name].common
+            self._services[name] = TRANSPORTS[common.transport](backend, common)
+        if config.daemon.control is not None:
+            await nursery.start(serve_control, config.daemon.control, self.snapshot)
+        if config.daemon.metrics_address is not None:
+            host, port = await stack.enter_async_context(serve_metrics(*config.daemon.metrics_address, self.snapshot))
+            self._metrics_url = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+        await self._serve_devices(nursery)
+
+    async def _serve_devices(self, nursery: trio.Nursery) -> None:
+        """Start every device's server, say that all are ready, and stop the daemon when none is left."""
+        async with trio.open_nursery() as servers:
+            for name, service in self._services.items():
+                await servers.start(self._serve_device, name, service)
+            self._announce()
+            if self._notifier.active:
+                nursery.start_soon(feed_watchdog, self._notifier, watchdog_interval())
+        self._log.info("no device is left to serve")
+        nursery.cancel_scope.cancel()
+
+    async def _serve_device(
+        self, name: str, service: VhostUserService, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            await service.run(task_status=task_status)
+        except HostError as error:
+            raise HostError(f"[devices.{name}] {error}", errno=error.errno) from error
+
+    def _announce(self) -> None:
+        self._log.info(
+            "serving",
+            version=version(),
+            pid=os.getpid(),
+            devices=list(self._services),
+            metrics=self._metrics_url or "off",
+        )
+        self._notifier.ready(self._status())
+
+    def _status(self) -> str:
+        names = ", ".join(self._services)
+        return f"serving {names}; metrics at {self._metrics_url}" if self._metrics_url else f"serving {names}"
+
+    # Signals
+
+    async def _obey(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                self._reload()
+            else:
+                self._log.info("stopping", signal=signal.Signals(number).name)
+                self._notifier.stopping()
+                scope.cancel()
+
+    def _reload(self) -> None:
+        """Put into effect what can be; a configuration with mistakes changes nothing."""
+        self._notifier.reloading()
+        try:
+            new = self._load()
+        except ConfigError as error:
+            for problem in error.problems:
+                self._log.error("not reloaded: the configuration has a mistake", problem=str(problem))
+        else:
+            self._log_choice.apply(new)
+            for change in changes(self._config, new):
+                self._report(change)
+            self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
+            self._refresh_devices()
+            self._log.info("reloaded")
+        self._notifier.ready(self._status())
+
+    def _report(self, change: Change) -> None:
+        if (change.table, change.key) in RELOADABLE:
+            self._log.info("changed", table=change.table, key=change.key, old=change.old, new=change.new)
+        elif change.key:
+            self._log.warning(
+                "needs a restart", table=change.table, key=change.key, running=change.old, configured=change.new
+            )
+        else:
+            what = "was added" if change.old is None else "was removed"
+            self._log.warning(f"needs a restart: the table {what}", table=change.table)
+
+    def _refresh_devices(self) -> None:
+        for name, device in self._devices.items():
+            try:
+                if device.refresh():
+                    self._log.info("changed underneath: the driver is told", device=name)
+            except HostError as error:
+                self._log.error("cannot be examined anew", device=name, error=str(error))
+
+
+def _with_reloaded_keys(old: Config, new: Config) -> DaemonConfig:
+    keys = {key for table, key in RELOADABLE if table == "daemon"}
+    return old.daemon.model_copy(update={key: getattr(new.daemon, key) for key in keys})

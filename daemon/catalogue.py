@@ -1,0 +1,101 @@
+"""What there is to configure: the device types and the transports of this daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import trio
+
+from config.loader import Config, Device
+from config.schema import DeviceConfig, DeviceType
+from daemon.state import ConnectionCounts
+from transports.base import BackendLike
+from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
+from transports.vhost_user.server import VhostUserServer
+from virtio.device import Device as VirtioDevice
+from virtio.devices import REGISTRY
+from virtio.errors import HostError
+from virtio.fd import OwnedFd
+from virtio.spec import RING_FEATURES
+
+_ALWAYS_ON: Final = frozenset({"VIRTIO_F_VERSION_1"})
+"""Not to be turned off: without it a device would be a legacy one (virtio 1.3, 6.1), and no device here is."""
+
+
+class VhostUserService:
+    """One device behind a vhost-user socket."""
+
+    def __init__(self, backend: BackendLike, common: DeviceConfig) -> None:
+        """``HostError`` when the inherited socket is not there."""
+        self._server = VhostUserServer(backend, _endpoint(common))
+
+    @property
+    def connection(self) -> ConnectionCounts:
+        return self._server.stats
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled, or until the front-end of an inherited connection leaves."""
+        await self._server.run(task_status=task_status)
+
+
+TRANSPORTS: Final[Mapping[str, type[VhostUserService]]] = MappingProxyType({"vhost-user": VhostUserService})
+"""Transport name in the configuration to what serves a device over it."""
+
+
+def device_types() -> Mapping[str, DeviceType]:
+    """What the configuration's loader must know of each type in the registry."""
+    return {name: _device_type(device_class) for name, device_class in REGISTRY.items()}
+
+
+def _device_type(device_class: type[VirtioDevice]) -> DeviceType:
+    least, most = device_class.queue_counts
+    return DeviceType(
+        options=device_class.Options,
+        features=feature_bits(device_class).keys() - _ALWAYS_ON,
+        native=device_class.native,
+        queues_min=least,
+        queues_max=most,
+        queues_default=device_class.default_queues,
+        queue_size_max=device_class.queue_size_limit,
+    )
+
+
+def feature_bits(device_class: type[VirtioDevice]) -> dict[str, int]:
+    """Bit numbers of the ring's and the device's features by their names in the specification."""
+    return dict(RING_FEATURES) | dict(device_class.feature_bits)
+
+
+def features_off(device: Device) -> frozenset[int]:
+    """The bit numbers that the operator turned off for ``device``."""
+    bits = feature_bits(REGISTRY[device.common.type])
+    return frozenset(bits[name] for name, on in device.common.features.items() if not on)
+
+
+def make_devices(config: Config) -> dict[str, VirtioDevice]:
+    """Every configured device, opened. When some cannot be had, all are closed again and every reason is given.
+
+    Raises ``ExceptionGroup`` of ``HostError``.
+    """
+    devices: dict[str, VirtioDevice] = {}
+    errors: list[HostError] = []
+    for name, device in config.devices.items():
+        device_class = REGISTRY[device.common.type]
+        try:
+            devices[name] = device_class(name, device.options, device.queues, device.common.queue_size)
+        except HostError as error:
+            errors.append(HostError(f"[devices.{name}] {error}", errno=error.errno))
+    if errors:
+        for opened in devices.values():
+            opened.close()
+        raise ExceptionGroup("devices cannot be opened", errors)
+    return devices
+
+
+def _endpoint(common: DeviceConfig) -> Endpoint:
+    if common.socket_fd is not None:
+        return Inherit(OwnedFd(common.socket_fd))
+    if common.mode == "connect":
+        return Connect(common.socket)
+    return Listen(common.socket, common.socket_permissions, common.socket_group)

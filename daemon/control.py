@@ -1,0 +1,140 @@
+"""The control socket: one JSON object a line in, one a line out. ``hyperbell show`` is its client.
+
+Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter. An answer has
+``"ok"``; when it is false, ``"error"`` says why. The socket has mode 0600: its user is the daemon's user (or root).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import trio
+
+from daemon.state import DaemonState, DeviceState, version
+from transports.vhost_user.endpoint import Listen, SocketFile
+from virtio.errors import HostError
+
+LINE_MAX: Final = 4096  # bytes of one request
+CLIENTS_MAX: Final = 8
+IDLE_SECONDS: Final = 60.0  # a client that says nothing for so long is let go
+ANSWER_SECONDS: Final = 5.0  # how long `hyperbell show` waits
+
+Answer = dict[str, Any]
+
+
+async def serve_control(
+    path: Path, snapshot: Callable[[], DaemonState], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer on the Unix socket ``path`` until cancelled, and remove it then; started once it listens.
+
+    Raises ``HostError`` when the socket cannot be made or another daemon answers on it.
+    """
+    try:
+        socket_file = SocketFile(Listen(path, mode=0o600))
+    except HostError as error:
+        raise HostError(f"[daemon] control: {error}", errno=error.errno) from error
+    try:
+        listener = trio.socket.from_stdlib_socket(socket_file.socket)
+        task_status.started()
+        await _accept(listener, snapshot)
+    finally:
+        socket_file.close()
+
+
+async def _accept(listener: trio.socket.SocketType, snapshot: Callable[[], DaemonState]) -> None:
+    clients = trio.CapacityLimiter(CLIENTS_MAX)
+    async with trio.open_nursery() as nursery:
+        while True:
+            try:
+                connection, _ = await listener.accept()
+            except OSError as error:  # no descriptors left, or the client gave up
+                structlog.get_logger().warning("the control socket cannot accept", error=str(error))
+                await trio.sleep(0.1)
+                continue
+            nursery.start_soon(_serve_client, connection, clients, snapshot)
+
+
+async def _serve_client(
+    connection: trio.socket.SocketType, clients: trio.CapacityLimiter, snapshot: Callable[[], DaemonState]
+) -> None:
+    stream = trio.SocketStream(connection)
+    async with stream, clients:
+        with contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
+            async for line in _lines(stream):
+                answer = respond(line, snapshot())
+                with trio.fail_after(IDLE_SECONDS):
+                    await stream.send_all(json.dumps(answer, default=str).encode() + b"\n")
+
+
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
+    """Whole lines from ``stream`` until it ends, a line is too long, or nothing comes for too long."""
+    buffer = b""
+    while len(buffer) <= LINE_MAX:
+        line, newline, rest = buffer.partition(b"\n")
+        if newline:
+            buffer = rest
+            yield line
+            continue
+        with trio.fail_after(IDLE_SECONDS):
+            received = await stream.receive_some(LINE_MAX)
+        if not received:
+            return
+        buffer += received
+    yield buffer
+
+
+def respond(line: bytes, state: DaemonState) -> Answer:
+    """The answer to one request line; pure, so that it is tested without a socket."""
+    try:
+        request = json.loads(line) if len(line) <= LINE_MAX else None
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, Mapping):
+        return {"ok": False, "error": 'a request is one line of JSON such as {"command": "list"}'}
+    command = request.get("command")
+    if command == "list":
+        return {"ok": True, "version": version(), "devices": [_summary(device) for device in state.devices]}
+    if command == "stats":
+        return {"ok": True, "version": version(), **asdict(state)}
+    return {"ok": False, "error": f"there is no command {json.dumps(command)}; there are: list, stats"}
+
+
+def _summary(device: DeviceState) -> Answer:
+    return {
+        "name": device.backend.device,
+        "type": device.backend.type,
+        "transport": device.transport,
+        "socket": str(device.socket),
+        "queues": len(device.backend.queues),
+        "connected": device.connection.connected,
+    }
+
+
+def ask(path: Path, command: str) -> Answer:
+    """Send one command to the daemon at ``path`` and give its answer; blocks up to ``ANSWER_SECONDS``.
+
+    Raises ``HostError`` when nothing answers, or when what answers refuses.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(ANSWER_SECONDS)
+            client.connect(str(path))
+            client.sendall(json.dumps({"command": command}).encode() + b"\n")
+            with client.makefile("rb") as reader:
+                answer = json.loads(reader.readline())
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        raise HostError(f"no daemon answers on {path}; is hyperbell serve running with this control socket?") from error
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror or error}", errno=error.errno or 0) from error
+    except ValueError as error:
+        raise HostError(f"{path}: what answers there is not hyperbell") from error
+    if not isinstance(answer, dict) or not answer.get("ok"):
+        raise HostError(f"{path}: the daemon refused: {answer.get('error') if isinstance(answer, dict) else answer}")
+    return answer

@@ -1,0 +1,169 @@
+"""Counters as Prometheus metrics. Labels have only names from the configuration, from the specification, or numbers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from daemon.state import ConnectionState, DaemonState, DeviceState, version
+from virtio.stats import DURATION_BOUNDS, OpStats, QueueStats, WorkerStats
+
+OpCount = Callable[[OpStats], float]
+QueueCount = Callable[[QueueStats], float]
+ConnectionCount = Callable[[ConnectionState], float]
+WorkerCount = Callable[[WorkerStats], float]
+
+OP_COUNTERS: Final[tuple[tuple[str, str, OpCount], ...]] = (
+    ("hyperbell_requests", "Requests answered, with success or without.", lambda op: op.requests),
+    ("hyperbell_request_bytes", "Data bytes moved by requests.", lambda op: op.bytes),
+    ("hyperbell_request_errors", "Requests answered with an error status.", lambda op: op.errors),
+)
+QUEUE_COUNTERS: Final[tuple[tuple[str, str, QueueCount], ...]] = (
+    ("hyperbell_kicks", "Times the driver rang the queue.", lambda queue: queue.kicks),
+    ("hyperbell_wakeups", "Times the queue was looked at.", lambda queue: queue.wakeups),
+    ("hyperbell_empty_wakeups", "Looks at the queue that found nothing.", lambda queue: queue.empty_wakeups),
+    ("hyperbell_notifications_sent", "Interrupts asked for.", lambda queue: queue.notifications_sent),
+    (
+        "hyperbell_notifications_suppressed",
+        "Batches of completions the driver wanted no interrupt for.",
+        lambda queue: queue.notifications_suppressed,
+    ),
+)
+QUEUE_GAUGES: Final[tuple[tuple[str, str, QueueCount], ...]] = (
+    ("hyperbell_inflight_requests", "Requests begun and not answered yet.", lambda queue: queue.inflight),
+    (
+        "hyperbell_oldest_request_age_seconds",
+        "Age of the oldest request in flight; 0 without one.",
+        lambda queue: queue.oldest_age_seconds,
+    ),
+    (
+        "hyperbell_queue_broken",
+        "1 when the driver broke the queue; it is out of use until the driver resets the device.",
+        lambda queue: queue.broken,
+    ),
+)
+CONNECTION_COUNTERS: Final[tuple[tuple[str, str, ConnectionCount], ...]] = (
+    ("hyperbell_frontend_connections", "Front-ends that were served.", lambda counts: counts.connections),
+    ("hyperbell_frontend_reconnects", "Front-ends served after the first.", lambda counts: counts.reconnects),
+    (
+        "hyperbell_frontend_refused",
+        "Front-ends turned away because another was connected.",
+        lambda counts: counts.refused,
+    ),
+    ("hyperbell_frontend_messages", "Protocol messages received.", lambda counts: counts.messages),
+)
+CONNECTION_GAUGES: Final[tuple[tuple[str, str, ConnectionCount], ...]] = (
+    ("hyperbell_frontend_connected", "1 while a front-end is connected.", lambda counts: counts.connected),
+    ("hyperbell_memory_regions", "Regions of guest memory in use.", lambda counts: counts.memory_regions),
+)
+WORKER_COUNTERS: Final[tuple[tuple[str, str, WorkerCount], ...]] = (
+    ("hyperbell_worker_wakeups", "Times the thread woke from sleep.", lambda worker: worker.wakeups),
+    ("hyperbell_worker_poll_hits", "Polls before sleep that found work.", lambda worker: worker.poll_hits),
+    ("hyperbell_worker_poll_misses", "Polls before sleep that found none.", lambda worker: worker.poll_misses),
+    ("hyperbell_worker_cpu_seconds", "CPU time the thread used.", lambda worker: worker.cpu_seconds),
+)
+
+
+class StateCollector(Collector):
+    """Turns the snapshot that ``snapshot`` takes at every scrape into metric families."""
+
+    def __init__(self, snapshot: Callable[[], DaemonState]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._snapshot()
+        yield from _op_metrics(state.devices)
+        yield from _queue_metrics(state.devices)
+        yield from _connection_metrics(state.devices)
+        yield from _worker_metrics(state.workers)
+        yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
+        build = GaugeMetricFamily(
+            "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
+        )
+        build.add_metric((version(), platform.python_version(), platform.machine()), 1)
+        yield build
+
+
+def _op_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
+    labels = ("device", "queue", "op")
+    rows = [
+        ((device.backend.device, str(queue.queue), name), op)
+        for device in devices
+        for queue in device.backend.queues
+        for name, op in queue.ops.items()
+    ]
+    for name, text, count in OP_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=labels)
+        for values, op in rows:
+            counter.add_metric(values, count(op))
+        yield counter
+    duration = HistogramMetricFamily(
+        "hyperbell_request_duration_seconds", "Time from taking a request to answering it.", labels=labels
+    )
+    for values, op in rows:
+        duration.add_metric(values, _cumulative(op.duration_buckets), op.duration_sum_seconds)
+    yield duration
+
+
+def _cumulative(buckets: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Prometheus counts what is *at most* a bound, and its last bucket is +Inf."""
+    return list(zip((*map(repr, DURATION_BOUNDS), "+Inf"), accumulate(buckets), strict=True))
+
+
+def _queue_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
+    labels = ("device", "queue")
+    rows = [((device.backend.device, str(queue.queue)), queue) for device in devices for queue in device.backend.queues]
+    for name, text, count in QUEUE_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=labels)
+        for values, queue in rows:
+            counter.add_metric(values, count(queue))
+        yield counter
+    for name, text, count in QUEUE_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=labels)
+        for values, queue in rows:
+            gauge.add_metric(values, count(queue))
+        yield gauge
+
+
+def _connection_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
+    rows = [(device.backend.device, device.connection) for device in devices]
+    for name, text, count in CONNECTION_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("device",))
+        for device, connection in rows:
+            counter.add_metric((device,), count(connection))
+        yield counter
+    for name, text, count in CONNECTION_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("device",))
+        for device, connection in rows:
+            gauge.add_metric((device,), count(connection))
+        yield gauge
+    errors = CounterMetricFamily(
+        "hyperbell_protocol_errors",
+        "Connections ended because of a message that broke the protocol.",
+        labels=("device", "request"),
+    )
+    for device, connection in rows:
+        for request, number in connection.protocol_errors.items():
+            errors.add_metric((device, request), number)
+    yield errors
+
+
+def _worker_metrics(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
+    rows = tuple(workers)
+    for name, text, count in WORKER_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("worker",))
+        for worker in rows:
+            counter.add_metric((worker.name,), count(worker))
+        yield counter
+    info = GaugeMetricFamily(
+        "hyperbell_worker_info", "How the thread waits for work; always 1.", labels=("worker", "reactor")
+    )
+    for worker in rows:
+        info.add_metric((worker.name, worker.reactor), 1)
+    yield info

@@ -1,0 +1,104 @@
+"""What ``hyperbell check`` can say beyond the configuration itself: about this host and this installation."""
+
+from __future__ import annotations
+
+import grp
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from config.loader import Config, Device
+from config.problems import Problem
+from virtio.devices.blk import BlkOptions
+from virtio.errors import HostError
+
+PACKAGES: Final = ("config", "daemon", "transports", "virtio")
+"""Our top-level packages; other distributions use some of these names too."""
+
+
+def host_notes(config: Config) -> Iterator[Problem]:
+    """What of a correct configuration would not work on this host, as it is now."""
+    usable = os.sched_getaffinity(0)
+    for name, worker in config.workers.items():
+        absent = sorted(set(worker.cpus or ()) - usable)
+        if absent:
+            message = f"this host has no CPU {', '.join(map(str, absent))} for the daemon"
+            yield config.problem(("workers", name, "cpus"), message, f"it has: {_ranges(usable)}")
+    if config.daemon.control is not None:
+        yield from _folder_notes(config, ("daemon", "control"), config.daemon.control)
+    for device in config.devices.values():
+        yield from _device_notes(config, device)
+
+
+def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
+    path = ("devices", device.name)
+    if device.common.mode == "listen" and device.common.socket_fd is None:
+        yield from _folder_notes(config, (*path, "socket"), device.common.socket)
+    group = device.common.socket_group
+    if group is not None and not _group_exists(group):
+        hint = f"create it (groupadd --system {group}), or name another"
+        yield config.problem((*path, "socket_group"), f'this host has no group "{group}"', hint)
+    if isinstance(device.options, BlkOptions) and device.options.path is not None:
+        image = device.options.path
+        if not image.exists():
+            hint = f"create it, for instance: truncate -s 10G {image}"
+            yield config.problem((*path, "path"), f"{image} does not exist", hint)
+
+
+def _folder_notes(config: Config, path: tuple[str, ...], socket: Path) -> Iterator[Problem]:
+    if not socket.parent.is_dir():
+        message = f"the folder {socket.parent} does not exist"
+        yield config.problem(path, message, "create it; the systemd unit makes /run/hyperbell")
+
+
+def _group_exists(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``{0, 1, 2, 5}`` as ``0-2,5``, the way the configuration takes them."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def foreign_packages() -> dict[str, list[str]]:
+    """Which of our package names another installed distribution claims too, and who.
+
+    pip lets one distribution overwrite the files of another without a word.
+    """
+    owners = metadata.packages_distributions()
+    others = {package: sorted(set(owners.get(package, ())) - {"hyperbell"}) for package in PACKAGES}
+    return {package: names for package, names in others.items() if names}
+
+
+def check_inherited_sockets(config: Config) -> None:
+    """``HostError`` unless every ``socket_fd`` is an open socket.
+
+    To be called before the daemon opens anything itself: a number nobody passed on could later be its own.
+    """
+    for device in config.devices.values():
+        number = device.common.socket_fd
+        if number is None:
+            continue
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(number).st_mode)
+        except OSError:
+            is_socket = False
+        if not is_socket:
+            raise HostError(
+                f"[devices.{device.name}] socket_fd: {number} is not an open socket; "
+                "the program that starts hyperbell must pass it on under this number"
+            )
+        os.set_inheritable(number, False)

@@ -1,0 +1,145 @@
+"""The other side of a configuration: what QEMU or libvirt must be told to attach the configured devices."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from xml.etree import ElementTree
+
+from config.loader import Device
+
+QEMU_QUEUE_SIZE_MAX: Final = 1024  # QEMU's VIRTQUEUE_MAX_SIZE: it refuses to start with more
+_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """QEMU's device for one of our types. ``queue_options`` says whether it takes num-queues and queue-size."""
+
+    driver: str
+    queue_options: bool
+
+
+FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
+    "blk": FrontEnd("vhost-user-blk-pci", queue_options=True),
+    "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
+}
+"""The front-ends of QEMU 7.2; a type that is not here cannot be attached to it."""
+
+
+def why_not(device: Device) -> str:
+    """Why QEMU cannot have ``device``; "" when it can."""
+    if device.common.type in FRONT_ENDS:
+        return ""
+    return (
+        f'device "{device.name}": QEMU (seen: 7.2) has no vhost-user front-end for a {device.common.type} device, '
+        "so there are no options that would attach it"
+    )
+
+
+def qemu_arguments(devices: Iterable[Device], memory: str, machine: str) -> list[list[str]]:
+    """QEMU's options for ``devices``, each an option and its argument.
+
+    ``memory`` is the guest's RAM as QEMU writes sizes; it has to be shared memory, for the daemon maps it.
+    ``machine`` "" leaves the machine type to the rest of the command line.
+    """
+    options = [
+        ["-m", memory],
+        ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on"],
+        ["-machine", ",".join(filter(None, (machine, "memory-backend=mem")))],
+    ]
+    for device in devices:
+        options += _device_options(device)
+    return options
+
+
+def pasteable(options: Iterable[list[str]]) -> str:
+    """``options`` for a shell, one a line, each line but the last ending in a backslash."""
+    return " \\\n".join(shlex.join(option) for option in options)
+
+
+def _device_options(device: Device) -> list[list[str]]:
+    front_end = FRONT_ENDS[device.common.type]
+    chardev = f"char-{device.name}"
+    # A comma ends a value in QEMU's option syntax; two of them stand for one.
+    channel = f"socket,id={chardev},path={str(device.common.socket).replace(',', ',,')}"
+    if device.common.mode == "connect":
+        channel += ",server=on"
+    driver = f"{front_end.driver},chardev={chardev}"
+    if front_end.queue_options:
+        driver += f",num-queues={device.queues},queue-size={_queue_size(device)}"
+    return [["-chardev", channel], ["-device", driver]]
+
+
+def _queue_size(device: Device) -> int:
+    return min(device.common.queue_size, QEMU_QUEUE_SIZE_MAX)
+
+
+def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
+    """The parts of a libvirt domain that attach ``devices``; one well-formed document.
+
+    Disks are ``<disk type='vhostuser'>``. libvirt has no element for the others, so they go in as QEMU options.
+    """
+    domain = ElementTree.Element("domain", {"type": "kvm"})
+    domain.append(
+        ElementTree.Comment(
+            " Merge these elements into your domain; the daemon maps the guest's memory: it is shared. "
+        )
+    )
+    memory = ElementTree.SubElement(domain, "memory", {"unit": "MiB"})
+    memory.text = str(memory_mib)
+    backing = ElementTree.SubElement(domain, "memoryBacking")
+    ElementTree.SubElement(backing, "source", {"type": "memfd"})
+    ElementTree.SubElement(backing, "access", {"mode": "shared"})
+    disks = [device for device in devices if _is_libvirt_disk(device)]
+    if disks:
+        parts = ElementTree.SubElement(domain, "devices")
+        for index, disk in enumerate(disks):
+            parts.append(_disk(disk, index))
+    others = [device for device in devices if not _is_libvirt_disk(device)]
+    if others:
+        domain.set("xmlns:qemu", _QEMU_NAMESPACE)
+        domain.append(
+            ElementTree.Comment(" libvirt has no element for these devices: QEMU's own options stand for them. ")
+        )
+        domain.append(
+            ElementTree.Comment(
+                " With AppArmor or SELinux, libvirt does not label their sockets: allow QEMU to connect to them. "
+            )
+        )
+        command_line = ElementTree.SubElement(domain, "qemu:commandline")
+        for argument in (argument for device in others for option in _device_options(device) for argument in option):
+            ElementTree.SubElement(command_line, "qemu:arg", {"value": argument})
+    ElementTree.indent(domain)
+    return ElementTree.tostring(domain, encoding="unicode")
+
+
+def _is_libvirt_disk(device: Device) -> bool:
+    """A vhost-user disk of libvirt connects to the daemon, never the other way round."""
+    return device.common.type == "blk" and device.common.mode == "listen"
+
+
+def _disk(device: Device, index: int) -> ElementTree.Element:
+    disk = ElementTree.Element("disk", {"type": "vhostuser", "device": "disk"})
+    driver = {
+        "name": "qemu",
+        "type": "raw",
+        "queues": str(device.queues),
+        "queue_size": str(_queue_size(device)),
+    }
+    ElementTree.SubElement(disk, "driver", driver)
+    ElementTree.SubElement(disk, "source", {"type": "unix", "path": str(device.common.socket)})
+    ElementTree.SubElement(disk, "target", {"dev": f"vd{_letters(index)}", "bus": "virtio"})
+    return disk
+
+
+def _letters(index: int) -> str:
+    """a, b, ... z, aa, ab, ...: how Linux names the disks of one kind."""
+    letters = ""
+    index += 1
+    while index:
+        index, digit = divmod(index - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters

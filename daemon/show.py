@@ -1,0 +1,89 @@
+"""The table that ``hyperbell show`` prints of a running daemon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+_QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
+_DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "REFUSED", "ERRORS", "SOCKET")
+
+
+def render(stats: Mapping[str, Any], now: float | None = None) -> str:
+    """The answer to the control command ``stats`` as two tables: devices with their front-ends, and queues.
+
+    QUIET is the share of completions' notifications that the driver wanted suppressed. ``now``: wall clock seconds.
+    """
+    now = time.time() if now is None else now
+    devices = stats["devices"]
+    text = table(_DEVICE_COLUMNS, [_device_row(device, now) for device in devices])
+    queues = [_queue_row(device["backend"]["device"], queue) for device in devices for queue in _queues(device)]
+    if queues:
+        text += "\n\n" + table(_QUEUE_COLUMNS, queues)
+    return text
+
+
+def _queues(device: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    return device["backend"]["queues"]  # type: ignore[no-any-return]
+
+
+def _device_row(device: Mapping[str, Any], now: float) -> Sequence[str]:
+    connection = device["connection"]
+    return (
+        device["backend"]["device"],
+        device["backend"]["type"],
+        "connected" if connection["connected"] else "waiting",
+        duration(now - connection["since"]),
+        str(connection["connections"]),
+        str(connection["refused"]),
+        str(sum(connection["protocol_errors"].values())),
+        device["socket"],
+    )
+
+
+def _queue_row(device: str, queue: Mapping[str, Any]) -> Sequence[str]:
+    ops = queue["ops"].values()
+    notifications = queue["notifications_sent"] + queue["notifications_suppressed"]
+    state = "broken" if queue["broken"] else "running" if queue["running"] else "stopped"
+    return (
+        device,
+        str(queue["queue"]),
+        state,
+        str(sum(op["requests"] for op in ops)),
+        str(sum(op["errors"] for op in ops)),
+        size(sum(op["bytes"] for op in ops)),
+        str(queue["inflight"]),
+        str(queue["kicks"]),
+        f"{queue['notifications_suppressed'] / notifications:.0%}" if notifications else "-",
+    )
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns, two spaces apart."""
+    lines = [columns, *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def size(count: float) -> str:
+    """``count`` bytes for people: 4.0 KiB, 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A time span for people, in its two largest units: 4 s, 2 min 5 s, 3 h 12 min, 9 d 4 h."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

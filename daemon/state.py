@@ -1,0 +1,80 @@
+"""What the running daemon shows of itself: one snapshot that the metrics page and the control socket both read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+from virtio.stats import BackendStats, WorkerStats
+
+
+class ConnectionCounts(Protocol):
+    """What every transport counts for the one device it serves."""
+
+    @property
+    def connected(self) -> bool: ...
+    @property
+    def connections(self) -> int: ...
+    @property
+    def reconnects(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def messages(self) -> int: ...
+    @property
+    def memory_regions(self) -> int: ...
+    @property
+    def protocol_errors(self) -> Mapping[str, int]: ...
+    @property
+    def since(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionState:
+    """A copy of ``ConnectionCounts``, for threads that must not see them change.
+
+    ``since`` is the wall clock time in seconds at which ``connected`` last changed.
+    """
+
+    connected: bool
+    connections: int
+    reconnects: int
+    refused: int
+    messages: int
+    memory_regions: int
+    protocol_errors: Mapping[str, int]
+    since: float
+
+    @classmethod
+    def of(cls, counts: ConnectionCounts) -> ConnectionState:
+        values = {item.name: getattr(counts, item.name) for item in fields(cls)}
+        return cls(**values | {"protocol_errors": dict(counts.protocol_errors)})
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """One device at this moment. ``socket`` is where its front-end connects."""
+
+    backend: BackendStats
+    connection: ConnectionState
+    transport: str
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonState:
+    """Everything at this moment."""
+
+    devices: tuple[DeviceState, ...]
+    workers: tuple[WorkerStats, ...]
+
+
+def version() -> str:
+    """The installed version of hyperbell; ``unknown`` when it runs from a source tree that was never installed."""
+    try:
+        return metadata.version("hyperbell")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,142 @@
+"""Pack a guest's root: busybox, the kernel's modules in loading order, ``diskcheck`` and ``guest/init``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
+from guest.kernel import Kernel
+
+MODULES = ("virtio_pci", "virtio_blk", "virtio-rng")
+BUSYBOX = Path("/bin/busybox")
+HERE = Path(__file__).resolve().parent
+DISKCHECK_SOURCES = ("diskcheck.c", "stress.c", "diskcheck.h")
+COMPILE = ("gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "modules")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the archive: its content and ``st_mode``; ``device`` is (major, minor) of a device node."""
+
+    name: str
+    mode: int
+    content: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def prepare_initramfs(
+    kernel: Kernel, progress: Progress, modules: Sequence[str] = MODULES, extra: Mapping[str, bytes] | None = None
+) -> Path:
+    """The initramfs for ``kernel``, from the cache when the same content was packed before.
+
+    ``modules`` are kernel modules by file name (their dependencies come along), ``extra`` maps further
+    absolute paths in the guest to the content of executable files. Raises ``PrepareError`` with advice.
+    """
+    entries = [Entry(folder, stat.S_IFDIR | 0o755) for folder in FOLDERS]
+    # The kernel opens /dev/console for init before devtmpfs is mounted.
+    entries.append(Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
+    entries.append(_program("init", (HERE / "init").read_bytes()))
+    entries.append(_program("bin/busybox", _busybox()))
+    entries.append(_program("bin/diskcheck", _diskcheck(progress)))
+    order = module_order(kernel.modules, modules)
+    entries += [_program(f"modules/{path.name}", path.read_bytes()) for path in order]
+    entries.append(_program("modules/order", "".join(f"{path.stem}\n" for path in order).encode()))
+    entries += [_program(name.lstrip("/"), content) for name, content in (extra or {}).items()]
+    archive = newc(entries)
+    target = cache_folder() / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.cpio"
+    return target if target.exists() else store_file(target, archive)
+
+
+def module_order(folder: Path, wanted: Sequence[str]) -> list[Path]:
+    """The files of ``wanted`` and of all they depend on, dependencies first, as insmod needs them.
+
+    Read from each module's own ``depends=``: an unpacked package has no modules.dep.
+    """
+    files = {_module_name(path.stem): path for path in folder.rglob("*.ko")}
+    order: list[Path] = []
+
+    def add(name: str) -> None:
+        path = files.get(_module_name(name))
+        if path is None:
+            raise PrepareError(f"the kernel has no module {name} under {folder}; remove the cache folder to fetch anew")
+        if path in order:
+            return
+        found = re.search(rb"\0depends=([^\0]*)\0", b"\0" + path.read_bytes())
+        for dependency in found.group(1).decode().split(",") if found else []:
+            if dependency:
+                add(dependency)
+        order.append(path)
+
+    for name in wanted:
+        add(name)
+    return order
+
+
+def newc(entries: Sequence[Entry]) -> bytes:
+    """A cpio archive in the "newc" format (the kernel's Documentation/driver-api/early-userspace/buffer-format)."""
+    archive = bytearray()
+    for inode, entry in enumerate([*entries, Entry("TRAILER!!!", 0)], start=1):
+        name = entry.name.encode() + b"\0"
+        fields = (inode, entry.mode, 0, 0, 1, 0, len(entry.content), 0, 0, *entry.device, len(name), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + name
+        archive += bytes(-len(archive) % 4)
+        archive += entry.content
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def _program(name: str, content: bytes) -> Entry:
+    return Entry(name, stat.S_IFREG | 0o755, content)
+
+
+def _module_name(name: str) -> str:
+    return name.replace("-", "_")  # file names use both, "depends=" only the second
+
+
+def _busybox() -> bytes:
+    advice = "install the Debian package 'busybox-static'"
+    try:
+        content = BUSYBOX.read_bytes()
+    except OSError as error:
+        raise PrepareError(f"{BUSYBOX}: {error.strerror}; {advice}") from error
+    if b"/lib64/ld-linux" in content:
+        raise PrepareError(f"{BUSYBOX} needs shared libraries, which the guest has not; {advice}")
+    return content
+
+
+def _diskcheck(progress: Progress) -> bytes:
+    """The compiled ``diskcheck``, from the cache while its sources are the same."""
+    sources = [HERE / name for name in DISKCHECK_SOURCES]
+    digest = hashlib.sha256("\0".join(COMPILE).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    cache = cache_folder()
+    target = cache / f"diskcheck-{digest.hexdigest()[:16]}"
+    if target.exists():
+        return target.read_bytes()
+    progress("compiling the guest's diskcheck")
+    with scratch_folder(cache) as scratch:
+        made = scratch / target.name
+        units = [str(source) for source in sources if source.suffix == ".c"]
+        try:
+            done = subprocess.run(
+                [*COMPILE, "-o", str(made), *units],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env={**os.environ, "LC_ALL": "C"},
+            )
+        except FileNotFoundError as error:
+            raise PrepareError("gcc is not installed; install the Debian packages 'gcc' and 'libc6-dev'") from error
+        if done.returncode != 0:
+            raise PrepareError(f"guest/diskcheck.c does not compile:\n{done.stderr.strip()}")
+        made.rename(target)
+    return target.read_bytes()

@@ -1,0 +1,145 @@
+"""Fetch a Debian cloud kernel as a package, without installing it, and unpack what a guest needs of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+
+META_PACKAGE = "linux-image-cloud-amd64"
+APT_ADVICE = "run 'apt-get update' as root and try again (Debian 12's own package sources are enough)"
+
+# Linux x86 boot protocol: where a bzImage says how long its real-mode part is and where its payload lies.
+SETUP_SECTS_OFFSET = 0x1F1
+HEADER_MAGIC_OFFSET = 0x202
+PAYLOAD_OFFSET = 0x248
+LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel: ``image`` is what QEMU's ``-kernel`` takes, ``modules`` the folder of its .ko files."""
+
+    package: str
+    image: Path
+    modules: Path
+
+
+def prepare_kernel(progress: Progress) -> Kernel:
+    """The cached kernel, or the one that Debian's ``linux-image-cloud-amd64`` names now, fetched and unpacked.
+
+    Works as root and as any user who may run apt-get. Raises ``PrepareError`` with advice.
+    """
+    cache = cache_folder()
+    cached = sorted(cache.glob("linux-image-*/vmlinuz"), key=lambda image: image.stat().st_mtime)
+    if cached:
+        return _kernel_in(cached[-1].parent)
+    if platform.machine() != "x86_64":
+        raise PrepareError(f"real guests need an x86_64 host; this one is {platform.machine()}")
+    package = _concrete_package()
+    with scratch_folder(cache) as scratch:
+        archive = _download(package, scratch, progress)
+        progress(f"unpacking {archive.name}")
+        _unpack(archive, scratch / package, progress)
+        target = cache / package
+        try:
+            (scratch / package).rename(target)
+        except OSError:
+            # Another process was faster; its kernel is as good as ours.
+            if not (target / "vmlinuz").exists():
+                raise
+    return _kernel_in(target)
+
+
+def _kernel_in(folder: Path) -> Kernel:
+    vmlinux = folder / "vmlinux"
+    return Kernel(folder.name, vmlinux if vmlinux.exists() else folder / "vmlinuz", folder / "modules")
+
+
+def _run(command: list[str], what: str, cwd: Path | None = None) -> str:
+    """The standard output of ``command``; ``PrepareError`` when it cannot run or fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, "LC_ALL": "C"}
+        )
+    except FileNotFoundError as error:
+        raise PrepareError(f"{what}: '{command[0]}' is not installed on this machine") from error
+    except subprocess.TimeoutExpired as error:
+        raise PrepareError(f"{what}: '{command[0]}' did not finish within ten minutes") from error
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+        errors = [line for line in reason if line.startswith("E:")] or reason[-1:]
+        raise PrepareError(f"{what}: {' '.join(errors)}")
+    return done.stdout
+
+
+def _concrete_package() -> str:
+    """The versioned package that the meta package depends on."""
+    try:
+        text = _run(["apt-cache", "depends", "--important", META_PACKAGE], "looking for a cloud kernel")
+    except PrepareError as error:
+        raise PrepareError(f"{error}; {APT_ADVICE}") from error
+    found = re.search(r"Depends: (linux-image-\S+)", text)
+    if found is None:
+        raise PrepareError(f"apt does not know {META_PACKAGE}; {APT_ADVICE}")
+    return found.group(1)
+
+
+def _download(package: str, into: Path, progress: Progress) -> Path:
+    progress(f"fetching {package} (about 27 MB) with apt-get; it is not installed")
+    command = ["apt-get", "download", package]
+    if os.geteuid() == 0:
+        # apt drops root for a download and then cannot write here; it would say so and go on as root anyway.
+        command[1:1] = ["-o", "APT::Sandbox::User=root"]
+    try:
+        _run(command, f"fetching {package}", cwd=into)
+    except PrepareError as error:
+        raise PrepareError(f"{error}; {APT_ADVICE}") from error
+    archives = list(into.glob("*.deb"))
+    if len(archives) != 1:
+        raise PrepareError(f"apt-get download {package} left {len(archives)} packages instead of one; {APT_ADVICE}")
+    return archives[0]
+
+
+def _unpack(archive: Path, folder: Path, progress: Progress) -> None:
+    whole = folder.with_name("whole")
+    _run(["dpkg", "-x", str(archive), str(whole)], f"unpacking {archive.name}")
+    images = list(whole.glob("boot/vmlinuz-*"))
+    modules = list(whole.glob("lib/modules/*/kernel"))
+    if len(images) != 1 or len(modules) != 1:
+        raise PrepareError(
+            f"{archive.name} holds {len(images)} kernels and {len(modules)} module folders, not one each"
+        )
+    folder.mkdir()
+    images[0].rename(folder / "vmlinuz")
+    modules[0].rename(folder / "modules")
+    reason = _extract_vmlinux(folder / "vmlinuz", folder / "vmlinux")
+    if reason:
+        progress(f"using the compressed kernel, which boots some seconds slower: {reason}")
+
+
+def _extract_vmlinux(bzimage: Path, target: Path) -> str:
+    """Write the uncompressed kernel, which QEMU starts directly through its PVH entry. Returns why not, or ``""``."""
+    data = bzimage.read_bytes()
+    if data[HEADER_MAGIC_OFFSET : HEADER_MAGIC_OFFSET + 4] != b"HdrS":
+        return f"{bzimage.name} is not a bzImage"
+    offset, length = struct.unpack_from("<II", data, PAYLOAD_OFFSET)
+    start = (data[SETUP_SECTS_OFFSET] + 1) * 512 + offset
+    payload = data[start : start + length - 4]  # the last four bytes are the unpacked size, not lz4
+    if not payload.startswith(LZ4_LEGACY_MAGIC):
+        return "it is not lz4"
+    try:
+        done = subprocess.run(["lz4", "-dc"], input=payload, capture_output=True, timeout=120)
+    except FileNotFoundError:
+        return "the package 'lz4' is not installed"
+    (size,) = struct.unpack_from("<I", data, start + length - 4)
+    if done.returncode != 0 or len(done.stdout) != size or not done.stdout.startswith(b"\x7fELF"):
+        return f"lz4 could not unpack it (exit status {done.returncode}, {len(done.stdout)} of {size} bytes)"
+    target.write_bytes(done.stdout)
+    return ""

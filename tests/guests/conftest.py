@@ -1,0 +1,35 @@
+"""Fixtures of the tests that boot a real Linux guest."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guests.testbed import Testbed
+
+from guest.cache import PrepareError
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Testbed:
+    """Kernel, initramfs and QEMU. A machine that cannot have them skips these tests, saying what is missing."""
+    try:
+        return Testbed()
+    except PrepareError as error:
+        pytest.skip(f"no real guest here: {error}")
+
+
+@pytest.fixture(scope="module")
+def module_folder() -> Iterator[Path]:
+    """A folder with a name short enough for Unix sockets, kept for one module."""
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a name short enough for Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as name:
+        yield Path(name)

@@ -1,0 +1,147 @@
+"""One daemon and one guest for a test: the configuration, the images, the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest.initramfs import prepare_initramfs
+from guest.kernel import Kernel, prepare_kernel
+from guest.machine import Guest, Hypervisor, Machine, shared_memory
+from guest.pattern import SECTOR_SIZE, sector_content
+from guest.service import Daemon, free_port, serve
+
+MIB = 1024 * 1024
+DISK_SIZE = 64 * MIB
+FROZEN_SIZE = 8 * MIB
+FROZEN_WRITTEN = 1 * MIB
+FROZEN_SEED = 99
+SERIAL = "GUEST-TEST-01"
+
+CONFIG = f"""
+[daemon]
+metrics = "127.0.0.1:PORT"
+
+[workers.even]
+
+[workers.odd]
+
+[devices.disk]
+type = "blk"
+path = "disk.img"
+socket = "disk.sock"
+serial = "{SERIAL}"
+queues = 2
+workers = ["even", "odd"]
+
+[devices.frozen]
+type = "blk"
+path = "frozen.img"
+socket = "frozen.sock"
+read_only = true
+
+[devices.entropy]
+type = "rng"
+socket = "entropy.sock"
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to attach the devices: QEMU's board, options of the virtio devices, and the kernel's command line."""
+
+    name: str
+    board: str = "pc"
+    before: tuple[str, ...] = ()
+    options: str = ""
+    append: str = ""
+    ports: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return "packed=on" in self.options
+
+    @property
+    def translated(self) -> bool:
+        return "iommu_platform=on" in self.options
+
+
+SPLIT = Variant("split")
+PACKED = Variant("packed", options=",packed=on")
+# Device-IOTLB and ATS: without them QEMU 7.2 does not tell a vhost-user back-end of the guest's domain-wide
+# invalidations, and the back-end would write to pages that have long been somebody else's.
+# ATS is a capability of PCI Express: each device needs a port of its own.
+VIOMMU = Variant(
+    "viommu",
+    board="q35",
+    before=("-device", "intel-iommu,device-iotlb=on"),
+    options=",iommu_platform=on,ats=on",
+    append="intel_iommu=on",
+    ports=True,
+)
+
+
+class Testbed:
+    """What every guest of these tests shares; made once a session."""
+
+    __test__ = False  # not a class of tests, whatever its name begins with
+
+    def __init__(self) -> None:
+        """Raises ``PrepareError`` if this machine cannot run guests."""
+        self.kernel: Kernel = prepare_kernel(print)
+        self.initramfs: Path = prepare_initramfs(self.kernel, print)
+        self.hypervisor = Hypervisor(print)
+
+    @asynccontextmanager
+    async def boot(self, folder: Path, variant: Variant, *, reboots: bool = False) -> AsyncIterator[Guest]:
+        """A guest with two CPUs and all devices of ``CONFIG``, whose sockets lie in ``folder``."""
+        devices = [*variant.before, *shared_memory(256)]
+        for name, device in (
+            ("disk", "vhost-user-blk-pci,num-queues=2,disable-legacy=on"),
+            ("frozen", "vhost-user-blk-pci,num-queues=1,disable-legacy=on"),
+            ("entropy", "vhost-user-rng-pci"),
+        ):
+            # A test may restart the daemon. QEMU 7.2's rng does not know how to reconnect, and ends when told to.
+            reconnect = ",reconnect=1" if name != "entropy" else ""
+            devices += ["-chardev", f"socket,id={name},path={folder / name}.sock{reconnect}"]
+            bus = ""
+            if variant.ports:
+                devices += ["-device", f"pcie-root-port,id=port-{name},chassis={len(devices)}"]
+                bus = f",bus=port-{name}"
+            devices += ["-device", f"{device},chardev={name}{variant.options}{bus}"]
+        machine = Machine(
+            self.kernel.image,
+            self.initramfs,
+            devices,
+            cpus=2,
+            board=variant.board,
+            append=variant.append,
+            reboots=reboots,
+        )
+        async with self.hypervisor.boot(machine) as guest:
+            yield guest
+
+
+class Site:
+    """The configuration and the images of one daemon, in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.disk = folder / "disk.img"
+        self.frozen = folder / "frozen.img"
+        self.config = folder / "test.toml"
+        self.port = free_port()
+        self.config.write_text(CONFIG.replace("PORT", str(self.port)))
+        for image, size in ((self.disk, DISK_SIZE), (self.frozen, FROZEN_SIZE)):
+            image.touch()
+            os.truncate(image, size)
+        with self.frozen.open("r+b") as file:
+            file.write(b"".join(sector_content(n, FROZEN_SEED) for n in range(FROZEN_WRITTEN // SECTOR_SIZE)))
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[Daemon]:
+        async with serve(self.config, self.folder, self.port) as daemon:
+            yield daemon

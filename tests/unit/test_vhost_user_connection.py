@@ -1,0 +1,332 @@
+"""One connection over a real socket: refusals, descriptors of the wrong kind, order, and our own requests."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+import vhost_user_wire as wire
+from recording_backend import RecordingBackend
+from structlog.testing import capture_logs
+from vhost_user_wire import FrontEnd, u64
+
+from transports.vhost_user.connection import ACK_TIMEOUT, WRITE_TIMEOUT
+from transports.vhost_user.endpoint import Inherit
+from transports.vhost_user.server import VhostUserServer
+from virtio.errors import GuestError, HostError, PeerError
+from virtio.fd import OwnedFd
+from virtio.waist import ConfigChanged, IotlbMiss, Permission
+
+IOMMU = wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES
+UVA = 0x7F00_0000_0000
+
+
+@pytest.fixture
+def backend() -> RecordingBackend:
+    return RecordingBackend(features=wire.DEVICE_FEATURES)
+
+
+@asynccontextmanager
+async def connected(
+    backend: RecordingBackend, features: int = wire.F_VERSION_1 | wire.F_PROTOCOL_FEATURES, limit: float = 20
+) -> AsyncIterator[tuple[FrontEnd, VhostUserServer]]:
+    """A negotiated connection without a listening socket; it must have ended after the block."""
+    ours, theirs = trio.socket.socketpair()
+    server = VhostUserServer(backend, Inherit(OwnedFd(ours.detach())))
+    with trio.fail_after(limit):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.run)
+            with FrontEnd(theirs) as front_end:
+                await front_end.negotiate(features)
+                yield front_end, server
+    backend.close()
+
+
+async def open_channel(front_end: FrontEnd) -> FrontEnd:
+    """Give the back-end a channel; the front-end's side of it."""
+    ours, theirs = trio.socket.socketpair()
+    assert await front_end.do(21, b"", [ours.detach()]) == 0
+    return FrontEnd(theirs)
+
+
+# --- what fails and goes on, and what ends the connection ---
+
+
+@pytest.mark.parametrize(
+    "error", [HostError("out of memory"), PeerError("file too short"), GuestError("no such thing")], ids=repr
+)
+async def test_a_failed_operation_is_told_and_the_conversation_goes_on(
+    backend: RecordingBackend, error: Exception
+) -> None:
+    with wire.no_fd_leaks(), capture_logs() as logs:
+        async with connected(backend) as (front_end, server):
+            table = wire.mem_table(wire.region(0, wire.MIB, UVA))
+            for _ in range(3):
+                backend.failures["set_memory"] = error
+                assert await front_end.do(5, table, [wire.memfd()]) == 1
+            assert server.stats.memory_regions == 0
+            assert await front_end.do(5, table, [wire.memfd()]) == 0
+            assert server.stats.memory_regions == 1
+    refusals = [line for line in logs if line["event"] == "request refused"]
+    assert [line["request"] for line in refusals] == ["VHOST_USER_SET_MEM_TABLE"]  # once, however often it happens
+
+
+async def test_a_failed_operation_that_cannot_be_told_ends_the_connection(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks(), capture_logs() as logs:
+        async with connected(backend) as (front_end, server):
+            backend.failures["set_memory"] = HostError("out of memory")
+            await front_end.send(wire.message(5, wire.mem_table(wire.region(0, wire.MIB, UVA))), [wire.memfd()])
+            assert await front_end.ended()
+    (line,) = [line for line in logs if line["log_level"] == "error"]
+    assert (line["request"], line["error"]) == ("VHOST_USER_SET_MEM_TABLE", "out of memory")
+    assert not server.stats.protocol_errors  # it was not the front-end's fault
+
+
+async def test_config_errors_are_told_by_an_empty_payload(backend: RecordingBackend) -> None:
+    async with connected(backend) as (front_end, _):
+        assert await front_end.ask(24, wire.config(0, bytes(8))) == wire.config(0, bytes(range(8)))
+        assert await front_end.ask(24, wire.config(250, bytes(8))) == b""
+        assert await front_end.ask(24, wire.config(0, b"")) == b""
+        assert await front_end.ask(24, wire.config(4, bytes(4))) == wire.config(4, bytes(range(4, 8)))
+
+
+async def test_a_write_to_a_read_only_field_is_told(backend: RecordingBackend) -> None:
+    async with connected(backend) as (front_end, _):
+        assert await front_end.do(25, wire.config(32, b"\x00")) == 0
+        backend.failures["write_config"] = PeerError("capacity is read-only")
+        assert await front_end.do(25, wire.config(0, bytes(8))) == 1
+
+
+async def test_a_ring_the_driver_set_up_wrongly_does_not_end_the_connection(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks(), capture_logs() as logs:
+        async with connected(backend) as (front_end, _):
+            backend.failures["configure_queue"] = GuestError("the used ring lies outside memory")
+            await front_end.start_ring()
+            assert ("set_kick", 0, True) not in backend.calls
+            assert await front_end.ask(11, wire.vring_state(0, 0)) == wire.vring_state(0, 0)
+            assert "stop_queue" not in backend.verbs()
+    assert [line["queue"] for line in logs if "driver set it up wrongly" in line["event"]] == [0]
+
+
+@pytest.mark.parametrize("request_number", [12, 13, 14], ids=["KICK", "CALL", "ERR"])
+@pytest.mark.parametrize("kind", ["pipe", "file", "memory", "socket"])
+async def test_only_an_eventfd_can_notify(backend: RecordingBackend, request_number: int, kind: str) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, server):
+            await front_end.start_ring(0)
+            assert await front_end.do(8, wire.vring_state(1, 128)) == 0
+            assert await front_end.do(9, wire.vring_addr(1)) == 0
+            if kind == "pipe":
+                fd, other = os.pipe()
+                os.close(other)
+            elif kind == "file":
+                fd = os.open("/dev/null", os.O_RDWR)
+            elif kind == "memory":
+                fd = wire.memfd()
+            else:
+                fd = os.dup(front_end.socket.fileno())  # the connection itself
+            before = len(backend.calls)
+            assert await front_end.do(request_number, u64(1), [fd]) == 1
+            assert len(backend.calls) == before
+            assert sum(server.stats.protocol_errors.values()) == 1
+
+
+async def test_one_eventfd_may_serve_several_queues(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            shared = wire.eventfd()
+            for index in range(2):
+                assert await front_end.do(13, u64(index), [os.dup(shared)]) == 0
+            os.close(shared)
+
+
+@pytest.mark.parametrize("count", [9, 16, 17, 60, 253])
+async def test_a_flood_of_descriptors_ends_the_connection_and_all_are_closed(
+    backend: RecordingBackend, count: int
+) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, server):
+            await front_end.send(wire.message(5, wire.mem_table(wire.region(0, wire.MIB, UVA))), wire.eventfds(count))
+            assert await front_end.ended()
+            assert sum(server.stats.protocol_errors.values()) == 1
+
+
+async def test_messages_sent_at_once_keep_their_own_descriptors(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            await front_end.send(wire.message(1) + wire.message(17))
+            await front_end.send(wire.message(13, u64(0)), [wire.eventfd()])
+            await front_end.send(wire.message(14, u64(1)), [wire.eventfd()])
+            await front_end.send(wire.message(13, u64(1 | 1 << 8)))
+            assert (await front_end.receive())[0] == 1
+            assert (await front_end.receive())[0] == 17
+            assert await front_end.ask(40) == u64(0)
+            assert set(backend.fds) == {("call", 0), ("err", 1)}
+
+
+async def test_while_a_queue_drains_no_later_message_is_looked_at(backend: RecordingBackend) -> None:
+    async with connected(backend) as (front_end, _):
+        await front_end.start_ring()
+        backend.stopping[0] = trio.Event()
+        backend.bases[0] = 77
+        await front_end.send(wire.message(11, wire.vring_state(0, 0)) + wire.message(25, wire.config(32, b"\x00")))
+        await backend.called("stop_queue")
+        await trio.testing.wait_all_tasks_blocked()
+        assert "write_config" not in backend.verbs()
+        backend.stopping[0].set()
+        assert await front_end.receive() == (11, wire.vring_state(0, 77))
+        await backend.called("write_config")
+
+
+async def test_a_reset_keeps_the_memory_through_descriptors_of_its_own(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, server):
+            for request, payload in ((34, b""), (39, u64(0))):
+                await front_end.start_ring()
+                before = backend.regions
+                backend.calls.clear()
+                assert await front_end.do(request, payload) == 0
+                assert backend.verbs() == ["reset", "set_memory"]
+                (old,), (new,) = before, backend.regions
+                assert old.fd.closed
+                assert (new.gpa, new.size, new.uva, new.offset) == (old.gpa, old.size, old.uva, old.offset)
+                assert os.fstat(new.fd.fileno()).st_size == wire.MIB
+                assert server.stats.memory_regions == 1
+                assert await front_end.do(2, u64(wire.F_VERSION_1)) == 0
+
+
+async def talk_without_listening(front_end: FrontEnd) -> None:
+    while True:
+        await front_end.send(wire.message(1) * 64)
+
+
+async def test_a_front_end_that_never_reads_its_replies_loses_the_connection(
+    backend: RecordingBackend, autojump_clock: trio.testing.MockClock
+) -> None:
+    with wire.no_fd_leaks(), capture_logs() as logs:
+        async with connected(backend, limit=10 * WRITE_TIMEOUT) as (front_end, server):
+            with pytest.raises(BrokenPipeError):
+                await talk_without_listening(front_end)
+    assert trio.current_time() >= WRITE_TIMEOUT
+    assert [line["request"] for line in logs if line["log_level"] == "warning"] == ["VHOST_USER_GET_FEATURES"]
+    assert server.stats.protocol_errors == {"VHOST_USER_GET_FEATURES": 1}
+
+
+# --- requests of our own ---
+
+
+async def test_a_changed_config_space_is_announced_and_read_before_it_is_acknowledged(
+    backend: RecordingBackend,
+) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            with await open_channel(front_end) as channel:
+                await front_end.start_ring()
+                for capacity in (7, 8):
+                    backend.config[0] = capacity
+                    backend.post(ConfigChanged())
+                    assert await channel.receive() == (2, b"")
+                    assert await front_end.ask(24, wire.config(0, bytes(1))) == wire.config(0, bytes([capacity]))
+                    await channel.send(wire.reply_to(2, u64(0)))
+
+
+async def test_nothing_is_announced_while_the_device_is_suspended(backend: RecordingBackend) -> None:
+    async with connected(backend) as (front_end, _):
+        with await open_channel(front_end) as channel:
+            backend.post(ConfigChanged())
+            backend.post(ConfigChanged())
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(BlockingIOError):
+                os.read(channel.socket.fileno(), 1)
+            await front_end.start_ring()
+            assert await channel.receive() == (2, b"")  # one notice for both changes
+
+
+async def test_a_missing_translation_is_asked_for_and_its_answer_reaches_the_back_end(
+    backend: RecordingBackend,
+) -> None:
+    async with connected(backend, IOMMU) as (front_end, _):
+        with await open_channel(front_end) as channel:
+            await front_end.start_ring()
+            for _ in range(5):
+                backend.post(IotlbMiss(0x4000, Permission.READ))
+            assert await channel.receive() == (1, wire.iotlb(1, 0x4000, perm=1))
+            assert await front_end.ask(22, wire.iotlb(2, 0x4000, 0x1000, UVA, 3)) == u64(0)
+            await channel.send(wire.reply_to(1, u64(0)))
+            assert ("iotlb_update", 0x4000, 0x1000, UVA, 3) in backend.calls
+            assert await front_end.ask(22, wire.iotlb(2, 0x5000, 0x1000, 0, 3)) == u64(1)  # not shared memory
+            assert await front_end.ask(22, wire.iotlb(3, 0x4000, 0x1000)) == u64(0)
+            assert ("iotlb_invalidate", 0x4000, 0x1000) in backend.calls
+            # Those that came after the question was sent may mean a second loss: asked once more, for all of them.
+            assert await channel.receive() == (1, wire.iotlb(1, 0x4000, perm=1))
+            await channel.send(wire.reply_to(1, u64(1)))
+            backend.post(IotlbMiss(0x8000, Permission.WRITE))
+            assert await channel.receive() == (1, wire.iotlb(1, 0x8000, perm=2))
+
+
+async def test_a_miss_without_a_channel_is_logged_once(backend: RecordingBackend) -> None:
+    with capture_logs() as logs:
+        async with connected(backend, IOMMU) as (front_end, _):
+            await front_end.start_ring()
+            for iova in range(3):
+                backend.post(IotlbMiss(iova << 12, Permission.READ))
+                await trio.testing.wait_all_tasks_blocked()
+    assert len([line for line in logs if "no back-end channel" in line["event"]]) == 1
+
+
+async def test_a_front_end_that_never_acknowledges_is_waited_for_once(
+    backend: RecordingBackend, autojump_clock: trio.testing.MockClock
+) -> None:
+    with capture_logs() as logs:
+        async with connected(backend, limit=10 * ACK_TIMEOUT) as (front_end, _):
+            with await open_channel(front_end) as channel:
+                await front_end.start_ring()
+                for _ in range(4):
+                    backend.post(ConfigChanged())
+                    assert await channel.receive() == (2, b"")
+                    assert await front_end.ask(17) == u64(2)  # meanwhile its own requests are served
+                    await trio.testing.wait_all_tasks_blocked()
+    assert trio.current_time() == pytest.approx(ACK_TIMEOUT, abs=0.1)
+    assert len([line for line in logs if "does not answer on the back-end channel" in line["event"]]) == 1
+
+
+@pytest.mark.parametrize("answer", [wire.reply_to(9, u64(0)), b"nonsense and more"], ids=["wrong_request", "nonsense"])
+async def test_a_wrong_acknowledgement_ends_the_channel_and_not_the_connection(
+    backend: RecordingBackend, answer: bytes
+) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, server):
+            with await open_channel(front_end) as channel:
+                await front_end.start_ring()
+                backend.post(ConfigChanged())
+                await channel.receive()
+                await channel.send(answer)
+                assert await channel.ended()
+            assert await front_end.ask(17) == u64(2)
+            assert server.stats.protocol_errors == {"VHOST_USER_BACKEND_CONFIG_CHANGE_MSG": 1}
+
+
+async def test_a_channel_that_is_replaced_is_closed_and_the_question_asked_again(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            with await open_channel(front_end) as first:
+                await front_end.start_ring()
+                backend.post(ConfigChanged())
+                assert await first.receive() == (2, b"")
+                with await open_channel(front_end) as second:
+                    assert await first.ended()
+                    assert await second.receive() == (2, b"")
+                    await second.send(wire.reply_to(2, u64(0)))
+
+
+async def test_a_channel_that_is_no_socket_is_refused(backend: RecordingBackend) -> None:
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            assert await front_end.do(21, b"", [wire.eventfd()]) == 1
+            assert await front_end.do(21, b"", [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()]) == 1
+            assert await front_end.ask(17) == u64(2)

@@ -1,0 +1,237 @@
+"""One front-end's connection: the thin trio loop around a ``Session``."""
+
+from __future__ import annotations
+
+import array
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from transports.base import BackendLike
+from transports.vhost_user.backend_channel import BackendChannel
+from transports.vhost_user.framing import UNKNOWN_REQUEST
+from transports.vhost_user.messages import VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_REPLY_ACK
+from transports.vhost_user.operations import Request, SetBackendChannel
+from transports.vhost_user.perform import perform
+from transports.vhost_user.session import Session
+from transports.vhost_user.state import Value
+from transports.vhost_user.stats import ConnectionStats
+from virtio.errors import HyperbellError, PeerError
+from virtio.fd import OwnedFd
+from virtio.waist import ConfigChanged, IotlbMiss
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+WRITE_TIMEOUT: Final = 10.0  # seconds a front-end may take to read a reply of some bytes
+ACK_TIMEOUT: Final = 5.0  # seconds a front-end may take to acknowledge a back-end request
+MISSES_MAX: Final = 1024  # translations asked for at the same time; a queue waits for one at a time
+
+# Room for more descriptors than a message may have: too many is then seen as such, not as a truncation.
+_ANCILLARY_SIZE: Final = socket.CMSG_SPACE(16 * array.array("i").itemsize)
+
+
+class Connection:
+    """Serves one connected socket until the front-end leaves or breaks the protocol.
+
+    The back-end is not reset at the end: that is the server's, before it takes the next front-end.
+    """
+
+    def __init__(
+        self, backend: BackendLike, sock: trio.socket.SocketType, stats: ConnectionStats, log: FilteringBoundLogger
+    ) -> None:
+        self._backend = backend
+        self._socket = sock
+        self._stats = stats
+        self._log = log
+        self.session = Session(
+            device_features=backend.device_features(),
+            queue_count=backend.queue_count,
+            queue_size_max=backend.queue_size_max,
+        )
+        self._current: str = ""  # the request being carried out
+        self._refused: set[str] = set()  # requests whose refusal was logged already
+        self._channel: BackendChannel | None = None
+        self._config_changed = False
+        self._misses: dict[IotlbMiss, None] = {}  # an ordered set
+        self._wake = trio.Event()
+        self._warned_of_missing_channel = False
+
+    async def run(self) -> None:
+        """Serve until the end, and log it in one line. Closes the socket."""
+        self._stats.begin()
+        self._log.info("front-end connected")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._forward_events)
+                await self._converse()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._stats.end()
+            self.session.close()
+            self._socket.close()
+            if self._channel is not None:
+                self._channel.close()
+
+    def post(self, event: ConfigChanged | IotlbMiss) -> None:
+        """Tell the front-end of ``event`` as soon as it may be told; never waits.
+
+        While all rings are stopped the device is suspended and sends nothing: a changed config space
+        is announced when a ring starts, and nobody waits for a translation any more.
+        """
+        if isinstance(event, ConfigChanged):
+            self._config_changed = True
+        elif len(self._misses) < MISSES_MAX:
+            self._misses[event] = None
+        self._wake.set()
+
+    # --- requests of the front-end ---
+
+    async def _converse(self) -> None:
+        try:
+            await self._serve_requests()
+        except PeerError as error:
+            request = error.request or self._current or UNKNOWN_REQUEST
+            self._stats.protocol_errors[request] += 1
+            self._log.warning("connection ended: the front-end broke the protocol", request=request, error=str(error))
+        except HyperbellError as error:
+            self._log.error("connection ended: a request failed", request=self._current, error=str(error))
+        except OSError as error:
+            self._log.info("connection ended: the front-end left", error=str(error))
+        else:
+            if self.session.is_between_messages:
+                self._log.info("connection ended: the front-end left")
+            else:
+                self._log.warning("connection ended: the front-end left in the middle of a message")
+
+    async def _serve_requests(self) -> None:
+        while True:
+            request = self.session.next_request()
+            if request is None:
+                if not await self._receive():
+                    return
+                continue
+            self._current = request.name
+            self._stats.messages += 1
+            reply = await self._serve(request)
+            self._stats.memory_regions = len(self.session.state.memory.regions)
+            if reply:
+                await self._send(reply)
+            self._current = ""
+
+    async def _serve(self, request: Request) -> bytes:
+        try:
+            value = await self._carry_out(request)
+        except HyperbellError as error:
+            reply = self.session.reject(request, error)  # raises when the front-end cannot be told
+            if request.name not in self._refused:
+                self._refused.add(request.name)
+                self._log.warning("request refused", request=request.name, error=str(error))
+            if isinstance(error, PeerError):
+                self._stats.protocol_errors[request.name] += 1
+            return reply
+        reply = self.session.accept(request, value)
+        self._wake.set()  # a ring may run now, or a channel be there
+        return reply
+
+    async def _carry_out(self, request: Request) -> Value:
+        if not isinstance(request.operation, SetBackendChannel):
+            return await perform(self._backend, request, self._log)
+        channel = BackendChannel(
+            request.operation.fd,
+            wants_replies=self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_REPLY_ACK),
+        )
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+        return 0
+
+    async def _receive(self) -> bool:
+        """Read some bytes into the session; False at the end of the stream."""
+        data, ancillary, flags, _ = await self._socket.recvmsg(
+            self.session.wanted_bytes, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+        )
+        fds = [OwnedFd(number) for number in _received_fds(ancillary)]
+        self.session.receive(data, fds, truncated=bool(flags & socket.MSG_CTRUNC))
+        return bool(data)
+
+    async def _send(self, reply: bytes) -> None:
+        rest = memoryview(reply)
+        try:
+            with trio.fail_after(WRITE_TIMEOUT):
+                while rest:
+                    rest = rest[await self._socket.send(rest) :]
+        except trio.TooSlowError:
+            raise PeerError(f"the front-end has not read its replies for {WRITE_TIMEOUT:g} seconds") from None
+
+    # --- requests of our own ---
+
+    async def _forward_events(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while (event := self._next_event()) is not None:
+                await self._tell(event)
+
+    def _next_event(self) -> ConfigChanged | IotlbMiss | None:
+        state = self.session.state
+        if state.is_suspended:
+            self._misses.clear()
+            return None
+        if self._channel is None:
+            if self._misses and not self._warned_of_missing_channel:
+                self._warned_of_missing_channel = True
+                self._log.warning("a queue waits for a translation, but the front-end gave no back-end channel")
+            return None
+        if self._misses:
+            miss = next(iter(self._misses))
+            del self._misses[miss]
+            return miss
+        if self._config_changed:
+            self._config_changed = False
+            return ConfigChanged() if state.has_protocol_feature(VHOST_USER_PROTOCOL_F_CONFIG) else None
+        return None
+
+    async def _tell(self, event: ConfigChanged | IotlbMiss) -> None:
+        channel = self._channel
+        assert channel is not None
+        try:
+            with trio.fail_after(WRITE_TIMEOUT):
+                await channel.send(event)
+            with trio.move_on_after(ACK_TIMEOUT) as waiting:
+                if await channel.result() != 0:
+                    self._log.warning("the front-end could not do what the back-end asked", asked=repr(event))
+            if waiting.cancelled_caught:
+                channel.requests.stop_asking()
+                self._log.warning(
+                    "the front-end does not answer on the back-end channel; from now on it is not asked to",
+                    waited_seconds=ACK_TIMEOUT,
+                )
+        except trio.TooSlowError:
+            self._log.warning("the front-end does not read the back-end channel; it is not used any more")
+            self._drop_channel(channel)
+        except trio.ClosedResourceError:
+            self.post(event)  # replaced while we waited: once more, over the new channel
+        except PeerError as error:
+            self._stats.protocol_errors[error.request] += 1
+            self._log.warning("the back-end channel is not used any more", request=error.request, error=str(error))
+            self._drop_channel(channel)
+        except OSError as error:
+            self._log.warning("the back-end channel is not used any more", error=str(error))
+            self._drop_channel(channel)
+
+    def _drop_channel(self, channel: BackendChannel) -> None:
+        if self._channel is channel:
+            self._channel = None
+        channel.close()
+
+
+def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return list(numbers)
+
+

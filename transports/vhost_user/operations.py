@@ -1,0 +1,224 @@
+"""What a valid request asks of the back-end: plain values, decided by the session, carried out by ``perform``.
+
+The session changes its own state only when an operation is reported as done (``Session.accept``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transports.vhost_user.messages import Message
+from virtio.fd import OwnedFd
+from virtio.waist import MemoryRegion, QueueSetup
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Nothing to do: the session knows the answer (0 where the request has none)."""
+
+    value: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A well-formed request that cannot be granted; refused without ending the connection, if the wire can say so."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetOwner:
+    """The session begins; once more changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetProtocolFeatures:
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetFeatures:
+    """``bits`` as received; ``enable_all``: the rings are enabled at once, F_PROTOCOL_FEATURES was not set."""
+
+    bits: int
+    enable_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetMemory:
+    """The whole new memory table; regions that stay are the same objects as before."""
+
+    regions: tuple[MemoryRegion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetRingSize:
+    index: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRingAddresses:
+    index: int
+    desc: int
+    avail: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRingBase:
+    index: int
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartQueue:
+    """``setup`` is None when the queue runs already and only its kick fd changes; ``kick_fd`` None = poll the ring."""
+
+    index: int
+    setup: QueueSetup | None
+    kick_fd: OwnedFd | None
+
+
+@dataclass(frozen=True, slots=True)
+class StopQueue:
+    """Done with the ring's base as value; ``base`` is that value already when the queue does not run."""
+
+    index: int
+    base: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SetCall:
+    index: int
+    call_fd: OwnedFd | None
+
+
+@dataclass(frozen=True, slots=True)
+class SetErr:
+    index: int
+    err_fd: OwnedFd | None
+
+
+@dataclass(frozen=True, slots=True)
+class EnableQueue:
+    index: int
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DisableAllQueues:
+    """VHOST_USER_RESET_OWNER, as the text recommends to understand it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadConfig:
+    """Done with the bytes read as value; ``flags`` go back unchanged."""
+
+    offset: int
+    size: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteConfig:
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetStatus:
+    """A device status other than 0."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus:
+    """Done with the device status as value."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResetDevice:
+    """Device status 0 or VHOST_USER_RESET_DEVICE: the device forgets everything, the front-end's memory stays.
+
+    The front-end does not send its memory again, so ``regions`` (the table as it is) must be given to
+    the back-end anew. Done with the regions given as value.
+    """
+
+    regions: tuple[MemoryRegion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbUpdate:
+    iova: int
+    size: int
+    uva: int
+    perm: int
+
+
+@dataclass(frozen=True, slots=True)
+class IotlbInvalidate:
+    iova: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetBackendChannel:
+    fd: OwnedFd
+
+
+Operation = (
+    Answer
+    | Refuse
+    | SetOwner
+    | SetProtocolFeatures
+    | SetFeatures
+    | SetMemory
+    | SetRingSize
+    | SetRingAddresses
+    | SetRingBase
+    | StartQueue
+    | StopQueue
+    | SetCall
+    | SetErr
+    | EnableQueue
+    | DisableAllQueues
+    | ReadConfig
+    | WriteConfig
+    | SetStatus
+    | GetStatus
+    | ResetDevice
+    | IotlbUpdate
+    | IotlbInvalidate
+    | SetBackendChannel
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One valid request and what it asks for."""
+
+    message: Message
+    need_reply: bool
+    operation: Operation
+
+    @property
+    def name(self) -> str:
+        return self.message.name
+
+    @property
+    def fds(self) -> tuple[OwnedFd, ...]:
+        """The descriptors the operation carries, also those a memory table already had.
+
+        Whoever carries the operation out owns those it brought.
+        """
+        match self.operation:
+            case StartQueue(kick_fd=fd) | SetCall(call_fd=fd) | SetErr(err_fd=fd):
+                return () if fd is None else (fd,)
+            case SetBackendChannel(fd=fd):
+                return (fd,)
+            case SetMemory(regions=regions):
+                return tuple(region.fd for region in regions)
+            case _:
+                return ()

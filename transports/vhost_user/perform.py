@@ -1,0 +1,164 @@
+"""Carrying out one valid request: from an operation of the session to verbs of the waist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transports.base import BackendLike
+from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
+from transports.vhost_user.operations import (
+    Answer,
+    DisableAllQueues,
+    EnableQueue,
+    GetStatus,
+    IotlbInvalidate,
+    IotlbUpdate,
+    ReadConfig,
+    Refuse,
+    Request,
+    ResetDevice,
+    SetBackendChannel,
+    SetCall,
+    SetErr,
+    SetFeatures,
+    SetMemory,
+    SetOwner,
+    SetProtocolFeatures,
+    SetRingAddresses,
+    SetRingBase,
+    SetRingSize,
+    SetStatus,
+    StartQueue,
+    StopQueue,
+    WriteConfig,
+)
+from transports.vhost_user.state import Value
+from virtio.errors import GuestError, HostError, PeerError
+from virtio.fd import OwnedFd
+from virtio.waist import MemoryRegion, QueueSetup
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+
+async def perform(backend: BackendLike, request: Request, log: FilteringBoundLogger) -> Value:
+    """Do what ``request`` asks; the value it is done with (see ``operations``).
+
+    ``PeerError`` and ``HostError`` mean that it was not done. Every descriptor of the request has
+    gone to the back-end or is closed when this returns or raises. SetBackendChannel is not for the
+    device: the connection carries it out.
+    """
+    operation = request.operation
+    match operation:
+        case Answer(value=value):
+            return value
+        case Refuse(reason=reason):
+            raise PeerError(reason, request=request.name)
+        case SetFeatures(bits=bits, enable_all=enable_all):
+            backend.set_driver_features(bits & ~(1 << VHOST_USER_F_PROTOCOL_FEATURES))
+            if enable_all:
+                await _enable_all(backend, True)
+        case SetMemory(regions=regions):
+            await backend.set_memory(regions)
+        case StartQueue():
+            return await _start_queue(backend, operation, request.name, log)
+        case StopQueue(index=index, base=base):
+            return await backend.stop_queue(index) if base is None else base
+        case SetCall(index=index, call_fd=fd):
+            await backend.set_call(index, _eventfd(fd, request.name))
+        case SetErr(index=index, err_fd=fd):
+            await backend.set_err(index, _eventfd(fd, request.name))
+        case EnableQueue(index=index, on=on):
+            await backend.enable_queue(index, on)
+        case DisableAllQueues():
+            await _enable_all(backend, False)
+        case ReadConfig(offset=offset, size=size):
+            return backend.read_config(offset, size)
+        case WriteConfig(offset=offset, data=data):
+            backend.write_config(offset, data)
+        case SetStatus(status=status):
+            backend.set_status(status)
+        case GetStatus():
+            return backend.status
+        case ResetDevice(regions=regions):
+            return await _reset_device(backend, regions)
+        case IotlbUpdate(iova=iova, size=size, uva=uva, perm=perm):
+            await backend.iotlb_update(iova, size, uva, perm)
+        case IotlbInvalidate(iova=iova, size=size):
+            await backend.iotlb_invalidate(iova, size)
+        case SetOwner() | SetProtocolFeatures() | SetRingSize() | SetRingAddresses() | SetRingBase():
+            pass  # the session keeps these to itself until a queue starts
+        case SetBackendChannel():
+            raise TypeError("the back-end channel is the connection's")
+    return 0
+
+
+async def _start_queue(
+    backend: BackendLike, operation: StartQueue, request_name: str, log: FilteringBoundLogger
+) -> bool:
+    """True if the queue runs now; a driver's mistake in the ring leaves it stopped and is no fault of the front-end."""
+    kick_fd = _eventfd(operation.kick_fd, request_name)
+    try:
+        if operation.setup is not None:
+            await _configure_queue(backend, operation.index, operation.setup, kick_fd)
+        await backend.set_kick(operation.index, kick_fd)
+    except GuestError as error:
+        log.warning("queue not started: the driver set it up wrongly", queue=operation.index, error=str(error))
+        return False
+    return True
+
+
+async def _configure_queue(backend: BackendLike, index: int, setup: QueueSetup, kick_fd: OwnedFd | None) -> None:
+    try:
+        await backend.configure_queue(index, setup)
+    except BaseException:
+        if kick_fd is not None:
+            kick_fd.close()  # it will not get as far as set_kick, which would own it
+        raise
+
+
+async def _enable_all(backend: BackendLike, on: bool) -> None:
+    for index in range(backend.queue_count):
+        await backend.enable_queue(index, on)
+
+
+async def _reset_device(backend: BackendLike, regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
+    """Reset, then share the memory again through descriptors of its own: the old table's are closed with it."""
+    kept = _duplicate(regions)
+    try:
+        await backend.reset()
+    except BaseException:
+        for region in kept:
+            region.fd.close()
+        raise
+    if kept:
+        await backend.set_memory(kept)
+    return kept
+
+
+def _duplicate(regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
+    kept: list[MemoryRegion] = []
+    try:
+        for old in regions:
+            kept.append(MemoryRegion(old.gpa, old.size, old.uva, old.offset, old.fd.duplicate()))
+    except OSError as error:
+        for region in kept:
+            region.fd.close()
+        raise HostError(f"cannot keep the memory table over a reset: {error}", errno=error.errno or 0) from error
+    return tuple(kept)
+
+
+def _eventfd(fd: OwnedFd | None, request_name: str) -> OwnedFd | None:
+    """Only eventfds may notify: anything else could make a write to it wait for ever, or never stop being readable."""
+    if fd is None:
+        return None
+    try:
+        kind = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
+    except OSError as error:
+        fd.close()
+        raise HostError(f"cannot tell what kind of file descriptor came: {error}", errno=error.errno or 0) from error
+    if kind != "anon_inode:[eventfd]":
+        fd.close()
+        raise PeerError(f"the file descriptor is no eventfd but {kind.split(':')[0]}", request=request_name)
+    return fd

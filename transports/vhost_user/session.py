@@ -1,0 +1,144 @@
+"""One vhost-user connection, seen from the back-end, without any I/O.
+
+Bytes and descriptors go in (``receive``), valid requests come out one at a time (``next_request``),
+and each is answered (``accept`` or ``reject``) before the next is looked at. A rule that a message
+breaks is a ``PeerError`` that names the request; after it the session is closed, and every descriptor
+received so far is closed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from transports.vhost_user import payloads, rules
+from transports.vhost_user.framing import Frame, Framer
+from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, Payload, Reply
+from transports.vhost_user.operations import ReadConfig, Request, StopQueue
+from transports.vhost_user.payloads import ConfigAccess
+from transports.vhost_user.state import ConnectionState, Value
+from transports.vhost_user.vrings import Vring
+from virtio.errors import HyperbellError, PeerError
+from virtio.fd import OwnedFd
+
+_FAILURE: Final = 1  # any value but zero ("VHOST_USER_PROTOCOL_F_REPLY_ACK")
+
+
+class Session:
+    """The protocol of one connection.
+
+    ``device_features`` are the 64 feature bits of device and rings; ``queue_size_max`` counts entries.
+    ``state`` is for reading: it changes only through ``accept``.
+    """
+
+    def __init__(self, *, device_features: int, queue_count: int, queue_size_max: int) -> None:
+        self.state: Final = ConnectionState(
+            offered_features=device_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
+            queue_size_max=queue_size_max,
+            rings=[Vring(index) for index in range(queue_count)],
+        )
+        self._framer = Framer()
+        self._pending: Request | None = None
+        self._closed = False
+
+    def receive(self, data: bytes, fds: Iterable[int | OwnedFd] = (), *, truncated: bool = False) -> None:
+        """Take a chunk of any size with the descriptors that came with its first byte; never raises.
+
+        Every descriptor is owned from here on. ``truncated``: the kernel had more descriptors than
+        could be received (MSG_CTRUNC).
+        """
+        owned = [fd if isinstance(fd, OwnedFd) else OwnedFd(fd) for fd in fds]
+        self._framer.receive(data, owned, truncated=truncated)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How many bytes to read next, so that no chunk reaches into a second message."""
+        return self._framer.wanted_bytes
+
+    @property
+    def is_between_messages(self) -> bool:
+        """False once a message has begun and is not whole."""
+        return self._framer.is_between_messages
+
+    def next_request(self) -> Request | None:
+        """The next request, valid by the table and by the state; None while bytes are missing."""
+        if self._pending is not None:
+            raise RuntimeError(f"{self._pending.name} was not answered yet")
+        if self._closed:
+            return None
+        try:
+            frame = self._framer.next_frame()
+            self._pending = None if frame is None else self._plan(frame)
+        except PeerError:
+            self.close()
+            raise
+        return self._pending
+
+    def accept(self, request: Request, value: Value = 0) -> bytes:
+        """The operation is done with ``value``: change the state; the bytes to send, or none."""
+        self._settle(request)
+        self.state.commit(request.operation, value)
+        if request.message.reply is Reply.ALWAYS:
+            return payloads.build_reply(request.message.number, _answer(request, value))
+        return _status(request, 0)
+
+    def reject(self, request: Request, error: HyperbellError) -> bytes:
+        """The operation failed and nothing changed: the bytes that tell the front-end.
+
+        ``error`` itself is raised when the wire has no way to tell (the request has no reply, or one
+        that cannot say failure): the connection must end.
+        """
+        self._settle(request)
+        if request.message.answer is Payload.CONFIG:
+            # "back-end uses zero length of payload to indicate an error" (VHOST_USER_GET_CONFIG)
+            return payloads.build_reply(request.message.number, b"")
+        told = _status(request, _FAILURE)
+        if not told:
+            self.close()
+            raise error
+        return told
+
+    def close(self) -> None:
+        """Close every descriptor still held; those of requests given out belong to whoever took them."""
+        self._closed = True
+        self._framer.close()
+
+    def _plan(self, frame: Frame) -> Request:
+        row = frame.message
+        try:
+            operation = rules.plan(self.state, frame)
+        except PeerError as error:
+            for fd in frame.fds:
+                fd.close()
+            raise PeerError(str(error), request=row.name) from None
+        request = Request(row, frame.need_reply, operation)
+        kept = request.fds
+        for fd in frame.fds:
+            if not any(fd is one for one in kept):
+                fd.close()  # refused, or a descriptor that REM_MEM_REG must not use
+        return request
+
+    def _settle(self, request: Request) -> None:
+        if request is not self._pending:
+            raise RuntimeError(f"{request.name} does not wait for an answer")
+        self._pending = None
+
+
+def _status(request: Request, value: int) -> bytes:
+    """The u64 that says success or failure, where the request may have one."""
+    rule = request.message.reply
+    if rule is Reply.ALWAYS_STATUS or (rule is Reply.ON_REQUEST and request.need_reply):
+        return payloads.build_reply(request.message.number, payloads.build_u64(value))
+    return b""
+
+
+def _answer(request: Request, value: Value) -> bytes:
+    """The payload of a reply of the request's own."""
+    match request.operation, value:
+        case ReadConfig(offset=offset, flags=flags), bytes():
+            return payloads.build_config(ConfigAccess(offset, flags, value))
+        case StopQueue(index=index), int():
+            return payloads.build_vring_state(index, value)
+        case _, int():
+            return payloads.build_u64(value)
+    raise TypeError(f"{request.name} cannot be answered with {value!r}")
