@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from config.loader import Config, Device
+from config.origins import KeyPath
 from config.problems import Problem
 from virtio.devices.blk import BlkOptions
 from virtio.errors import HostError
@@ -27,16 +28,13 @@ def host_notes(config: Config) -> Iterator[Problem]:
         if absent:
             message = f"this host has no CPU {', '.join(map(str, absent))} for the daemon"
             yield config.problem(("workers", name, "cpus"), message, f"it has: {_ranges(usable)}")
-    if config.daemon.control is not None:
-        yield from _folder_notes(config, ("daemon", "control"), config.daemon.control)
+    yield from _folder_notes(config)
     for device in config.devices.values():
         yield from _device_notes(config, device)
 
 
 def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
     path = ("devices", device.name)
-    if device.common.mode == "listen" and device.common.socket_fd is None:
-        yield from _folder_notes(config, (*path, "socket"), device.common.socket)
     group = device.common.socket_group
     if group is not None and not _group_exists(group):
         hint = f"create it (groupadd --system {group}), or name another"
@@ -48,10 +46,16 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
             yield config.problem((*path, "path"), f"{image} does not exist", hint)
 
 
-def _folder_notes(config: Config, path: tuple[str, ...], socket: Path) -> Iterator[Problem]:
-    if not socket.parent.is_dir():
-        message = f"the folder {socket.parent} does not exist"
-        yield config.problem(path, message, "create it; the systemd unit makes /run/hyperbell")
+def _folder_notes(config: Config) -> Iterator[Problem]:
+    """Each folder a socket is to be made in that is not there, once."""
+    sockets: dict[KeyPath, Path] = {
+        ("devices", name, "socket"): device.common.socket for name, device in config.devices.items()
+    }
+    if config.daemon.control is not None:
+        sockets["daemon", "control"] = config.daemon.control
+    missing = {socket.parent: path for path, socket in reversed(sockets.items()) if not socket.parent.is_dir()}
+    for folder, path in missing.items():
+        yield config.problem(path, f"the folder {folder} does not exist", f"create it: mkdir -p {folder}")
 
 
 def _group_exists(name: str) -> bool:

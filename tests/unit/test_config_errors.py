@@ -140,7 +140,7 @@ MISTAKES = [
         "devices.c",
         "socket",
         'socket of device "a"',
-        "a socket of its own",
+        "a file of its own",
     ),
     (
         DISK + DISK.replace("s.a]", "s.b]").replace("a.sock", "b.sock"),

@@ -166,5 +166,7 @@ uint64_t virtqueue_take_kicks(struct virtqueue *vq)
 	if (count > UINT32_MAX)
 		count = UINT32_MAX;
 	stat_add(&vq->stats.kicks, count);
+	stat_add(&vq->stats.wakeups, 1);
+	vq->kicked = true; /* until the queue is served: was there anything? */
 	return count;
 }

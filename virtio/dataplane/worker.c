@@ -66,11 +66,9 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 		}
 	}
 	if (vq->kicked) {
-		vq->kicked = false;
-		stat_add(&vq->stats.wakeups, 1);
-		virtqueue_take_kicks(vq);
-		if (served == 0)
+		if (virtqueue_take_kicks(vq) && served == 0)
 			stat_add(&vq->stats.empty_wakeups, 1);
+		vq->kicked = false;
 	}
 	return served > 0;
 }
