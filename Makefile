@@ -48,7 +48,7 @@ c-check: setup
 	  gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
-	@$(BIN)/python tests/bench/run.py
+	@$(BIN)/python -m tests.bench.run
 
 stub: ## rewrite virtio/_dataplane.pyi after changing dataplane.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py

@@ -251,7 +251,12 @@ def _problem(origins: Origins, finding: Finding) -> Problem:
 
 def _parse(model: type[Model], table: Tree) -> Model:
     """``table`` as ``model``, with what JSON's strict rules allow: a string may be a path, but 1 is not true."""
-    return model.model_validate_json(json.dumps(table, default=str), strict=True)
+    return model.model_validate_json(json.dumps(table, default=_date), strict=True)
+
+
+def _date(value: object) -> object:
+    """What JSON has no form for, dates and times, becomes something that no key takes."""
+    return {"date": str(value)}
 
 
 def _salvage(table: Tree) -> tuple[DeviceConfig, frozenset[str]]:

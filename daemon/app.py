@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,7 +18,7 @@ from config.loader import Config
 from config.problems import ConfigError
 from config.schema import DaemonConfig
 from daemon import log
-from daemon.catalogue import TRANSPORTS, VhostUserService, features_off, make_devices
+from daemon.catalogue import Service, features_off, make_devices
 from daemon.control import serve_control
 from daemon.metrics_server import PATH, serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
@@ -55,7 +56,7 @@ class App:
         self._workers: dict[str, Worker] = {}
         self._devices: Mapping[str, Device] = {}
         self._backends: dict[str, Backend] = {}
-        self._services: dict[str, VhostUserService] = {}
+        self._services: dict[str, Service] = {}
         self._metrics_url = ""
 
     async def run(self) -> None:
@@ -111,8 +112,7 @@ class App:
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         config = self._config
         for name, backend in self._backends.items():
-            common = config.devices[name].common
-            self._services[name] = TRANSPORTS[common.transport](backend, common)
+            self._services[name] = Service(backend, config.devices[name].common)
         if config.daemon.control is not None:
             await nursery.start(serve_control, config.daemon.control, self.snapshot)
         if config.daemon.metrics_address is not None:
@@ -126,13 +126,13 @@ class App:
             for name, service in self._services.items():
                 await servers.start(self._serve_device, name, service)
             self._announce()
-            if self._notifier.active:
+            if math.isfinite(watchdog_interval()):
                 nursery.start_soon(feed_watchdog, self._notifier, watchdog_interval())
         self._log.info("no device is left to serve")
         nursery.cancel_scope.cancel()
 
     async def _serve_device(
-        self, name: str, service: VhostUserService, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, service: Service, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         try:
             await service.run(task_status=task_status)

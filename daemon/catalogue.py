@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
+from importlib import import_module
+from typing import Final, Protocol, cast
 
 import trio
 
 from config.loader import Config, Device
 from config.schema import DeviceConfig, DeviceType
-from daemon.state import ConnectionCounts
+from transports import TRANSPORTS
 from transports.base import BackendLike
 from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.stats import ConnectionStats
 from virtio.device import Device as VirtioDevice
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
@@ -24,24 +24,32 @@ _ALWAYS_ON: Final = frozenset({"VIRTIO_F_VERSION_1"})
 """Not to be turned off: without it a device would be a legacy one (virtio 1.3, 6.1), and no device here is."""
 
 
-class VhostUserService:
-    """One device behind a vhost-user socket."""
+class Transport(Protocol):
+    """What the module of each transport has."""
+
+    async def serve(
+        self,
+        backend: BackendLike,
+        endpoint: Endpoint,
+        *,
+        stats: ConnectionStats | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until cancelled, or until the front-end of an inherited connection leaves."""
+
+
+class Service:
+    """One device behind its transport. ``connection`` has the counters of its front-ends."""
 
     def __init__(self, backend: BackendLike, common: DeviceConfig) -> None:
-        """``HostError`` when the inherited socket is not there."""
-        self._server = VhostUserServer(backend, _endpoint(common))
-
-    @property
-    def connection(self) -> ConnectionCounts:
-        return self._server.stats
+        self.connection: Final = ConnectionStats()
+        self._transport = cast(Transport, import_module(TRANSPORTS[common.transport]))
+        self._backend = backend
+        self._endpoint = _endpoint(common)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled, or until the front-end of an inherited connection leaves."""
-        await self._server.run(task_status=task_status)
-
-
-TRANSPORTS: Final[Mapping[str, type[VhostUserService]]] = MappingProxyType({"vhost-user": VhostUserService})
-"""Transport name in the configuration to what serves a device over it."""
+        """Serve until cancelled, or until the front-end of an inherited connection leaves. Started once it listens."""
+        await self._transport.serve(self._backend, self._endpoint, stats=self.connection, task_status=task_status)
 
 
 def device_types() -> Mapping[str, DeviceType]:

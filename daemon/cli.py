@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,14 @@ from config.loader import Config, load
 from config.problems import ConfigError
 from daemon import log
 from daemon.app import App, LogChoice
-from daemon.catalogue import TRANSPORTS, device_types
+from daemon.catalogue import device_types
 from daemon.control import ask
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
 from daemon.qemu_args import libvirt_xml, pasteable, qemu_arguments, why_not
 from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
+from transports import TRANSPORTS
 from virtio.errors import HostError
 
 EXIT_OK: Final = 0
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return command(arguments)
+        status = command(arguments)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         count = len(error.problems)
@@ -58,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HostError as error:
         print(f"hyperbell: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except BrokenPipeError:  # `hyperbell schema | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `hyperbell schema | head`: what is still buffered goes nowhere, without a complaint
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return EXIT_FAILURE
 
 

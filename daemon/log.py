@@ -38,19 +38,22 @@ class _Lines:
     """Writes finished lines to ``stream``. One that cannot be written is dropped: a log must not stop the daemon."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def msg(self, line: str) -> None:
         try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            self.stream.write(line + "\n")
+            self.stream.flush()
         except (OSError, ValueError):  # the reader of a pipe is gone, or the stream was closed
             return
 
     debug = info = warning = error = critical = msg
 
 
+# One of each for the whole process, changed in place: loggers that were bound before a change follow it.
 _threshold = _Threshold()
+_lines = _Lines(sys.stderr)
+_pipeline: list[Processor] = []
 
 
 def configure(level: str, format_name: str, stream: TextIO | None = None) -> None:
@@ -60,13 +63,20 @@ def configure(level: str, format_name: str, stream: TextIO | None = None) -> Non
     Loggers made before follow.
     """
     stream = sys.stderr if stream is None else stream
-    _threshold.least = LEVELS[level]
     if format_name == "auto":
         format_name = choose_format(stream, os.environ)
+    _threshold.least = LEVELS[level]
+    _lines.stream = stream
+    _pipeline[:] = [
+        _threshold,
+        structlog.contextvars.merge_contextvars,
+        _level_name,
+        *_renderers(format_name, stream),
+    ]
     structlog.configure(
-        processors=[_threshold, structlog.contextvars.merge_contextvars, _level_name, *_renderers(format_name, stream)],
+        processors=_pipeline,
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS["debug"]),
-        logger_factory=lambda *_: _Lines(stream),
+        logger_factory=lambda *_: _lines,
         cache_logger_on_first_use=False,
     )
 

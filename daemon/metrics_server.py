@@ -102,9 +102,15 @@ def _bind(host: str, port: int) -> _Server:
 
 def _only_metrics(application: WSGIApplication) -> WSGIApplication:
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ.get("PATH_INFO") == PATH:
+        plain = [("Content-Type", "text/plain; charset=utf-8")]
+        if environ.get("PATH_INFO") != PATH:
+            start_response("404 Not Found", plain)
+            return [f"the metrics are at {PATH}\n".encode()]
+        try:
             return application(environ, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"the metrics are at {PATH}\n".encode()]
+        except Exception:
+            structlog.get_logger().exception("the metrics cannot be collected")
+            start_response("500 Internal Server Error", plain)
+            return [b"the metrics cannot be collected; the daemon's log says why\n"]
 
     return answer

@@ -6,35 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
+from transports.vhost_user.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats
-
-
-class ConnectionCounts(Protocol):
-    """What every transport counts for the one device it serves."""
-
-    @property
-    def connected(self) -> bool: ...
-    @property
-    def connections(self) -> int: ...
-    @property
-    def reconnects(self) -> int: ...
-    @property
-    def refused(self) -> int: ...
-    @property
-    def messages(self) -> int: ...
-    @property
-    def memory_regions(self) -> int: ...
-    @property
-    def protocol_errors(self) -> Mapping[str, int]: ...
-    @property
-    def since(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionState:
-    """A copy of ``ConnectionCounts``, for threads that must not see them change.
+    """A copy of a transport's ``ConnectionStats``, for threads that must not see them change.
 
     ``since`` is the wall clock time in seconds at which ``connected`` last changed.
     """
@@ -49,7 +28,7 @@ class ConnectionState:
     since: float
 
     @classmethod
-    def of(cls, counts: ConnectionCounts) -> ConnectionState:
+    def of(cls, counts: ConnectionStats) -> ConnectionState:
         values = {item.name: getattr(counts, item.name) for item in fields(cls)}
         return cls(**values | {"protocol_errors": dict(counts.protocol_errors)})
 

@@ -23,7 +23,7 @@ from guest.cache import PrepareError
 from guest.initramfs import prepare_initramfs
 from guest.kernel import Kernel, prepare_kernel
 from guest.machine import ConsoleLine, Guest, Hypervisor, Machine, MachineError
-from guest.pattern import check_pattern, check_zeroes
+from guest.pattern import check_pattern, check_zeroes, sum_generations
 from guest.report import Report
 from guest.service import Daemon, Metrics, ServiceError, free_port, qemu_arguments, serve
 
@@ -37,6 +37,8 @@ WRITTEN = (0, 16 * MIB)
 DISCARDED = (8 * MIB, 4 * MIB)
 ZEROED = (4 * MIB, 1 * MIB)
 UNTOUCHED = ((0, 4 * MIB), (5 * MIB, 3 * MIB), (12 * MIB, 4 * MIB))
+STRESSED = (32 * MIB, 4 * MIB)
+STRESS = "2 16 1000"  # threads, requests in flight for each, requests of each
 ENTROPY_BYTES = 4096
 
 
@@ -78,14 +80,14 @@ class Demo:
             self.report.done("hyperbell serves disk and entropy", time.monotonic() - begin)
             devices = await qemu_arguments(self.config, MEMORY_MIB)
             machine = Machine(kernel.image, initramfs, devices, memory_mib=MEMORY_MIB, cpus=2)
-            begin = time.monotonic()
-            async with hypervisor.boot(machine) as guest:
-                self.report.done("a Linux guest is up", time.monotonic() - begin)
-                facts = await self.use_disk(guest, daemon)
-                facts |= await self.use_entropy(guest)
-                metrics = await daemon.metrics()
-                self.check_metrics(metrics)
-                await guest.power_off()
+            try:
+                facts, metrics = await self.guest_part(hypervisor, machine, daemon)
+            except MachineError as error:
+                if daemon.process.returncode is None:
+                    raise
+                raise daemon.error(
+                    f"the daemon ended with status {daemon.process.returncode} under the guest"
+                ) from error
             self.report.summary(facts, metrics, daemon.metrics_address, stay)
             if stay:
                 await trio.sleep_forever()
@@ -93,6 +95,21 @@ class Demo:
             left = [path.name for path in self.folder.glob("*.sock") if path.name != "notify.sock"]
             promise(not left, f"the daemon left its sockets behind: {', '.join(left)}")
             self.report.done("guest and daemon ended cleanly")
+
+    async def guest_part(
+        self, hypervisor: Hypervisor, machine: Machine, daemon: Daemon
+    ) -> tuple[dict[str, str], Metrics]:
+        """All that needs the guest; answers its results and the last metrics before it left."""
+        begin = time.monotonic()
+        async with hypervisor.boot(machine) as guest:
+            self.report.done("a Linux guest is up", time.monotonic() - begin)
+            facts = await self.use_disk(guest, daemon)
+            await self.stress_disk(guest)
+            facts |= await self.use_entropy(guest)
+            metrics = await daemon.metrics()
+            self.check_metrics(metrics)
+            await guest.power_off()
+        return facts, metrics
 
     async def use_disk(self, guest: Guest, daemon: Daemon) -> dict[str, str]:
         """Write, flush, read, discard and zero in the guest; look at the image file after each."""
@@ -129,6 +146,23 @@ class Demo:
         promise(not wrong, wrong)
         self.report.done(f"{size(ZEROED[1])} zeroed (BLKZEROOUT); what lies beside it is untouched")
         return facts
+
+    async def stress_disk(self, guest: Guest) -> None:
+        """Random reads and writes at depth on both queues; every block is checked, by the guest and here."""
+        answer = await guest.run("diskcheck stress stress /dev/vda {} {} {} {}".format(*STRESSED, SEED, STRESS))
+        facts = answer.results
+        try:
+            found = sum_generations(self.image, *STRESSED, SEED)
+        except ValueError as error:
+            raise DemoFailedError(str(error)) from error
+        promise(
+            found == int(facts["stress.generations"]),
+            f"the image holds {found} writes of the {facts['stress.generations']} the guest did at random",
+        )
+        self.report.done(
+            f"{facts['stress.reads']} reads and {facts['stress.writes']} writes at random, 16 at a time on each of "
+            "2 queues; each block checked"
+        )
 
     async def disk_facts(self, guest: Guest) -> dict[str, str]:
         """What the guest sees of its disk, which must be what the configuration says."""
@@ -168,7 +202,7 @@ class Demo:
             promise(requests.get(op, 0) > 0, f"the metrics know no '{op}' request (only {', '.join(sorted(requests))})")
         given = metrics.total("hyperbell_request_bytes_total", device="entropy")
         promise(given >= 2 * ENTROPY_BYTES, f"the metrics say the entropy device gave {given:.0f} bytes")
-        for name in ("hyperbell_request_errors_total", "hyperbell_protocol_errors_total"):
+        for name in ("hyperbell_request_errors_total", "hyperbell_protocol_errors_total", "hyperbell_queue_broken"):
             promise(metrics.total(name) == 0, f"{name} is {metrics.total(name):.0f}")
         for device in ("disk", "entropy"):
             connected = metrics.total("hyperbell_frontend_connected", device=device)

@@ -75,8 +75,15 @@ class Report:
         times = [
             metrics.quantile(fraction, "hyperbell_request_duration_seconds", **labels) for fraction in (0.50, 0.99)
         ]
-        latency = "".join(f"{'' if time is None else f'{time * 1e6:.0f} {self._micro}':>11}" for time in times)
+        latency = "".join(f"{self._duration(time):>11}" for time in times)
         self._print(f"  {device:<9} {op:<12}{count:>9.0f}{human(moved):>11}{latency}")
+
+    def _duration(self, seconds: float | None) -> str:
+        if seconds is None:
+            return ""
+        if seconds < 1e-3:
+            return f"{seconds * 1e6:.0f} {self._micro}"
+        return f"{seconds * 1e3:.1f} ms"
 
     def _doorbells(self, metrics: Metrics, device: str) -> str:
         def total(name: str) -> int:

@@ -19,7 +19,15 @@ import trio
 from transports.base import BackendLike
 from transports.vhost_user.endpoint import Endpoint
 from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
-from transports.vhost_user.operations import Answer, Operation, ReadConfig, ResetDevice, SetMemory, StopQueue
+from transports.vhost_user.operations import (
+    Answer,
+    Operation,
+    ReadConfig,
+    ResetDevice,
+    SetMemory,
+    StopDevice,
+    StopQueue,
+)
 from transports.vhost_user.server import VhostUserServer
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
@@ -178,7 +186,7 @@ class Dialogue:
         """A message that is carried out at once; its reply."""
         operation = self.plan(request, payload, fds, need_reply=need_reply)
         if value is None:
-            value = _usual_value(operation)
+            value = usual_value(operation)
         for fd in self._planned.fds:
             if not isinstance(operation, SetMemory):
                 fd.close()
@@ -231,7 +239,7 @@ class Dialogue:
             one.fd.close()
 
 
-def _usual_value(operation: Operation) -> Value:
+def usual_value(operation: Operation) -> Value:
     match operation:
         case Answer(value=value):
             return value
@@ -241,6 +249,8 @@ def _usual_value(operation: Operation) -> Value:
             return bytes(size)
         case ResetDevice(regions=regions):
             return regions
+        case StopDevice(running=running):
+            return dict.fromkeys(running, 0)
         case _:
             return 0
 
@@ -338,5 +348,6 @@ class FrontEnd:
         assert await self.do(10, vring_state(index, 0)) == 0
         assert await self.do(9, vring_addr(index)) == 0
         assert await self.do(13, u64(index), [eventfd()]) == 0
+        assert await self.do(14, u64(index), [eventfd()]) == 0
         assert await self.do(12, u64(index), [eventfd()]) == 0
         assert await self.do(18, vring_state(index, 1)) == 0

@@ -68,13 +68,22 @@ class NativeDisk(NativeDevice):
             raise HostError("making a disk failed")
         self.pointer = ffi.gc(pointer, lib.native_device_unref)
 
+    def _alive(self) -> Any:
+        if self.pointer == ffi.NULL:
+            raise ValueError("the disk is closed")
+        return self.pointer
+
     def set_capacity(self, sectors: int) -> None:
         """The image was resized; requests beyond the new end fail from now on."""
-        lib.blk_set_capacity(self.pointer, sectors)
+        lib.blk_set_capacity(self._alive(), sectors)
 
     def set_writeback(self, on: bool) -> None:
         """The driver's cache mode (5.2.5.2): off means that a write is durable before it is answered."""
-        lib.blk_set_writeback(self.pointer, on)
+        lib.blk_set_writeback(self._alive(), on)
+
+    def close(self) -> None:
+        """Let go of the disk, and so of the image and its lock; a worker in the middle of a request does so later."""
+        self.pointer = ffi.NULL
 
 
 def file_is_memory(fd: OwnedFd) -> bool:

@@ -289,7 +289,8 @@ class BlkFrontend:
         text = texts.get(code, os.strerror(-code) if -4096 < code < 0 else str(code))
         return (
             f"{self.socket_path}: queue {fault.queue_index}: {text} (in flight {fault.in_flight}, avail index "
-            f"{fault.avail_idx:#x}, last used {fault.last_used:#x}, device published {fault.used_idx:#x})"
+            f"{fault.avail_idx:#x}, last used {fault.last_used:#x}; the device published {fault.used_idx:#x} and wants "
+            f"its next kick at {fault.kick_wish:#x})"
         )
 
     def fill(self, blocks: int = 0, request_bytes: int = 4096) -> RunResult:

@@ -10,6 +10,7 @@
 #include "frontend.h"
 
 #define SPINS_PER_CLOCK 256 /* empty looks at the rings between two looks at the clock */
+#define WATCH_STEP_NS 100000000ull
 
 static uint64_t clock_ns(void)
 {
@@ -30,6 +31,7 @@ int run_fail(struct run *r, const struct fe_queue *q, int code, uint64_t detail)
 		r->fault->last_used |= (uint32_t)q->used_wrap << 15;
 	}
 	r->fault->used_idx = q->ops->published(q);
+	r->fault->kick_wish = q->ops->kick_wish(q);
 	r->fault->detail = detail;
 	return code;
 }
@@ -104,6 +106,23 @@ static int fail_stalled(struct run *r)
 	return run_fail(r, stuck, FE_E_STALLED, 0);
 }
 
+/*
+ * Whether nothing came back for too long. What passes between two looks counts for one step at most: a front-end
+ * that did not run for seconds itself must not blame the device.
+ */
+static int is_stalled(struct run *r)
+{
+	uint64_t now = clock_ns(), step = now - r->looked;
+
+	if (r->looked < r->now) { /* something came back since */
+		r->waited = 0;
+		step = now - r->now;
+	}
+	r->waited += step < WATCH_STEP_NS ? step : WATCH_STEP_NS;
+	r->looked = now;
+	return r->waited > r->job->stall_ns;
+}
+
 /* All queues are armed or done: sleep until a call fd is written. */
 static int wait_for_calls(struct run *r)
 {
@@ -119,10 +138,10 @@ static int wait_for_calls(struct run *r)
 		fds[n].events = POLLIN;
 		waiting[n++] = r->queues[i];
 	}
-	rc = poll(fds, n, (int)(r->job->stall_ns / 1000000));
+	rc = poll(fds, n, WATCH_STEP_NS / 1000000);
 	if (rc < 0 && errno != EINTR)
 		return -errno;
-	if (!rc)
+	if (!rc && is_stalled(r))
 		return fail_stalled(r);
 	for (uint32_t i = 0; rc > 0 && i < n; i++) {
 		if (!(fds[i].revents & POLLIN))
@@ -196,7 +215,7 @@ static int run_polling(struct run *r)
 			spins = 0;
 			continue;
 		}
-		if (++spins % SPINS_PER_CLOCK == 0 && clock_ns() - r->now > r->job->stall_ns)
+		if (++spins % SPINS_PER_CLOCK == 0 && is_stalled(r))
 			return fail_stalled(r);
 #if defined(__x86_64__)
 		__builtin_ia32_pause();
@@ -244,7 +263,7 @@ int fe_run(struct fe_queue **queues, uint32_t count, const struct fe_job *job, s
 		results[i].calls = 0;
 		queues[i]->ops->disable_calls(queues[i]);
 	}
-	r.start = r.now = clock_ns();
+	r.start = r.now = r.looked = clock_ns();
 	if (job->duration_ns)
 		r.deadline = r.start + job->duration_ns;
 	for (uint32_t i = 0; i < count; i++) {

@@ -80,7 +80,7 @@ struct fe_fault { /* what is known when fe_run fails */
 	uint32_t avail_idx;   /* the driver's next free place (packed: | wrap << 15) */
 	uint32_t last_used;   /* where the driver looks next (packed: | wrap << 15) */
 	uint32_t used_idx;    /* what the device published: used.idx; packed: flags at last_used */
-	uint32_t reserved;
+	uint32_t kick_wish;   /* split: avail_event, or used.flags; packed: the device's off_wrap | flags << 16 */
 	uint64_t detail;      /* BAD_ID: the id; BAD_DATA: the byte offset on the disk */
 };
 

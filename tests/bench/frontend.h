@@ -101,6 +101,7 @@ struct ring_ops { /* split.c and packed.c */
 	/* Ask for one at the next used element; 0: there is one already, so none may come. */
 	int (*enable_calls)(struct fe_queue *q);
 	uint32_t (*published)(const struct fe_queue *q); /* fe_fault.used_idx */
+	uint32_t (*kick_wish)(const struct fe_queue *q); /* fe_fault.kick_wish */
 };
 
 struct fe_queue {
@@ -145,6 +146,8 @@ struct run { /* one call of fe_run */
 	uint64_t now; /* of the last batch that came back */
 	uint64_t start;
 	uint64_t deadline; /* UINT64_MAX: only the number of requests ends the run */
+	uint64_t looked;   /* when is_stalled looked last */
+	uint64_t waited;   /* for how long nothing came back, as it saw */
 	struct fe_fault *fault;
 };
 

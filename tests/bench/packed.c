@@ -137,6 +137,14 @@ static uint32_t packed_published(const struct fe_queue *q)
 	return __atomic_load_n(&ring[q->last_used].flags, __ATOMIC_ACQUIRE);
 }
 
+static uint32_t packed_kick_wish(const struct fe_queue *q)
+{
+	const struct packed_event *device = q->used;
+
+	return __atomic_load_n(&device->off_wrap, __ATOMIC_RELAXED) |
+	       (uint32_t)__atomic_load_n(&device->flags, __ATOMIC_RELAXED) << 16;
+}
+
 const struct ring_ops packed_ops = {
 	.add = packed_add,
 	.kick_needed = packed_kick_needed,
@@ -144,4 +152,5 @@ const struct ring_ops packed_ops = {
 	.disable_calls = packed_disable_calls,
 	.enable_calls = packed_enable_calls,
 	.published = packed_published,
+	.kick_wish = packed_kick_wish,
 };

@@ -111,6 +111,13 @@ static uint32_t split_published(const struct fe_queue *q)
 	return __atomic_load_n(&((const struct split_used *)q->used)->idx, __ATOMIC_ACQUIRE);
 }
 
+static uint32_t split_kick_wish(const struct fe_queue *q)
+{
+	if (q->setup.event_idx)
+		return __atomic_load_n(avail_event(q), __ATOMIC_RELAXED);
+	return __atomic_load_n(&((const struct split_used *)q->used)->flags, __ATOMIC_RELAXED);
+}
+
 const struct ring_ops split_ops = {
 	.add = split_add,
 	.kick_needed = split_kick_needed,
@@ -118,4 +125,5 @@ const struct ring_ops split_ops = {
 	.disable_calls = split_disable_calls,
 	.enable_calls = split_enable_calls,
 	.published = split_published,
+	.kick_wish = split_kick_wish,
 };

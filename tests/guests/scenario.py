@@ -12,14 +12,14 @@ from guest.pattern import BLOCK_SIZE, check_pattern, check_zeroes, sum_generatio
 from guest.service import Daemon, Metrics
 
 SEED = 4242
-WRITTEN = (0, 8 * MIB)
-DISCARDED = (4 * MIB, 2 * MIB)
-ZEROED = (2 * MIB, 1 * MIB)
-BESIDE = ((0, 2 * MIB), (3 * MIB, 1 * MIB), (6 * MIB, 2 * MIB))
+WRITTEN = (0, 4 * MIB)
+DISCARDED = (2 * MIB, 1 * MIB)
+ZEROED = (1 * MIB, 512 * 1024)
+BESIDE = ((0, 1 * MIB), (1 * MIB + 512 * 1024, 512 * 1024), (3 * MIB, 1 * MIB))
 WRITE_THROUGH = (16 * MIB, 256 * 1024)
-STRESSED = (32 * MIB, 8 * MIB)
+STRESSED = (32 * MIB, 4 * MIB)
+STRESSED_BLOCKS = STRESSED[1] // BLOCK_SIZE
 STRESS_SEED = 7
-STRESS_REQUESTS = 2000  # for each of two threads
 
 
 @dataclass
@@ -123,9 +123,6 @@ class _Scenario:
 
     async def stress(self) -> None:
         span = "{} {}".format(*STRESSED)
-        command = f"diskcheck stress stress /dev/vda {span} {STRESS_SEED} 2 16 {STRESS_REQUESTS}"
+        command = f"diskcheck stress stress /dev/vda {span} {STRESS_SEED} 2 16 {self.record.variant.stress_requests}"
         await self.step("stress", command, timeout_seconds=120)
         self.record.image_generations = sum_generations(self.site.disk, *STRESSED, STRESS_SEED)
-
-
-STRESSED_BLOCKS = STRESSED[1] // BLOCK_SIZE

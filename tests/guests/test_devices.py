@@ -105,7 +105,7 @@ def test_entropy_reaches_the_guest(record: Record) -> None:
 def test_no_block_is_lost_or_torn_under_stress_on_two_queues(record: Record) -> None:
     assert held(record, "stress")
     facts = record.facts()
-    assert int(facts["stress.reads"]) + int(facts["stress.writes"]) >= 2 * scenario.STRESS_REQUESTS
+    assert int(facts["stress.reads"]) + int(facts["stress.writes"]) >= 2 * record.variant.stress_requests
     assert record.image_generations == int(facts["stress.generations"])
     assert record.image_generations > scenario.STRESSED_BLOCKS
 
@@ -113,7 +113,7 @@ def test_no_block_is_lost_or_torn_under_stress_on_two_queues(record: Record) -> 
 def test_both_queues_carry_the_stress(record: Record) -> None:
     requests = record.metrics.by("queue", "hyperbell_requests_total", device="disk")
     assert set(requests) == {"0", "1"}
-    assert min(requests.values()) >= scenario.STRESS_REQUESTS // 2
+    assert min(requests.values()) >= record.variant.stress_requests
 
 
 def test_daemon_counts_no_error_of_an_honest_guest(record: Record) -> None:

@@ -51,7 +51,11 @@ socket = "entropy.sock"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to attach the devices: QEMU's board, options of the virtio devices, and the kernel's command line."""
+    """One way to attach the devices.
+
+    ``before`` stands before them on QEMU's command line, ``options`` belong to each, ``append`` to the kernel's
+    command line; ``ports`` gives each a PCI Express port.
+    """
 
     name: str
     board: str = "pc"
@@ -59,6 +63,7 @@ class Variant:
     options: str = ""
     append: str = ""
     ports: bool = False
+    stress_requests: int = 2000  # for each of two threads
 
     @property
     def packed(self) -> bool:
@@ -79,8 +84,9 @@ VIOMMU = Variant(
     board="q35",
     before=("-device", "intel-iommu,device-iotlb=on"),
     options=",iommu_platform=on,ats=on",
-    append="intel_iommu=on",
+    append="intel_iommu=on pci=lastbus=3",
     ports=True,
+    stress_requests=100,  # every page costs a round trip to QEMU
 )
 
 
@@ -109,7 +115,7 @@ class Testbed:
             devices += ["-chardev", f"socket,id={name},path={folder / name}.sock{reconnect}"]
             bus = ""
             if variant.ports:
-                devices += ["-device", f"pcie-root-port,id=port-{name},chassis={len(devices)}"]
+                devices += ["-device", f"pcie-root-port,id=port-{name},chassis={len(devices)},hotplug=off"]
                 bus = f",bus=port-{name}"
             devices += ["-device", f"{device},chardev={name}{variant.options}{bus}"]
         machine = Machine(

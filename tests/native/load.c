@@ -34,20 +34,27 @@ void rig_open(struct rig *rig, uint32_t reactor, uint32_t poll_us)
 	CHECK(read(rig->done_fd, &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);
 }
 
-int rig_command(struct rig *rig, uint32_t op, struct virtqueue *vq, struct native_device *device,
-		struct memory_table *table, int fd)
+int rig_wait(struct rig *rig, struct worker_command *command)
 {
-	struct worker_command command = { .op = op, .vq = vq, .device = device, .table = table, .fd = fd }, *done;
 	struct pollfd wait = { .fd = rig->done_fd, .events = POLLIN };
+	struct worker_command *done;
 	uint64_t count;
 
-	worker_post(rig->worker, &command);
 	while (!(done = worker_take_done(rig->worker))) {
 		CHECK(poll(&wait, 1, -1) == 1 || errno == EINTR);
 		CHECK(read(rig->done_fd, &count, sizeof(count)) == sizeof(count) || errno == EAGAIN);
 	}
-	CHECK(done == &command && !done->next);
-	return command.result;
+	CHECK(done == command && !done->next);
+	return command->result;
+}
+
+int rig_command(struct rig *rig, uint32_t op, struct virtqueue *vq, struct native_device *device,
+		struct memory_table *table, int fd)
+{
+	struct worker_command command = { .op = op, .vq = vq, .device = device, .table = table, .fd = fd };
+
+	worker_post(rig->worker, &command);
+	return rig_wait(rig, &command);
 }
 
 void rig_close(struct rig *rig)
@@ -120,7 +127,7 @@ void load_open(struct load *l, struct guest *g, uint32_t queue, bool packed, boo
 	memset(l, 0, sizeof(*l));
 	driver_init(&l->driver, g, area, packed, event_idx);
 	l->data_gpa = area + DRIVER_AREA;
-	l->queue = queue;
+	l->queue = queue % LOAD_QUEUES; /* more than these can only read */
 	l->verify = kind != DISK_NULL;
 	l->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	l->wait_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -185,7 +192,7 @@ static uint32_t type_pick(struct load *l)
 	       dice < 94 ? T_WRITE_ZEROES : dice < 97 ? T_GET_ID : T_UNKNOWN;
 }
 
-static void submit(struct load *l, uint32_t tag)
+void load_submit(struct load *l, uint32_t tag)
 {
 	struct expectation *e = &l->expect[tag];
 	struct piece pieces[DRIVER_PIECES];
@@ -254,7 +261,7 @@ static void submit(struct load *l, uint32_t tag)
 	}
 	*e->status_at = S_UNANSWERED;
 	memcpy(at + HEADER_AT, &header, sizeof(header));
-	driver_add(&l->driver, tag, pieces, count, random_next(&l->random) % 2);
+	driver_add(&l->driver, tag, pieces, count, l->reads_only || random_next(&l->random) % 2);
 	l->in_flight++;
 	l->submitted++;
 }
@@ -296,34 +303,44 @@ static void sleep_until_called(struct load *l)
 	driver_wait_end(&l->driver);
 }
 
+bool load_collect(struct load *l)
+{
+	uint32_t tag, written;
+	bool any = false;
+
+	for (; driver_used(&l->driver, &tag, &written); any = true)
+		complete(l, tag, written);
+	return any;
+}
+
 void load_run(struct load *l, uint64_t requests)
 {
 	uint64_t one = 1, end = l->submitted + requests;
-	uint32_t tag, written;
 
 	while (l->in_flight || (l->submitted < end && !load_acquire(&l->stop))) {
 		uint32_t batch = 1 + random_next(&l->random) % DRIVER_TAGS;
 		bool any = false;
 
-		for (tag = 0; tag < DRIVER_TAGS && batch && l->submitted < end && !load_acquire(&l->stop); tag++) {
+		for (uint32_t tag = 0; tag < DRIVER_TAGS && batch && l->submitted < end && !load_acquire(&l->stop); tag++) {
 			if (l->driver.slots[tag])
 				continue;
-			submit(l, tag);
+			load_submit(l, tag);
 			batch--;
 			any = true;
 		}
 		if (any && driver_needs_kick(&l->driver))
 			CHECK(write(l->kick_fd, &one, sizeof(one)) == sizeof(one));
-		for (any = false; driver_used(&l->driver, &tag, &written); any = true)
-			complete(l, tag, written);
-		if (!any && l->in_flight)
+		if (!load_collect(l) && l->in_flight)
 			sleep_until_called(l);
 	}
 }
 
 void *load_thread(void *load)
 {
-	load_run(load, UINT64_MAX / 2);
+	struct load *l = load;
+
+	load_run(l, UINT64_MAX / 2);
+	store_release(&l->finished, 1);
 	return NULL;
 }
 

@@ -13,6 +13,8 @@ struct rig { /* one worker; commands come from one thread */
 
 void rig_open(struct rig *rig, uint32_t reactor, uint32_t poll_us);
 void rig_close(struct rig *rig);
+/* Wait for the one command that was posted; its result. */
+int rig_wait(struct rig *rig, struct worker_command *command);
 /* Post a command and wait for its result. */
 int rig_command(struct rig *rig, uint32_t op, struct virtqueue *vq, struct native_device *device,
 		struct memory_table *table, int fd);
@@ -46,7 +48,7 @@ struct load {
 	uint32_t queue;
 	bool verify;       /* the disk keeps what is written */
 	bool polls;        /* never sleeps, ignores interrupts */
-	bool reads_only;
+	bool reads_only;   /* and always through an indirect table */
 	int kick_fd;
 	int wait_fd;       /* epoll of every call fd the queue ever had */
 	int call_fds[512]; /* all of them; the control thread's */
@@ -55,7 +57,7 @@ struct load {
 	uint32_t in_flight;
 	uint64_t submitted;
 	uint64_t completed; /* atomic: other threads wait for progress */
-	int stop;           /* atomic */
+	int stop, finished; /* atomic */
 	struct expectation {
 		uint32_t type, length, written;
 		uint32_t offset; /* in the tag's stretch */
@@ -73,7 +75,10 @@ void load_connect(struct load *l, struct virtqueue *vq);
 int load_call_fd(struct load *l);
 /* Until so many requests were made (or load.stop), and all have come back. */
 void load_run(struct load *l, uint64_t requests);
-/* pthread: load_run without an end; stop and join with load_finish. */
+/* One request of buffer `tag`; take back what is used, true: there was something. What load_run is made of. */
+void load_submit(struct load *l, uint32_t tag);
+bool load_collect(struct load *l);
+/* pthread: load_run until load_stop; then it sets load.finished. */
 void *load_thread(void *load);
 /* Yield until `more` further requests are complete. */
 void load_wait_progress(struct load *l, uint64_t more);

@@ -156,6 +156,7 @@ int main(int argc, char **argv)
 	static const enum disk_kind kinds[] = { DISK_MEMORY, DISK_TMPFS_ASYNC, DISK_FILE };
 	int rounds = argc > 1 ? atoi(argv[1]) : 40;
 
+	setvbuf(stdout, NULL, _IOLBF, 0);
 	alarm(100);
 	for (uint32_t reactor = REACTOR_IO_URING; reactor <= REACTOR_EPOLL; reactor++)
 		for (unsigned variant = 0; variant < 8; variant++) {

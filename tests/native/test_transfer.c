@@ -42,6 +42,7 @@ int main(int argc, char **argv)
 {
 	uint64_t requests = argc > 1 ? strtoull(argv[1], NULL, 10) : 600;
 
+	setvbuf(stdout, NULL, _IOLBF, 0);
 	alarm(100); /* a lost notification would wait for ever */
 	for (uint32_t reactor = REACTOR_IO_URING; reactor <= REACTOR_EPOLL; reactor++)
 		for (int kind = 0; kind < DISK_KINDS; kind++)

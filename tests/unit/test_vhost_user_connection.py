@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from transports.vhost_user.endpoint import Inherit
 from transports.vhost_user.server import VhostUserServer
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
-from virtio.waist import ConfigChanged, IotlbMiss, Permission
+from virtio.waist import AddressSpace, ConfigChanged, IotlbMiss, Permission, QueueSetup
 
 IOMMU = wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES
 UVA = 0x7F00_0000_0000
@@ -149,11 +150,13 @@ async def test_one_eventfd_may_serve_several_queues(backend: RecordingBackend) -
 async def test_a_flood_of_descriptors_ends_the_connection_and_all_are_closed(
     backend: RecordingBackend, count: int
 ) -> None:
-    with wire.no_fd_leaks():
+    with wire.no_fd_leaks(), capture_logs() as logs:
         async with connected(backend) as (front_end, server):
             await front_end.send(wire.message(5, wire.mem_table(wire.region(0, wire.MIB, UVA))), wire.eventfds(count))
             assert await front_end.ended()
             assert sum(server.stats.protocol_errors.values()) == 1
+    (line,) = [line for line in logs if line["log_level"] == "warning"]
+    assert ("at most 8" if count <= 16 else "than could be received") in line["error"]
 
 
 async def test_messages_sent_at_once_keep_their_own_descriptors(backend: RecordingBackend) -> None:
@@ -186,11 +189,11 @@ async def test_while_a_queue_drains_no_later_message_is_looked_at(backend: Recor
 async def test_a_reset_keeps_the_memory_through_descriptors_of_its_own(backend: RecordingBackend) -> None:
     with wire.no_fd_leaks():
         async with connected(backend) as (front_end, server):
-            for request, payload in ((34, b""), (39, u64(0))):
+            for _ in range(2):
                 await front_end.start_ring()
                 before = backend.regions
                 backend.calls.clear()
-                assert await front_end.do(request, payload) == 0
+                assert await front_end.do(34) == 0
                 assert backend.verbs() == ["reset", "set_memory"]
                 (old,), (new,) = before, backend.regions
                 assert old.fd.closed
@@ -198,6 +201,48 @@ async def test_a_reset_keeps_the_memory_through_descriptors_of_its_own(backend: 
                 assert os.fstat(new.fd.fileno()).st_size == wire.MIB
                 assert server.stats.memory_regions == 1
                 assert await front_end.do(2, u64(wire.F_VERSION_1)) == 0
+
+
+async def test_a_reset_that_finds_no_free_descriptor_ends_the_connection(backend: RecordingBackend) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with wire.no_fd_leaks():
+        async with connected(backend) as (front_end, _):
+            await front_end.start_ring()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                assert await front_end.do(34) == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert "reset" not in backend.verbs()
+
+
+async def test_a_paused_machine_goes_on_with_the_bases_it_was_told(backend: RecordingBackend) -> None:
+    async with connected(backend, IOMMU) as (front_end, _):
+        await front_end.start_ring()
+        assert await front_end.do(39, u64(15)) == 0
+        backend.bases[0] = 5
+        backend.calls.clear()
+        assert await front_end.do(39, u64(0)) == 0
+        assert await front_end.ask(11, wire.vring_state(0, 0)) == wire.vring_state(0, 5)
+        assert backend.calls == [("stop_queue", 0), ("iotlb_invalidate", 0, 2**64 - 1), ("set_status", 0)]
+        assert await front_end.do(2, u64(IOMMU)) == 0
+        assert await front_end.do(12, u64(0), [wire.eventfd()]) == 0
+        (setup,) = [call[2] for call in backend.calls if call[0] == "configure_queue"]
+        assert setup == QueueSetup(128, 0x1000, 0x2000, 0x3000, 5, AddressSpace.IOVA)
+        backend.calls.clear()
+        assert await front_end.ask(11, wire.vring_state(0, 0)) == wire.vring_state(0, 5)
+        assert backend.calls == [("stop_queue", 0), ("iotlb_invalidate", 0, 2**64 - 1)]
+
+
+async def test_reset_owner_disables_every_queue(backend: RecordingBackend) -> None:
+    async with connected(backend) as (front_end, _):
+        assert await front_end.do(4) == 0
+        assert backend.calls[-2:] == [("enable_queue", 0, False), ("enable_queue", 1, False)]
+
+
+async def test_without_protocol_features_every_queue_is_enabled_at_once(backend: RecordingBackend) -> None:
+    async with connected(backend, wire.F_VERSION_1):
+        assert backend.calls[-2:] == [("enable_queue", 0, True), ("enable_queue", 1, True)]
 
 
 async def talk_without_listening(front_end: FrontEnd) -> None:
@@ -267,6 +312,16 @@ async def test_a_missing_translation_is_asked_for_and_its_answer_reaches_the_bac
             await channel.send(wire.reply_to(1, u64(1)))
             backend.post(IotlbMiss(0x8000, Permission.WRITE))
             assert await channel.receive() == (1, wire.iotlb(1, 0x8000, perm=2))
+
+
+async def test_a_miss_of_a_queue_that_was_stopped_meanwhile_is_not_asked_for(backend: RecordingBackend) -> None:
+    async with connected(backend, IOMMU) as (front_end, _):
+        with await open_channel(front_end) as channel:
+            backend.post(IotlbMiss(0x4000, Permission.READ))
+            await trio.testing.wait_all_tasks_blocked()
+            await front_end.start_ring()
+            backend.post(IotlbMiss(0x8000, Permission.READ))
+            assert await channel.receive() == (1, wire.iotlb(1, 0x8000, perm=1))
 
 
 async def test_a_miss_without_a_channel_is_logged_once(backend: RecordingBackend) -> None:

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transports.vhost_user.messages import MESSAGES, Payload
-from transports.vhost_user.operations import Operation, ReadConfig, Request, ResetDevice, SetMemory, StopQueue
+from transports.vhost_user.operations import Request, SetMemory
 from transports.vhost_user.session import Session
-from transports.vhost_user.state import Value
 from virtio.errors import HostError, PeerError
 from virtio.waist import MemoryRegion
 
@@ -124,7 +123,7 @@ class Hostile:
             reply = (
                 self.session.reject(request, HostError("as it happens"))
                 if failed
-                else self.session.accept(request, value_for(operation))
+                else self.session.accept(request, wire.usual_value(operation))
             )
         except HostError as error:
             raise PeerError("the connection ends here", request=request.name) from error
@@ -140,18 +139,6 @@ class Hostile:
         self.session.close()
         for one in self.regions:
             one.fd.close()
-
-
-def value_for(operation: Operation) -> Value:
-    match operation:
-        case ReadConfig(size=size):
-            return bytes(size)
-        case StopQueue(base=base):
-            return base or 0
-        case ResetDevice(regions=regions):
-            return regions
-        case _:
-            return 1
 
 
 @settings(max_examples=200, deadline=None)
@@ -174,7 +161,7 @@ def transcript(stream: bytes, cuts: list[int]) -> list[str]:
             session.receive(stream[position : position + size])
             position, turn = position + size, turn + 1
             while (request := session.next_request()) is not None:
-                reply = session.accept(request, value_for(request.operation))
+                reply = session.accept(request, wire.usual_value(request.operation))
                 lines.append(f"{request.name} {request.operation} {reply!r}")
     except PeerError as error:
         lines.append(str(error))

@@ -15,6 +15,7 @@ from vhost_user_wire import MIB, Dialogue, chunked, reply_to, u64, vring_addr, v
 from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
 from transports.vhost_user.operations import Refuse
 from virtio.errors import PeerError
+from virtio.fd import OwnedFd
 
 UVA = 0x7F00_0000_0000
 
@@ -150,6 +151,25 @@ def test_a_session_that_is_closed_closes_what_it_did_not_give_out() -> None:
         d.session.receive(wire.message(3) + wire.message(13, u64(0))[:8])
         d.session.receive(wire.message(13, u64(0))[8:] + wire.message(14, u64(0)), [wire.eventfd()])
         d.session.close()
+
+
+@pytest.mark.parametrize("need_reply", [True, False])
+def test_descriptors_are_closed_at_once_and_not_when_somebody_collects_garbage(need_reply: bool) -> None:
+    d = ready()
+    d.share_memory()
+    unused, rejected, refused = (OwnedFd(wire.eventfd()) for _ in range(3))
+    removal = wire.message(38, wire.single_region(0, MIB, UVA), need_reply=need_reply)
+    d.session.receive(removal, [unused])
+    request = d.session.next_request()
+    assert request is not None
+    assert unused.closed
+    d.session.accept(request)
+    d.session.receive(wire.message(22, wire.iotlb(3, 0)), [rejected])
+    with pytest.raises(PeerError):
+        d.session.next_request()
+    assert rejected.closed
+    d.session.receive(wire.message(1), [refused])
+    assert refused.closed
 
 
 # --- rings ---
@@ -289,121 +309,3 @@ def test_unknown_flags_of_set_config_end_the_connection() -> None:
 @pytest.mark.parametrize("status", [0x100, 2**64 - 1])
 def test_a_status_of_more_than_a_byte_ends_the_connection(status: int) -> None:
     assert "no device status" in ready().violate(39, u64(status))
-
-
-# --- order and negotiation ---
-
-
-@pytest.mark.parametrize("number", [n for n, row in MESSAGES.items() if not row.before_owner])
-def test_a_request_before_set_owner_ends_the_connection(number: int) -> None:
-    with wire.no_fd_leaks():
-        d = Dialogue()
-        d.ask(16, u64(wire.ALL_PROTOCOL_FEATURES))
-        row = MESSAGES[number]
-        reason = d.violate(number, bytes(row.sizes[0]), wire.eventfds(row.fds[0]))
-        assert "before VHOST_USER_SET_OWNER" in reason
-
-
-@pytest.mark.parametrize("number", [n for n, row in MESSAGES.items() if row.needs_features])
-def test_a_request_whose_meaning_depends_on_features_must_wait_for_them(number: int) -> None:
-    with wire.no_fd_leaks():
-        d = Dialogue()
-        d.ask(16, u64(wire.ALL_PROTOCOL_FEATURES))
-        d.ask(3)
-        row = MESSAGES[number]
-        reason = d.violate(number, bytes(row.sizes[0]), wire.eventfds(row.fds[0]))
-        assert "before VHOST_USER_SET_FEATURES" in reason
-
-
-@pytest.mark.parametrize("number", [n for n, row in MESSAGES.items() if row.feature is not None])
-def test_a_request_of_a_feature_that_was_not_negotiated_ends_the_connection(number: int) -> None:
-    row = MESSAGES[number]
-    assert row.feature is not None
-    with wire.no_fd_leaks():
-        d = Dialogue()
-        d.negotiate(protocol=wire.ALL_PROTOCOL_FEATURES & ~(1 << row.feature))
-        reason = d.violate(number, bytes(row.sizes[0]), wire.eventfds(row.fds[0]))
-        assert "was not negotiated" in reason
-
-
-def test_set_vring_enable_needs_protocol_features() -> None:
-    d = Dialogue()
-    d.ask(3)
-    d.ask(2, u64(wire.F_VERSION_1))
-    assert "VHOST_USER_F_PROTOCOL_FEATURES was not negotiated" in d.violate(18, vring_state(0, 1))
-
-
-def test_need_reply_without_reply_ack_ends_the_connection() -> None:
-    d = Dialogue()
-    d.negotiate(protocol=wire.ALL_PROTOCOL_FEATURES & ~wire.REPLY_ACK)
-    assert "REPLY_ACK was not negotiated" in d.violate(8, vring_state(0, 64), need_reply=True)
-
-
-@pytest.mark.parametrize("bit", [0, 26, 27, 40, 63])
-def test_features_that_were_not_offered_end_the_connection(bit: int) -> None:
-    assert f"feature bits {bit} were not offered" in ready().violate(2, u64(wire.F_VERSION_1 | 1 << bit))
-
-
-@pytest.mark.parametrize("bit", [1, 2, 8, 10, 12, 14, 17, 19, 20, 63])
-def test_protocol_features_that_were_not_offered_end_the_connection(bit: int) -> None:
-    assert f"protocol feature bits {bit} were not offered" in ready().violate(16, u64(1 << bit))
-
-
-def test_access_platform_without_a_way_to_ask_for_translations_ends_the_connection() -> None:
-    d = Dialogue()
-    d.negotiate(protocol=wire.REPLY_ACK)
-    assert "VHOST_USER_PROTOCOL_F_BACKEND_REQ" in d.violate(2, u64(wire.F_ACCESS_PLATFORM))
-
-
-# --- IOTLB ---
-
-
-def with_iommu() -> Dialogue:
-    d = ready(features=wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES)
-    d.share_memory()
-    return d
-
-
-@pytest.mark.parametrize(
-    ("payload", "reason"),
-    [
-        (wire.iotlb(1, 0, 0x1000, UVA, 1), "type 1"),
-        (wire.iotlb(4, 0, 0x1000, UVA, 1), "type 4"),
-        (wire.iotlb(5, 0), "type 5"),
-        (wire.iotlb(255, 0), "type 255"),
-        (wire.iotlb(2, 0, 0x1000, UVA, 4), "unknown permissions"),
-        (wire.iotlb(2, 0, 0, UVA, 3), "no range"),
-        (wire.iotlb(2, 2**64 - 0x800, 0x1000, UVA, 3), "no range"),
-        (wire.iotlb(2, 0, 0x1000, 2**64 - 0x800, 3), "no range"),
-        (wire.iotlb(3, 2**64 - 0x800, 0x1000), "no range"),
-    ],
-    ids=[
-        "a_miss",
-        "an_access_failure",
-        "type_5",
-        "type_255",
-        "permission_4",
-        "size_0",
-        "iova_overflow",
-        "uva_overflow",
-        "invalidation_overflow",
-    ],
-)
-def test_an_impossible_iotlb_message_ends_the_connection(payload: bytes, reason: str) -> None:
-    d = with_iommu()
-    assert reason in d.violate(22, payload)
-    d.close()
-
-
-@pytest.mark.parametrize(
-    ("uva", "size"), [(UVA - 1, 2), (UVA + MIB - 1, 2), (UVA + MIB, 1), (0, 0x1000), (UVA, MIB + 1)]
-)
-def test_a_translation_to_memory_that_is_not_shared_is_refused(uva: int, size: int) -> None:
-    d = with_iommu()
-    assert isinstance(d.plan(22, wire.iotlb(2, 0x4000, size, uva, 3)), Refuse)
-    assert d.reject() == reply_to(22, u64(1))
-    d.close()
-
-
-def test_iotlb_messages_without_access_platform_end_the_connection() -> None:
-    assert "VIRTIO_F_ACCESS_PLATFORM was not negotiated" in ready().violate(22, wire.iotlb(3, 0, 0x1000))

@@ -50,6 +50,7 @@ async def test_a_front_end_is_served_and_its_wishes_reach_the_back_end_in_order(
                     "set_driver_features",
                     "set_memory",
                     "set_call",
+                    "set_err",
                     "configure_queue",
                     "set_kick",
                     "enable_queue",
@@ -57,7 +58,7 @@ async def test_a_front_end_is_served_and_its_wishes_reach_the_back_end_in_order(
                 assert ("set_driver_features", wire.F_VERSION_1) in backend.calls  # without bit 30
                 assert server.stats.connected
                 assert server.stats.memory_regions == 1
-                assert server.stats.messages == 11
+                assert server.stats.messages == 12
             await backend.called("reset")
         backend.close()
         assert not is_there(path)
@@ -175,7 +176,7 @@ async def test_stopping_the_server_resets_the_back_end_and_removes_the_socket(
             front_end = await FrontEnd.connect(path)
             await front_end.negotiate()
             await front_end.start_ring()
-        assert backend.verbs()[-2:] == ["reset", "set_call"]
+        assert backend.verbs()[-3:] == ["reset", "set_call", "set_err"]
         assert await front_end.ended()
         assert not is_there(path)
         front_end.close()
@@ -257,7 +258,7 @@ async def test_an_inherited_connection_is_served_until_its_front_end_leaves(back
             with FrontEnd(theirs) as front_end:
                 await front_end.negotiate()
                 await front_end.start_ring()
-        assert backend.verbs()[-2:] == ["reset", "set_call"]
+        assert backend.verbs()[-3:] == ["reset", "set_call", "set_err"]
 
 
 def listen_at(path: Path) -> trio.socket.SocketType:

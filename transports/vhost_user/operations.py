@@ -82,10 +82,14 @@ class StartQueue:
 
 @dataclass(frozen=True, slots=True)
 class StopQueue:
-    """Done with the ring's base as value; ``base`` is that value already when the queue does not run."""
+    """Done with the ring's base as value; ``base`` is that value already when the queue does not run.
+
+    ``flush_iotlb``: it is the last ring that runs. A front-end invalidates nothing while all are stopped.
+    """
 
     index: int
     base: int | None
+    flush_iotlb: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,21 @@ class GetStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class StopDevice:
+    """Device status 0: all rings stop, translations are forgotten, features must be negotiated again.
+
+    It is no reset of the device: QEMU sends it also when the virtual machine is only paused, before
+    it asks for the rings' bases, and a guest that goes on must find bases and device as they were.
+    Done with the base of each queue in ``running`` as value.
+    """
+
+    running: tuple[int, ...]
+    flush_iotlb: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ResetDevice:
-    """Device status 0 or VHOST_USER_RESET_DEVICE: the device forgets everything, the front-end's memory stays.
+    """VHOST_USER_RESET_DEVICE: the device forgets everything, the front-end's memory stays.
 
     The front-end does not send its memory again, so ``regions`` (the table as it is) must be given to
     the back-end anew. Done with the regions given as value.
@@ -188,6 +205,7 @@ Operation = (
     | WriteConfig
     | SetStatus
     | GetStatus
+    | StopDevice
     | ResetDevice
     | IotlbUpdate
     | IotlbInvalidate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from transports.base import BackendLike
 from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
@@ -30,6 +30,7 @@ from transports.vhost_user.operations import (
     SetRingSize,
     SetStatus,
     StartQueue,
+    StopDevice,
     StopQueue,
     WriteConfig,
 )
@@ -41,6 +42,7 @@ from virtio.waist import MemoryRegion, QueueSetup
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+IOTLB_EVERYTHING: Final = 2**64 - 1  # bytes, from address 0: the most that a 64-bit size can say
 
 async def perform(backend: BackendLike, request: Request, log: FilteringBoundLogger) -> Value:
     """Do what ``request`` asks; the value it is done with (see ``operations``).
@@ -63,8 +65,12 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
             await backend.set_memory(regions)
         case StartQueue():
             return await _start_queue(backend, operation, request.name, log)
-        case StopQueue(index=index, base=base):
-            return await backend.stop_queue(index) if base is None else base
+        case StopQueue(index=index, base=base, flush_iotlb=flush_iotlb):
+            if base is None:
+                base = await backend.stop_queue(index)
+            if flush_iotlb:
+                await backend.iotlb_invalidate(0, IOTLB_EVERYTHING)
+            return base
         case SetCall(index=index, call_fd=fd):
             await backend.set_call(index, _eventfd(fd, request.name))
         case SetErr(index=index, err_fd=fd):
@@ -81,6 +87,12 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
             backend.set_status(status)
         case GetStatus():
             return backend.status
+        case StopDevice(running=running, flush_iotlb=flush_iotlb):
+            bases = {index: await backend.stop_queue(index) for index in running}
+            if flush_iotlb:
+                await backend.iotlb_invalidate(0, IOTLB_EVERYTHING)
+            backend.set_status(0)
+            return bases
         case ResetDevice(regions=regions):
             return await _reset_device(backend, regions)
         case IotlbUpdate(iova=iova, size=size, uva=uva, perm=perm):

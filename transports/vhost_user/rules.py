@@ -32,6 +32,7 @@ from transports.vhost_user.operations import (
     SetProtocolFeatures,
     SetStatus,
     StartQueue,
+    StopDevice,
     StopQueue,
     WriteConfig,
 )
@@ -143,7 +144,7 @@ def _iotlb_msg(state: ConnectionState, frame: Frame) -> Operation:
     if not state.has_used_iotlb:
         raise PeerError("VIRTIO_F_ACCESS_PLATFORM was not negotiated")
     if not state.has_feature(VIRTIO_F_ACCESS_PLATFORM):
-        # The late answer to a miss from before the driver's reset. Nobody would invalidate it any more.
+        # The late answer to a miss from before the device was stopped. Nobody would invalidate it any more.
         return Answer()
     if message.type == messages.VHOST_IOTLB_UPDATE:
         if message.perm > int(Permission.READ | Permission.WRITE):
@@ -189,7 +190,10 @@ def _set_vring_base(state: ConnectionState, frame: Frame) -> Operation:
 
 def _get_vring_base(state: ConnectionState, frame: Frame) -> Operation:
     ring = _ring(state, payloads.parse_vring_state(frame.payload).index)
-    return StopQueue(ring.index, None if ring.started else ring.current_base(packed=state.is_packed))
+    if not ring.started:
+        return StopQueue(ring.index, ring.current_base(packed=state.is_packed))
+    is_last = state.running == (ring.index,)
+    return StopQueue(ring.index, None, flush_iotlb=is_last and state.has_feature(VIRTIO_F_ACCESS_PLATFORM))
 
 
 def _set_vring_enable(state: ConnectionState, frame: Frame) -> Operation:
@@ -267,7 +271,9 @@ def _set_status(state: ConnectionState, frame: Frame) -> Operation:
     status = payloads.parse_u64(frame.payload)
     if status > 0xFF:
         raise PeerError(f"{status:#x} is no device status (virtio 1.3, section 2.1)")
-    return SetStatus(status) if status else ResetDevice(state.memory.regions)
+    if status:
+        return SetStatus(status)
+    return StopDevice(state.running, flush_iotlb=state.has_feature(VIRTIO_F_ACCESS_PLATFORM))
 
 
 def _get_status(state: ConnectionState, frame: Frame) -> Operation:

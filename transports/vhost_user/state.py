@@ -21,13 +21,14 @@ from transports.vhost_user.operations import (
     SetRingBase,
     SetRingSize,
     StartQueue,
+    StopDevice,
     StopQueue,
 )
 from transports.vhost_user.vrings import Vring
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED
 from virtio.waist import AddressSpace, MemoryRegion
 
-Value = bool | int | bytes | tuple[MemoryRegion, ...]
+Value = bool | int | bytes | tuple[MemoryRegion, ...] | dict[int, int]
 """What an operation can be done with."""
 
 
@@ -71,9 +72,14 @@ class ConnectionState:
         return AddressSpace.IOVA if self.has_feature(VIRTIO_F_ACCESS_PLATFORM) else AddressSpace.UVA
 
     @property
+    def running(self) -> tuple[int, ...]:
+        """The indices of the started rings."""
+        return tuple(ring.index for ring in self.rings if ring.started)
+
+    @property
     def is_suspended(self) -> bool:
         """All rings stopped: nothing may be sent to the front-end of our own accord ("Suspended device state")."""
-        return not any(ring.started for ring in self.rings)
+        return not self.running
 
     def commit(self, operation: Operation, value: Value) -> None:
         """The operation is done with ``value``; operations without a trace in the state change nothing."""
@@ -100,8 +106,12 @@ class ConnectionState:
                 self.rings[index].started = bool(value)
             case StopQueue(index=index):
                 assert isinstance(value, int)
-                self.rings[index].started = False
-                self.rings[index].base = value
+                self.rings[index].stop(value)
+            case StopDevice(running=running):
+                assert isinstance(value, dict)
+                self.features = None
+                for index in running:
+                    self.rings[index].stop(value[index])
             case SetCall(index=index, call_fd=fd):
                 self.rings[index].has_call = fd is not None
             case SetErr(index=index, err_fd=fd):

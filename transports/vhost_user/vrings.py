@@ -85,6 +85,10 @@ class Vring:
             return PACKED_BASE_INITIAL if packed else 0
         return self.base
 
+    def stop(self, base: int) -> None:
+        self.started = False
+        self.base = base
+
     def reset(self) -> None:
         """Stopped, disabled, without parameters. Call and err fds are the front-end's and stay."""
         self.size = None

@@ -57,7 +57,7 @@ int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max
 		}
 		count++;
 	}
-	if (vq->kicked && count == 0)
+	if (vq->kicked && count == 0 && !vq->parked)
 		stat_add(&vq->stats.empty_wakeups, 1);
 	vq->kicked = false;
 	return count == 0 && rc == VQ_BROKEN ? VQ_BROKEN : (int)count;

@@ -26,7 +26,7 @@ struct reactor_state {
 };
 
 static const uint8_t allowed_ops[] = {
-	IORING_OP_POLL_ADD, IORING_OP_POLL_REMOVE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
+	IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
 	IORING_OP_FALLOCATE,
 };
 
@@ -106,7 +106,8 @@ static void uring_remove_kick(struct worker *w, struct virtqueue *vq)
 {
 	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
 
-	io_uring_prep_poll_remove(sqe, (uint64_t)(uintptr_t)vq | TAG_KICK);
+	/* A cancel, not POLL_REMOVE: that answers EALREADY, and leaves the poll, when a kick is just on its way. */
+	io_uring_prep_cancel64(sqe, (uint64_t)(uintptr_t)vq | TAG_KICK, 0);
 	io_uring_sqe_set_data64(sqe, TAG_KICK_REMOVED);
 }
 

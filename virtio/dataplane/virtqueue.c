@@ -96,6 +96,12 @@ int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t
 {
 	if (load_relaxed(&vq->fault) != VQ_FAULT_NONE)
 		return VQ_BROKEN;
+	/* What was read from memory that has gone says nothing about the driver. */
+	if (vq->table && load_acquire(&sigbus_deaths) != vq->deaths_seen && memory_table_dead(vq->table)) {
+		fault = VQ_FAULT_MEMORY_GONE;
+		head = 0;
+		address = length = 0;
+	}
 	vq->report.fault = fault;
 	vq->report.head = head;
 	vq->report.address = address;
@@ -115,8 +121,8 @@ void virtqueue_break(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64
 static int virtqueue_miss(struct virtqueue *vq, uint64_t iova, uint32_t perm)
 {
 	vq->parked = true;
-	vq->report.miss_iova = iova;
-	vq->report.miss_perm = perm;
+	store_relaxed(&vq->report.miss_iova, iova);
+	store_relaxed(&vq->report.miss_perm, perm);
 	store_release(&vq->miss, 1);
 	event_raise(vq);
 	return VQ_MISS;
@@ -133,10 +139,10 @@ void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
 		report->address = vq->report.address;
 		report->length = vq->report.length;
 	}
-	if (miss) { /* written before `miss` was, and left alone until virtqueue_resume */
+	if (miss) { /* at worst it is the next miss already, after a resume meanwhile; that one raises its event too */
 		report->miss = 1;
-		report->miss_iova = vq->report.miss_iova;
-		report->miss_perm = vq->report.miss_perm;
+		report->miss_iova = load_relaxed(&vq->report.miss_iova);
+		report->miss_perm = load_relaxed(&vq->report.miss_perm);
 	}
 }
 

@@ -54,8 +54,11 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 		if (served++ == 0)
 			start_ns = now_ns();
 		written = vq->device->ops->serve(vq->device, w, vq, &chain, start_ns);
-		if (written == SERVE_BROKEN)
+		if (written == SERVE_BROKEN) {
+			/* Only off the books: a broken ring is not written to, but a stop waits for what is in flight. */
+			virtqueue_push(vq, chain.head, chain.slots, 0);
 			break;
+		}
 		if (written >= 0) {
 			virtqueue_push(vq, chain.head, chain.slots, (uint32_t)written);
 			start_ns = now_ns();
@@ -66,7 +69,8 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 		}
 	}
 	if (vq->kicked) {
-		if (virtqueue_take_kicks(vq) && served == 0)
+		/* A queue that now waits for a translation was not called in vain. */
+		if (virtqueue_take_kicks(vq) && served == 0 && !vq->parked)
 			stat_add(&vq->stats.empty_wakeups, 1);
 		vq->kicked = false;
 	}

@@ -112,7 +112,7 @@ class Blk(Device):
             self._capacity = self._measure()
             self._disk = NativeDisk(self._setup())
         except BaseException:
-            self.close()
+            self._close_image()
             raise
         self._writeback = options.write_cache == "writeback"
         self._disk.set_writeback(self._writeback)
@@ -218,5 +218,9 @@ class Blk(Device):
         return True
 
     def close(self) -> None:
+        self._disk.close()
+        self._close_image()
+
+    def _close_image(self) -> None:
         if self._image is not None:
             self._image.fd.close()

@@ -1,0 +1,153 @@
+"""What QEMU and libvirt are told."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from daemon.cli import main
+from daemon.qemu_args import _letters
+
+TWO = """
+[devices.disk]
+type = "blk"
+backend = "null"
+size = "1M"
+socket = "/run/hyperbell/disk.sock"
+queues = 4
+queue_size = 512
+[devices.entropy]
+type = "rng"
+socket = "/run/hyperbell/entropy.sock"
+"""
+CONSOLE = """
+[devices.console]
+type = "console"
+socket = "/run/hyperbell/console.sock"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "hyperbell.toml"
+    path.write_text(TWO)
+    return path
+
+
+def options(text: str) -> list[tuple[str, str]]:
+    """The options in ``text`` as a shell would hand them to QEMU."""
+    words = shlex.split(text.replace("\\\n", ""))
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
+def test_every_device_gets_a_chardev_and_a_device_and_shares_the_memory(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["qemu-args", str(file)]) == 0
+    assert options(capsys.readouterr().out) == [
+        ("-m", "256M"),
+        ("-object", "memory-backend-memfd,id=mem,size=256M,share=on"),
+        ("-machine", "memory-backend=mem"),
+        ("-chardev", "socket,id=char-disk,path=/run/hyperbell/disk.sock"),
+        ("-device", "vhost-user-blk-pci,chardev=char-disk,num-queues=4,queue-size=512"),
+        ("-chardev", "socket,id=char-entropy,path=/run/hyperbell/entropy.sock"),
+        ("-device", "vhost-user-rng-pci,chardev=char-entropy"),
+    ]
+
+
+def test_each_option_has_a_line_and_all_but_the_last_go_on(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["qemu-args", str(file)])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("-") for line in lines)
+    assert [line.endswith(" \\") for line in lines] == [True] * 6 + [False]
+
+
+def test_one_device_memory_and_machine_can_be_chosen(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["qemu-args", str(file), "entropy", "--memory", "4G", "--machine", "q35"]) == 0
+    found = options(capsys.readouterr().out)
+    assert ("-machine", "q35,memory-backend=mem") in found
+    assert ("-object", "memory-backend-memfd,id=mem,size=4G,share=on") in found
+    assert [argument for name, argument in found if name == "-device"] == ["vhost-user-rng-pci,chardev=char-entropy"]
+
+
+def test_a_device_that_connects_finds_qemu_listening(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(TWO.replace("queues = 4", 'mode = "connect"'))
+    main(["qemu-args", str(tmp_path / "c.toml"), "disk"])
+    assert ("-chardev", "socket,id=char-disk,path=/run/hyperbell/disk.sock,server=on") in options(
+        capsys.readouterr().out
+    )
+
+
+def test_odd_characters_in_a_path_reach_qemu_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(TWO.replace("hyperbell/disk", "my disks, 'one'"))
+    main(["qemu-args", str(tmp_path / "c.toml"), "disk"])
+    assert ("-chardev", "socket,id=char-disk,path=/run/my disks,, 'one'.sock") in options(capsys.readouterr().out)
+
+
+def test_a_device_without_a_front_end_is_named_on_stderr_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(TWO + CONSOLE)
+    assert main(["qemu-args", str(tmp_path / "c.toml")]) == 0
+    captured = capsys.readouterr()
+    assert "console" not in captured.out
+    assert 'device "console"' in captured.err
+    assert "no vhost-user front-end" in captured.err
+    assert main(["qemu-args", str(tmp_path / "c.toml"), "console"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_device_is_a_failure_that_names_the_known_ones(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["qemu-args", str(file), "dsik"]) == 1
+    assert "disk, entropy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0M", "256", "1T", "-1G", "256M,share=off"])
+def test_a_memory_size_is_megabytes_or_gigabytes(file: Path, size: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["qemu-args", str(file), f"--memory={size}"])
+    assert caught.value.code == 2
+
+
+def test_libvirt_gets_a_domain_with_vhostuser_disks_and_the_rest_as_qemu_options(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["qemu-args", str(file), "--libvirt", "--memory", "2G"]) == 0
+    domain = ElementTree.fromstring(capsys.readouterr().out)
+    assert domain.tag == "domain"
+    memory = domain.find("memory")
+    assert memory is not None
+    assert (memory.text, memory.get("unit")) == ("2048", "MiB")
+    source, access = domain.find("memoryBacking/source"), domain.find("memoryBacking/access")
+    assert source is not None
+    assert access is not None
+    assert (source.get("type"), access.get("mode")) == ("memfd", "shared")
+    (disk,) = domain.findall("devices/disk")
+    assert disk.attrib == {"type": "vhostuser", "device": "disk"}
+    parts = {part.tag: part.attrib for part in disk}
+    assert parts["driver"] == {"name": "qemu", "type": "raw", "queues": "4", "queue_size": "512"}
+    assert parts["source"] == {"type": "unix", "path": "/run/hyperbell/disk.sock"}
+    assert parts["target"] == {"dev": "vda", "bus": "virtio"}
+    namespace = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+    arguments = [argument.get("value") for argument in domain.iter(f"{namespace}arg")]
+    assert arguments[0::2] == ["-chardev", "-device"]
+    assert arguments[3] == "vhost-user-rng-pci,chardev=char-entropy"
+
+
+def test_a_disk_that_connects_is_no_vhostuser_disk_of_libvirt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(TWO.replace("queues = 4", 'mode = "connect"'))
+    main(["qemu-args", str(tmp_path / "c.toml"), "disk", "--libvirt"])
+    domain = ElementTree.fromstring(capsys.readouterr().out)
+    assert domain.findall("devices/disk") == []
+    assert any("server=on" in str(element.get("value")) for element in domain.iter())
+
+
+def test_disks_are_named_as_linux_names_them() -> None:
+    assert [_letters(index) for index in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]

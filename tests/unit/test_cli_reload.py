@@ -1,0 +1,184 @@
+"""The daemon inside one event loop: what a reload does, and what a snapshot shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trio
+
+from daemon.app import App, LogChoice
+from daemon.cli import load_config
+from daemon.systemd import Notifier
+
+LIMIT = 30  # seconds; only a failing run gets there
+DAEMON = '[daemon]\nmetrics = "off"\nlog_level = "info"\nlog_format = "json"\n'
+DISK = '[devices.disk]\ntype = "blk"\npath = "disk.img"\nsocket = "disk.sock"\n'
+
+
+@pytest.fixture(autouse=True)
+def log_afterwards() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+@dataclass
+class Run:
+    """A running daemon with its configuration file, its service manager, and its log."""
+
+    app: App
+    file: Path
+    manager: trio.socket.SocketType
+    capsys: pytest.CaptureFixture[str]
+
+    async def notified(self) -> list[str]:
+        return (await self.manager.recv(4096)).decode().split("\n")
+
+    async def reload(self) -> list[dict[str, Any]]:
+        """Send SIGHUP, wait until all is done, and give what was logged."""
+        self.capsys.readouterr()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (await self.notified())[0] == "RELOADING=1"
+        assert (await self.notified())[0] == "READY=1"
+        return [json.loads(line) for line in self.capsys.readouterr().err.splitlines()]
+
+
+@asynccontextmanager
+async def running(
+    folder: Path, text: str, capsys: pytest.CaptureFixture[str], level: str | None = None
+) -> AsyncIterator[Run]:
+    file = folder / "hyperbell.toml"
+    file.write_text(text)
+    choice = LogChoice(level, None)
+    config = load_config(file)
+    choice.apply(config)
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, trio.fail_after(LIMIT):
+        await manager.bind(str(folder / "notify"))
+        app = App(config, lambda: load_config(file), choice, Notifier(str(folder / "notify")))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(app.run)
+            run = Run(app, file, manager, capsys)
+            assert (await run.notified())[0] == "READY=1"
+            yield run
+            os.kill(os.getpid(), signal.SIGTERM)  # app.run returns, and so does the nursery
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "disk.img").touch()
+    os.truncate(tmp_path / "disk.img", 1 << 20)
+    return tmp_path
+
+
+def events(lines: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"].startswith(event)]
+
+
+async def test_a_reload_of_an_unchanged_file_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        assert [line["event"] for line in await run.reload()] == ["reloaded"]
+
+
+async def test_a_new_log_level_is_in_effect_after_a_reload(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        run.file.write_text(DAEMON.replace('"info"', '"debug"') + DISK)
+        (changed,) = events(await run.reload(), "changed")
+        assert (changed["table"], changed["key"], changed["old"], changed["new"]) == (
+            "daemon",
+            "log_level",
+            "info",
+            "debug",
+        )
+        structlog.get_logger().debug("is logged now")
+        assert "is logged now" in capsys.readouterr().err
+        assert events(await run.reload(), "changed") == []
+
+
+async def test_the_level_of_the_command_line_stays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys, level="warning") as run:
+        run.file.write_text(DAEMON.replace('"info"', '"debug"') + DISK)
+        assert await run.reload() == []
+        structlog.get_logger().info("is not logged")
+        assert capsys.readouterr().err == ""
+
+
+async def test_each_key_that_needs_a_restart_has_its_own_line_until_the_restart(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        run.file.write_text(
+            DAEMON + DISK + 'read_only = true\nqueues = 2\n[devices.e]\ntype = "rng"\nsocket = "e.sock"\n'
+        )
+        for _ in range(2):
+            lines = events(await run.reload(), "needs a restart")
+            assert [(line["table"], line.get("key")) for line in lines] == [
+                ("devices.disk", "queues"),
+                ("devices.disk", "read_only"),
+                ("devices.e", None),
+            ]
+            assert (lines[1]["running"], lines[1]["configured"]) == (False, True)
+            assert lines[2]["event"].endswith("was added")
+        assert not (folder / "e.sock").exists()
+
+
+async def test_a_mistake_is_logged_and_nothing_is_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        run.file.write_text(DAEMON.replace('"info"', '"debug"') + DISK + "queues = 0\nbogus = 1\n")
+        lines = await run.reload()
+        assert [line["level"] for line in lines] == ["error", "error"]
+        assert "[devices.disk] queues: must be at least 1" in lines[0]["problem"]
+        structlog.get_logger().debug("is not logged")
+        assert capsys.readouterr().err == ""
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(str(folder / "disk.sock"))
+
+
+async def test_a_disk_that_grew_is_told_to_the_driver(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        os.truncate(folder / "disk.img", 2 << 20)
+        lines = await run.reload()
+        assert [(line["event"], line.get("device")) for line in lines] == [
+            ("changed underneath: the driver is told", "disk"),
+            ("reloaded", None),
+        ]
+        assert [line["event"] for line in await run.reload()] == ["reloaded"]
+
+
+async def test_a_disk_that_cannot_be_examined_stays_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        os.truncate(folder / "disk.img", 0)
+        (line,) = events(await run.reload(), "cannot be examined anew")
+        assert (line["level"], line["device"]) == ("error", "disk")
+
+
+async def test_a_worker_without_a_device_is_not_started_and_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(folder, DAEMON + "[workers.idle]\n" + DISK, capsys) as run:
+        assert [worker.name for worker in run.app.snapshot().workers] == ["default"]
+        assert '"worker": "idle"' in capsys.readouterr().err
+
+
+async def test_a_snapshot_shows_devices_queues_connections_and_workers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "[workers.w]\n" + DISK + 'queues = 3\nworker = "w"\n[devices.e]\ntype = "rng"\nsocket = "e.sock"\n'
+    async with running(folder, DAEMON + text, capsys) as run:
+        state = run.app.snapshot()
+        assert [(device.backend.device, device.backend.type) for device in state.devices] == [
+            ("disk", "blk"),
+            ("e", "rng"),
+        ]
+        assert [queue.queue for queue in state.devices[0].backend.queues] == [0, 1, 2]
+        assert [device.connection.connected for device in state.devices] == [False, False]
+        assert state.devices[1].socket == folder / "e.sock"
+        assert [worker.name for worker in state.workers] == ["w"]

@@ -1,0 +1,244 @@
+"""The metrics: names, labels and values, and the page that shows them."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
+
+from daemon.metrics import StateCollector
+from daemon.metrics_server import serve_metrics
+from daemon.state import ConnectionState, DaemonState, DeviceState
+from virtio.errors import HostError
+from virtio.stats import DURATION_BOUNDS, HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, WorkerStats
+
+
+def op(requests: int = 0, errors: int = 0, size: int = 0, buckets: dict[int, int] | None = None) -> OpStats:
+    counts = tuple((buckets or {}).get(index, 0) for index in range(HISTOGRAM_BUCKETS))
+    return OpStats(requests, errors, size, counts, 0.5)
+
+
+def queue(number: int, ops: dict[str, OpStats], broken: bool = False) -> QueueStats:
+    return QueueStats(
+        queue=number,
+        kicks=11,
+        wakeups=12,
+        empty_wakeups=13,
+        notifications_sent=14,
+        notifications_suppressed=15,
+        inflight=16,
+        oldest_age_seconds=1.5,
+        running=True,
+        broken=broken,
+        ops=ops,
+    )
+
+
+def state() -> DaemonState:
+    reads = op(requests=6, errors=1, size=4096, buckets={0: 1, 3: 2, HISTOGRAM_BUCKETS - 1: 3})
+    connection = ConnectionState(
+        connected=True,
+        connections=3,
+        reconnects=2,
+        refused=4,
+        messages=99,
+        memory_regions=5,
+        protocol_errors={"VHOST_USER_SET_VRING_NUM": 7},
+        since=0.0,
+    )
+    queues = (queue(0, {"read": reads}), queue(1, {"read": op()}, broken=True))
+    disk = DeviceState(BackendStats("disk", "blk", 0, queues), connection, "vhost-user", Path("/run/disk.sock"))
+    return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5),))
+
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def samples(text: str) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def collected(snapshot: DaemonState) -> Samples:
+    registry = CollectorRegistry()
+    registry.register(StateCollector(lambda: snapshot))
+    return samples(generate_latest(registry).decode())
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    return found[name, frozenset(labels.items())]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hyperbell_requests_total", 6),
+        ("hyperbell_request_bytes_total", 4096),
+        ("hyperbell_request_errors_total", 1),
+        ("hyperbell_request_duration_seconds_count", 6),
+        ("hyperbell_request_duration_seconds_sum", 0.5),
+    ],
+)
+def test_requests_are_counted_by_device_queue_and_operation(name: str, expected: float) -> None:
+    assert value(collected(state()), name, device="disk", queue="0", op="read") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hyperbell_kicks_total", 11),
+        ("hyperbell_wakeups_total", 12),
+        ("hyperbell_empty_wakeups_total", 13),
+        ("hyperbell_notifications_sent_total", 14),
+        ("hyperbell_notifications_suppressed_total", 15),
+        ("hyperbell_inflight_requests", 16),
+        ("hyperbell_oldest_request_age_seconds", 1.5),
+        ("hyperbell_queue_broken", 1),
+    ],
+)
+def test_queues_are_counted_by_device_and_queue(name: str, expected: float) -> None:
+    assert value(collected(state()), name, device="disk", queue="1") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hyperbell_frontend_connected", 1),
+        ("hyperbell_frontend_connections_total", 3),
+        ("hyperbell_frontend_reconnects_total", 2),
+        ("hyperbell_frontend_refused_total", 4),
+        ("hyperbell_frontend_messages_total", 99),
+        ("hyperbell_memory_regions", 5),
+    ],
+)
+def test_front_ends_are_counted_by_device(name: str, expected: float) -> None:
+    assert value(collected(state()), name, device="disk") == expected
+
+
+def test_protocol_errors_are_counted_by_device_and_request() -> None:
+    found = collected(state())
+    assert value(found, "hyperbell_protocol_errors_total", device="disk", request="VHOST_USER_SET_VRING_NUM") == 7
+
+
+def test_workers_are_counted_by_name() -> None:
+    found = collected(state())
+    assert value(found, "hyperbell_worker_wakeups_total", worker="fast") == 21
+    assert value(found, "hyperbell_worker_poll_hits_total", worker="fast") == 22
+    assert value(found, "hyperbell_worker_poll_misses_total", worker="fast") == 23
+    assert value(found, "hyperbell_worker_cpu_seconds_total", worker="fast") == 2.5
+    assert value(found, "hyperbell_worker_info", worker="fast", reactor="io_uring") == 1
+
+
+def test_build_info_names_version_and_platform() -> None:
+    (labels,) = (dict(labels) for name, labels in collected(state()) if name == "hyperbell_build_info")
+    assert set(labels) == {"version", "python", "machine"}
+    assert all(labels.values())
+
+
+def test_histogram_buckets_are_cumulative_and_bounded_in_seconds() -> None:
+    found = collected(state())
+    buckets = {
+        float(dict(labels)["le"]): count
+        for (name, labels), count in found.items()
+        if name == "hyperbell_request_duration_seconds_bucket" and ("queue", "0") in labels
+    }
+    assert list(buckets) == [*DURATION_BOUNDS, float("inf")]
+    counts = list(buckets.values())
+    assert counts[:4] == [1, 1, 1, 3]
+    assert counts[-2:] == [3, 6]
+
+
+def test_every_metric_has_a_help_text_and_our_prefix() -> None:
+    registry = CollectorRegistry()
+    registry.register(StateCollector(state))
+    families = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    assert len(families) > 20
+    assert [
+        family.name for family in families if not family.documentation or not family.name.startswith("hyperbell_")
+    ] == []
+
+
+async def fetch(url: str) -> str:
+    def get() -> str:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    return await trio.to_thread.run_sync(get)
+
+
+async def test_the_page_shows_a_snapshot_taken_in_the_event_loop_and_what_the_process_uses() -> None:
+    tasks: list[object] = []
+
+    def snapshot() -> DaemonState:
+        tasks.append(trio.lowlevel.current_trio_token())
+        return state()
+
+    async with serve_metrics("127.0.0.1", 0, snapshot) as (host, port):
+        page = await fetch(f"http://{host}:{port}/metrics")
+    found = samples(page)
+    assert value(found, "hyperbell_requests_total", device="disk", queue="0", op="read") == 6
+    assert value(found, "process_cpu_seconds_total") > 0
+    assert any(name == "python_info" for name, _ in found)
+    assert any(name == "python_gc_collections_total" for name, _ in found)
+    assert tasks == [trio.lowlevel.current_trio_token()]
+
+
+async def test_any_other_page_says_where_the_metrics_are() -> None:
+    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            await fetch(f"http://{host}:{port}/")
+    with caught.value as answer:
+        assert answer.code == 404
+        assert answer.read() == b"the metrics are at /metrics\n"
+
+
+async def test_ipv6_loopback_works_like_any_address() -> None:
+    try:
+        async with serve_metrics("::1", 0, state) as (_, port):
+            assert "hyperbell_build_info" in await fetch(f"http://[::1]:{port}/metrics")
+    except HostError as error:
+        pytest.skip(f"this machine has no IPv6 loopback: {error}")
+
+
+async def test_a_taken_address_is_one_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HostError, match=f"metrics: cannot listen on 127.0.0.1 port {port}.*another address"):
+            async with serve_metrics("127.0.0.1", port, state):
+                pytest.fail("it must not be served")
+
+
+async def test_the_address_is_free_again_after_the_end() -> None:
+    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+        pass
+    async with serve_metrics(host, port, state) as (_, again):
+        assert again == port
+
+
+async def test_a_client_that_says_nothing_does_not_hold_up_a_scrape_or_the_end() -> None:
+    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+        with socket.create_connection((host, port)):
+            assert "hyperbell_build_info" in await fetch(f"http://{host}:{port}/metrics")
+
+
+async def test_a_failing_snapshot_costs_one_scrape_and_not_the_page() -> None:
+    broken: list[Callable[[], DaemonState]] = [lambda: state(), lambda: DaemonState((), 1)]  # type: ignore[arg-type]
+
+    async with serve_metrics("127.0.0.1", 0, lambda: broken.pop()()) as (host, port):
+        with capture_logs() as logs, pytest.raises(urllib.error.HTTPError) as caught:
+            await fetch(f"http://{host}:{port}/metrics")
+        with caught.value as answer:
+            assert answer.code == 500
+        assert [entry["event"] for entry in logs] == ["the metrics cannot be collected"]
+        assert "hyperbell_build_info" in await fetch(f"http://{host}:{port}/metrics")
