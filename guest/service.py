@@ -152,6 +152,10 @@ class Daemon:
         self.process.kill()
         await self.process.wait()
 
+    def reload(self) -> None:
+        """SIGHUP: it looks at its images again, among other things. Does not wait for it."""
+        self.process.send_signal(signal.SIGHUP)
+
     def error(self, message: str) -> ServiceError:
         return ServiceError("\n  | ".join([f"{message}\nthe end of the daemon's log:", *log_tail(self.log)]))
 

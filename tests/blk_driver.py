@@ -188,6 +188,20 @@ class VerifiedLoad:
 
 # --- disks ---
 
+
+def contents(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def put(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def blocks_of(path: Path) -> int:
+    """The 512-byte blocks the file takes on its file system."""
+    return path.stat().st_blocks
+
+
 KINDS: Final = ("memory", "tmpfs", "file", "direct")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_file = pytest.mark.parametrize("kind", KINDS[1:])

@@ -47,7 +47,8 @@ def render(report: Report, *, markdown: bool) -> str:
         lines += [_heading("idle, one front-end connected", markdown=markdown), ""]
         lines += _table(_idle_rows(report.idle), markdown=markdown)
         lines.append("")
-    lines += [f"Note: {note}" for note in report.notes]
+    for note in report.notes:
+        lines += [f"Note: {note}.", ""]
     if report.bars:
         lines += [_heading("bars", markdown=markdown), ""]
         lines += [f"- {bar}" if markdown else str(bar) for bar in report.bars]

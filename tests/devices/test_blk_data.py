@@ -16,11 +16,13 @@ from blk_driver import (
     Answer,
     BlkDriver,
     VerifiedLoad,
+    contents,
     every_file,
     every_kind,
     header,
     make_disk,
     pattern,
+    put,
 )
 from frontend import NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
 
@@ -45,7 +47,7 @@ async def test_what_is_written_is_read_back_and_nothing_beside_it_changes(
         assert p.op("read") == (2, 0)
         assert p.op("flush") == (1, 0)
     if kind != "memory":
-        assert image.read_bytes() == (bytes(8 * SECTOR) + data[: 8 * SECTOR]).ljust(MIB, b"\0")
+        assert contents(image) == (bytes(8 * SECTOR) + data[: 8 * SECTOR]).ljust(MIB, b"\0")
 
 
 @every_reactor
@@ -176,12 +178,12 @@ async def test_an_image_with_a_format_inside_is_served_as_the_bytes_it_has(setti
     """Never a guess at the format: a guest could write a header that names a host's file as backing file."""
     image = tmp_path / "image"
     victim = tmp_path / "secret"
-    victim.write_bytes(b"secret" * 1000)
+    put(victim, b"secret" * 1000)
     name = str(victim).encode()
     qcow2 = b"QFI\xfb" + (3).to_bytes(4, "big") + (256).to_bytes(8, "big") + len(name).to_bytes(4, "big")
     qcow2 += (16).to_bytes(4, "big") + MIB.to_bytes(8, "big")
     content = (qcow2.ljust(256, b"\0") + name).ljust(64 << 10, b"\0")
-    image.write_bytes(content)
+    put(image, content)
     for _ in range(2):  # the second time with what the guest wrote over it
         async with plugged(make_disk("file", image), setting) as p:
             disk = BlkDriver(p.guest.queues[0])
@@ -191,7 +193,7 @@ async def test_an_image_with_a_format_inside_is_served_as_the_bytes_it_has(setti
             await disk.write(0, content[:SECTOR])
             content = qcow2.ljust(SECTOR, b"\1") + content[SECTOR:]
             await disk.write(0, content[:SECTOR])
-    assert image.read_bytes() == content
+    assert contents(image) == content
 
 
 @every_native_setting
@@ -217,7 +219,7 @@ async def test_a_serial_of_twenty_characters_has_no_terminator(setting: Setting,
 @every_file
 async def test_a_disk_larger_than_any_buffer_is_read_whole(setting: Setting, kind: str, image: Path) -> None:
     content = pattern(3 * MIB, 4)
-    image.write_bytes(content)
+    put(image, content)
     async with plugged(make_disk(kind, image), setting) as p:
         disk = BlkDriver(p.guest.queues[0])
         read = [await disk.read(at // SECTOR, MIB) for at in range(0, len(content), MIB)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guests.testbed import FROZEN_SEED, FROZEN_WRITTEN, MIB, Site, Testbed, Variant
+from guests.testbed import DISK_SIZE, FROZEN_SEED, FROZEN_WRITTEN, MIB, Site, Testbed, Variant
 
 from guest.machine import Answer, Guest
-from guest.pattern import BLOCK_SIZE, check_pattern, check_zeroes, sum_generations
+from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sum_generations
 from guest.service import Daemon, Metrics
 
 SEED = 4242
@@ -20,6 +21,7 @@ WRITE_THROUGH = (16 * MIB, 256 * 1024)
 STRESSED = (32 * MIB, 4 * MIB)
 STRESSED_BLOCKS = STRESSED[1] // BLOCK_SIZE
 STRESS_SEED = 7
+GROWN = DISK_SIZE + 8 * MIB
 
 
 @dataclass
@@ -53,6 +55,7 @@ async def use_devices(testbed: Testbed, folder: Path, variant: Variant) -> Recor
         await scenario.switch_cache()
         await scenario.read_entropy()
         await scenario.stress()
+        await scenario.grow()
         record.metrics = await daemon.metrics()
         await guest.power_off()
     record.frozen_unchanged = site.frozen.read_bytes() == frozen
@@ -126,3 +129,16 @@ class _Scenario:
         command = f"diskcheck stress stress /dev/vda {span} {STRESS_SEED} 2 16 {self.record.variant.stress_requests}"
         await self.step("stress", command, timeout_seconds=120)
         self.record.image_generations = sum_generations(self.site.disk, *STRESSED, STRESS_SEED)
+
+    async def grow(self) -> None:
+        """The image grows while it is served; the guest is told and waits for its disk to follow."""
+        os.truncate(self.site.disk, GROWN)
+        self.daemon.reload()
+        sectors = GROWN // SECTOR_SIZE
+        await self.step(
+            "grown",
+            f"for i in $(seq 500); do [ $(cat /sys/block/vda/size) = {sectors} ] && break; usleep 20000; done;"
+            "result grown.sectors $(cat /sys/block/vda/size);"
+            f"diskcheck grown write /dev/vda {GROWN - MIB} {MIB} {SEED} && diskcheck grown flush /dev/vda",
+        )
+        self.record.differs["grown"] = check_pattern(self.site.disk, GROWN - MIB, MIB, SEED)

@@ -67,6 +67,12 @@ def test_cache_is_writeback_and_flushes_arrive(record: Record) -> None:
     assert record.flushes["write back"] >= 1
 
 
+def test_guest_sees_its_disk_grow_and_uses_the_new_space(record: Record) -> None:
+    assert held(record, "grown")
+    assert record.facts()["grown.sectors"] == str(scenario.GROWN // 512)
+    assert record.differs["grown"] == ""
+
+
 def test_discard_frees_blocks_of_the_image(record: Record) -> None:
     assert held(record, "discard")
     assert record.freed >= scenario.DISCARDED[1] * 9 // 10

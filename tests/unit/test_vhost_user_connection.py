@@ -314,11 +314,32 @@ async def test_a_missing_translation_is_asked_for_and_its_answer_reaches_the_bac
             assert await channel.receive() == (1, wire.iotlb(1, 0x8000, perm=2))
 
 
-async def test_a_miss_of_a_queue_that_was_stopped_meanwhile_is_not_asked_for(backend: RecordingBackend) -> None:
+async def test_a_miss_is_asked_for_though_it_comes_before_the_rings_start_is_acknowledged(
+    backend: RecordingBackend,
+) -> None:
+    start = backend.set_kick
+
+    async def miss_at_once(index: int, fd: OwnedFd | None) -> None:
+        await start(index, fd)
+        backend.post(IotlbMiss(0x4000, Permission.READ))
+        await trio.testing.wait_all_tasks_blocked()
+
+    backend.set_kick = miss_at_once  # type: ignore[method-assign]
     async with connected(backend, IOMMU) as (front_end, _):
         with await open_channel(front_end) as channel:
-            backend.post(IotlbMiss(0x4000, Permission.READ))
-            await trio.testing.wait_all_tasks_blocked()
+            await front_end.start_ring()
+            assert await channel.receive() == (1, wire.iotlb(1, 0x4000, perm=1))
+
+
+async def test_a_miss_that_was_not_asked_for_yet_ends_with_the_last_ring(backend: RecordingBackend) -> None:
+    async with connected(backend, IOMMU) as (front_end, _):
+        with await open_channel(front_end) as channel:
+            await front_end.start_ring()
+            for iova in (0x4000, 0x5000):
+                backend.post(IotlbMiss(iova, Permission.READ))
+            assert await channel.receive() == (1, wire.iotlb(1, 0x4000, perm=1))
+            await front_end.ask(11, wire.vring_state(0, 0))
+            await channel.send(wire.reply_to(1, u64(0)))
             await front_end.start_ring()
             backend.post(IotlbMiss(0x8000, Permission.READ))
             assert await channel.receive() == (1, wire.iotlb(1, 0x8000, perm=1))

@@ -12,7 +12,7 @@ from transports.base import BackendLike
 from transports.vhost_user.backend_channel import BackendChannel
 from transports.vhost_user.framing import UNKNOWN_REQUEST
 from transports.vhost_user.messages import VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_REPLY_ACK
-from transports.vhost_user.operations import Request, SetBackendChannel
+from transports.vhost_user.operations import Request, ResetDevice, SetBackendChannel, StopDevice, StopQueue
 from transports.vhost_user.perform import perform
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
@@ -77,8 +77,8 @@ class Connection:
     def post(self, event: ConfigChanged | IotlbMiss) -> None:
         """Tell the front-end of ``event`` as soon as it may be told; never waits.
 
-        While all rings are stopped the device is suspended and sends nothing: a changed config space
-        is announced when a ring starts, and nobody waits for a translation any more.
+        While all rings are stopped the device is suspended and sends nothing: what happens then is told
+        when a ring starts. A ring may miss a translation before its start was even acknowledged.
         """
         if isinstance(event, ConfigChanged):
             self._config_changed = True
@@ -132,6 +132,8 @@ class Connection:
                 self._stats.protocol_errors[request.name] += 1
             return reply
         reply = self.session.accept(request, value)
+        if isinstance(request.operation, StopQueue | StopDevice | ResetDevice) and self.session.state.is_suspended:
+            self._misses.clear()
         self._wake.set()  # a ring may run now, or a channel be there
         return reply
 
@@ -177,7 +179,6 @@ class Connection:
     def _next_event(self) -> ConfigChanged | IotlbMiss | None:
         state = self.session.state
         if state.is_suspended:
-            self._misses.clear()
             return None
         if self._channel is None:
             if self._misses and not self._warned_of_missing_channel:
