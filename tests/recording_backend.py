@@ -74,6 +74,8 @@ class RecordingBackend:
         self._record("set_status", status)
         self.status = status
 
+    has_config_space = True
+
     def device_features(self) -> int:
         return self.features
 

@@ -17,7 +17,6 @@ class _Lib:
     DP_E_NOT_EVENTFD: int
     DP_E_RING_ALIGN: int
     DP_E_RING_SIZE: int
-    DP_E_RING_ADDRESS: int
     DP_E_BASE: int
     DP_HISTOGRAM_BUCKETS: int
     DP_QUEUE_OPS: int

@@ -153,7 +153,8 @@ class Backend:
         return self._status
 
     def set_status(self, status: int) -> None:
-        self._status = status | (self._status & spec.VIRTIO_CONFIG_S_NEEDS_RESET)
+        # 2.1.2: the need for a reset stays until there is one, and that is status 0.
+        self._status = status | (self._status & spec.VIRTIO_CONFIG_S_NEEDS_RESET) if status else 0
 
     def device_features(self) -> int:
         ring = sum(1 << bit for bit in spec.RING_FEATURES.values())
@@ -165,6 +166,10 @@ class Backend:
             raise PeerError(f"features {unknown:#x} were not offered")
         self._driver_features = bits
         self._device.set_driver_features(bits)
+
+    @property
+    def has_config_space(self) -> bool:
+        return bool(self._device.config_space())
 
     def read_config(self, offset: int, size: int) -> bytes:
         _check_config_range(offset, size)
@@ -220,16 +225,13 @@ class Backend:
         return self._queues[index]
 
     async def configure_queue(self, index: int, setup: QueueSetup) -> None:
-        """Only while the queue is stopped. ``PeerError``: a ring that cannot be (size, alignment, base)."""
+        """Only while the queue is stopped. ``PeerError``: an impossible size or base; ``GuestError``: misaligned."""
         queue = self._queue(index)
         if queue.running or queue.started:
             raise PeerError(f"queue {index} is set up while it is started")
         if not 0 < setup.size <= self._queue_size_max:
             raise PeerError(f"queue {index} of size {setup.size}, allowed are 1 to {self._queue_size_max}")
-        try:
-            queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
-        except HostError as error:
-            raise PeerError(str(error)) from error
+        queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
         queue.setup = setup
         queue.broken = False
         queue.miss = None

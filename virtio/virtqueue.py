@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from virtio.dataplane import check, ffi, guest_error, lib
-from virtio.errors import GuestError, HostError
+from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
 from virtio.memory import Iotlb, MemoryTable
 from virtio.stats import HISTOGRAM_BUCKETS, OpStats, QueueStats
@@ -40,12 +40,22 @@ class Virtqueue:
         self.pointer: Any = ffi.gc(pointer, lib.virtqueue_free)
 
     def configure(self, setup: QueueSetup, features: int, table: MemoryTable, iotlb: Iotlb) -> None:
-        """Set size, addresses, format and position; ``HostError`` says what is impossible. Forgets faults."""
+        """Set size, addresses, format and position. Forgets faults.
+
+        ``GuestError``: the driver's addresses are not aligned; ``PeerError``: an impossible size or base.
+        """
         given = ffi.new("struct queue_setup *")
         given.desc, given.avail, given.used = setup.desc, setup.avail, setup.used
         given.size, given.base, given.space = setup.size, setup.base, int(setup.space)
         given.features = features
         code = lib.virtqueue_configure(self.pointer, given, table.pointer, iotlb.pointer)
+        if code == lib.DP_E_RING_ALIGN:
+            raise GuestError(
+                f"queue {self.index}: a ring address is not aligned (virtio 1.3, 2.7 and 2.8)", queue_index=self.index
+            )
+        if code in (lib.DP_E_RING_SIZE, lib.DP_E_BASE):
+            what = f"size {setup.size}" if code == lib.DP_E_RING_SIZE else f"base {setup.base:#x}"
+            raise PeerError(f"queue {self.index} cannot have {what} (virtio 1.3, 2.7 and 2.8)")
         check(code, f"setting up queue {self.index}")
 
     def forget(self) -> None:

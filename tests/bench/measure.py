@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from tests.bench.blk_frontend import BlkFrontend, DeviceFaultError, Job
+from tests.bench.connection import ConnectionFailedError
 from tests.bench.servers import Server, ServerError
 
 QUEUE_SIZE: Final = 256
@@ -187,6 +188,9 @@ def run_undisturbed(contender: Contender, load: Load, timing: Timing, log: Log) 
     for _ in range(1 + timing.retries + FAULTS_FORGIVEN):
         try:
             sample = run_once(contender, load, timing)
+        except ConnectionFailedError as error:
+            contender.server.check()
+            raise ServerError(f"{contender.name}: {error}; it printed: {contender.server.last_words()}") from error
         except DeviceFaultError as error:
             faults += 1
             if contender.ours or faults > FAULTS_FORGIVEN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ QUICK: Final = Timing(seconds=0.4, warm_up=0.1, rounds=3, retries=0, idle=5.0)
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 1 when it could not be measured or (``--strict``) a bar is missed."""
     arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # servers and files must not stay behind
     try:
         report = Bench(arguments).measure()
     except (ServerError, StorageError, ConnectionFailedError, DeviceFaultError) as error:

@@ -129,7 +129,7 @@ class Server:
         return sum(int(read_status(task / "status")["voluntary_ctxt_switches"]) for task in tasks)
 
     def strayed_threads(self) -> list[str]:
-        """Names of threads that may run elsewhere than on ``cpu`` (kernels before 6.3 let io_uring's workers)."""
+        """Names of threads that may run elsewhere than on ``cpu`` (older kernels let io_uring's workers)."""
         names = []
         for task in Path(f"/proc/{self._process.pid}/task").iterdir():
             with contextlib.suppress(FileNotFoundError, KeyError):  # it ended meanwhile

@@ -49,6 +49,7 @@ class Connection:
             device_features=backend.device_features(),
             queue_count=backend.queue_count,
             queue_size_max=backend.queue_size_max,
+            has_config_space=backend.has_config_space,
         )
         self._current: str = ""  # the request being carried out
         self._refused: set[str] = set()  # requests whose refusal was logged already
@@ -234,5 +235,3 @@ def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     return list(numbers)
-
-

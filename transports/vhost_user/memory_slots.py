@@ -23,9 +23,7 @@ class MemoryTable:
     def __init__(self) -> None:
         self.regions: tuple[MemoryRegion, ...] = ()
 
-    def with_all(
-        self, descriptions: Sequence[RegionDescription], fds: Sequence[OwnedFd]
-    ) -> tuple[MemoryRegion, ...]:
+    def with_all(self, descriptions: Sequence[RegionDescription], fds: Sequence[OwnedFd]) -> tuple[MemoryRegion, ...]:
         """A new table in the old one's place; descriptor i belongs to region i ("VHOST_USER_SET_MEM_TABLE")."""
         if len(fds) != len(descriptions):
             raise PeerError(f"{len(fds)} file descriptors for {len(descriptions)} regions; each region needs one")

@@ -46,6 +46,12 @@ QEMU acknowledges any bit it has a number for, also bits it does not honour afte
 
 OFFERED_PROTOCOL_FEATURES: Final = sum(1 << bit for bit in PROTOCOL_FEATURES.values())
 
+
+def offered_protocol_features(*, has_config_space: bool) -> int:
+    """The protocol features of a device; QEMU warns of CONFIG where it expects no config space (rng)."""
+    return OFFERED_PROTOCOL_FEATURES & ~(0 if has_config_space else 1 << VHOST_USER_PROTOCOL_F_CONFIG)
+
+
 # Limits.
 VHOST_USER_MAX_FDS: Final = 8  # in one message: one for each region of SET_MEM_TABLE
 VHOST_MEMORY_MAX_NREGIONS: Final = 8  # in one SET_MEM_TABLE ("Multiple Memory regions description")

@@ -200,9 +200,7 @@ def build_config(access: ConfigAccess) -> bytes:
 
 
 def build_iotlb(message: IotlbMessage) -> bytes:
-    return _build(
-        _IOTLB, iova=message.iova, size=message.size, uva=message.uva, perm=message.perm, type=message.type
-    )
+    return _build(_IOTLB, iova=message.iova, size=message.size, uva=message.uva, perm=message.perm, type=message.type)
 
 
 def _build(shape: Any, **fields: int) -> bytes:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 IOTLB_EVERYTHING: Final = 2**64 - 1  # bytes, from address 0: the most that a 64-bit size can say
 
+
 async def perform(backend: BackendLike, request: Request, log: FilteringBoundLogger) -> Value:
     """Do what ``request`` asks; the value it is done with (see ``operations``).
 

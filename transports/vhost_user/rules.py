@@ -89,12 +89,12 @@ def _set_features(state: ConnectionState, frame: Frame) -> Operation:
 
 
 def _get_protocol_features(state: ConnectionState, frame: Frame) -> Operation:
-    return Answer(messages.OFFERED_PROTOCOL_FEATURES)
+    return Answer(state.offered_protocol_features)
 
 
 def _set_protocol_features(state: ConnectionState, frame: Frame) -> Operation:
     bits = payloads.parse_u64(frame.payload)
-    if extra := bits & ~messages.OFFERED_PROTOCOL_FEATURES:
+    if extra := bits & ~state.offered_protocol_features:
         raise PeerError(f"protocol feature bits {_bit_list(extra)} were not offered")
     if not state.is_suspended and bits != state.protocol_features:
         raise PeerError("protocol features cannot change while a ring runs")

@@ -43,9 +43,7 @@ _RETRY_ACCEPT: Final = {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.EN
 class VhostUserServer:
     """Serves ``backend`` at ``endpoint``. ``stats`` may be read at any time."""
 
-    def __init__(
-        self, backend: BackendLike, endpoint: Endpoint, *, stats: ConnectionStats | None = None
-    ) -> None:
+    def __init__(self, backend: BackendLike, endpoint: Endpoint, *, stats: ConnectionStats | None = None) -> None:
         self._backend = backend
         self._endpoint = endpoint
         self.stats: Final = stats if stats is not None else ConnectionStats()
@@ -213,5 +211,3 @@ async def serve(
 ) -> None:
     """Serve ``backend`` to vhost-user front-ends at ``endpoint`` (see ``VhostUserServer.run``)."""
     await VhostUserServer(backend, endpoint, stats=stats).run(task_status=task_status)
-
-

@@ -13,7 +13,7 @@ from typing import Final
 
 from transports.vhost_user import payloads, rules
 from transports.vhost_user.framing import Frame, Framer
-from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, Payload, Reply
+from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, Payload, Reply, offered_protocol_features
 from transports.vhost_user.operations import ReadConfig, Request, StopQueue
 from transports.vhost_user.payloads import ConfigAccess
 from transports.vhost_user.state import ConnectionState, Value
@@ -31,9 +31,12 @@ class Session:
     ``state`` is for reading: it changes only through ``accept``.
     """
 
-    def __init__(self, *, device_features: int, queue_count: int, queue_size_max: int) -> None:
+    def __init__(
+        self, *, device_features: int, queue_count: int, queue_size_max: int, has_config_space: bool = True
+    ) -> None:
         self.state: Final = ConnectionState(
             offered_features=device_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
+            offered_protocol_features=offered_protocol_features(has_config_space=has_config_space),
             queue_size_max=queue_size_max,
             rings=[Vring(index) for index in range(queue_count)],
         )

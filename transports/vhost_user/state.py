@@ -42,6 +42,7 @@ class ConnectionState:
     """
 
     offered_features: int
+    offered_protocol_features: int
     queue_size_max: int
     rings: list[Vring]
     features: int | None = None
@@ -68,7 +69,7 @@ class ConnectionState:
 
     @property
     def ring_space(self) -> AddressSpace:
-        """"A ring address is an IOVA if VIRTIO_F_IOMMU_PLATFORM has been negotiated" (now ACCESS_PLATFORM)."""
+        """ "A ring address is an IOVA if VIRTIO_F_IOMMU_PLATFORM has been negotiated" (now ACCESS_PLATFORM)."""
         return AddressSpace.IOVA if self.has_feature(VIRTIO_F_ACCESS_PLATFORM) else AddressSpace.UVA
 
     @property

@@ -16,10 +16,6 @@ __all__ = ["FAULTS", "check", "ffi", "guest_error", "lib"]
 _OWN_CODES: Final[dict[int, str]] = {
     lib.DP_E_SHORT_FILE: "the file ends before the region does (or is not a regular file)",
     lib.DP_E_NOT_EVENTFD: "not an eventfd",
-    lib.DP_E_RING_ALIGN: "a ring address is not aligned (virtio 1.3, 2.7 and 2.8.10)",
-    lib.DP_E_RING_SIZE: "the queue size is 0, too large, or (split) not a power of two (virtio 1.3, 2.7)",
-    lib.DP_E_RING_ADDRESS: "a ring lies outside guest memory",
-    lib.DP_E_BASE: "the ring base lies outside the ring",
 }
 
 FAULTS: Final[dict[int, str]] = {
