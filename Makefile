@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What pyproject.toml's [build-system] asks for: in the venv itself, so that pip need not fetch it a second time.
+BUILD_REQUIRES := 'setuptools>=68' 'cffi>=1.16'
 PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
 C_SOURCES := $(wildcard virtio/dataplane/*.c virtio/dataplane/*.h) virtio/dataplane/build.py
@@ -21,7 +23,8 @@ $(VENV)/.ready: pyproject.toml setup.py packages.txt $(C_SOURCES)
 	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing Python packages and compiling the data plane"
 	@rm -rf build
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(BUILD_REQUIRES)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 build: $(VENV)/.ready ## compile the data plane again after a change of C
@@ -48,7 +51,7 @@ c-check: setup
 	  gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
-	@$(BIN)/python -m tests.bench.run
+	@$(BIN)/python -m tests.bench.run $(ARGS)
 
 stub: ## rewrite virtio/_dataplane.pyi after changing dataplane.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
@@ -56,7 +59,8 @@ stub: ## rewrite virtio/_dataplane.pyi after changing dataplane.cdef.h
 install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
 	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
 	rm -rf build
-	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --upgrade .
+	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check $(BUILD_REQUIRES)
+	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --upgrade .
 	install -d $(DESTDIR)/usr/bin $(DESTDIR)/etc/hyperbell
 	ln -sf $(PREFIX)/bin/hyperbell $(DESTDIR)/usr/bin/hyperbell
 	install -D -m 644 systemd/hyperbell.service $(DESTDIR)/usr/lib/systemd/system/hyperbell.service
