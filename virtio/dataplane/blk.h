@@ -44,6 +44,9 @@ struct blk_request {
 int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 	   struct blk_request *q, uint64_t start_ns);
 void blk_io_done(struct request *r, int result);
+/* Read or write / zero on the memory back end; cannot fail. */
+void blk_memory_copy(struct blk_device *blk, struct blk_request *q);
+void blk_memory_zero(struct blk_device *blk, const struct blk_request *q);
 
 /* True when the driver has the writes durable before they are answered. */
 static inline bool blk_writethrough(const struct blk_device *blk)

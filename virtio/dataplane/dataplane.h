@@ -319,6 +319,11 @@ struct native_device *native_device_ref(struct native_device *device);
 
 #define WORKER_REQUESTS 512    /* request contexts a worker has; when they are out, its queues wait */
 #define WORKER_TURN 64         /* chains a queue may take in one turn before the next queue has its own */
+/*
+ * One published index and one notification end a batch: a turn, or so much of a longer one. A driver that sleeps takes
+ * some 30 us to wake up, and may do so while the rest is being served.
+ */
+#define WORKER_BATCH_NS 15000
 
 struct reactor_ops {
 	int (*open)(struct worker *w);

@@ -9,6 +9,7 @@
 #include "dataplane.h"
 
 #include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -81,6 +82,14 @@ void eventfd_signal_thread_end(void)
 	tick.created = tick.armed = 0;
 }
 
+/* Where no timer is to be had (RLIMIT_SIGPENDING): a signal that is lost would cost the driver more than this look. */
+static bool is_writable(int fd)
+{
+	struct pollfd ask = { .fd = fd, .events = POLLOUT };
+
+	return poll(&ask, 1, 0) == 1;
+}
+
 int eventfd_signal_bounded(int fd)
 {
 	uint64_t one = 1;
@@ -88,9 +97,11 @@ int eventfd_signal_bounded(int fd)
 	int error;
 
 	tick.used = 1;
-	if (!tick.armed && !tick_start())
-		return -EAGAIN;
-	tick.in_write = 1;
+	tick.in_write = 1; /* before `armed` is looked at: from here on the tick does not stop itself */
+	if (!tick.armed && !tick_start() && !is_writable(fd)) {
+		tick.in_write = 0;
+		return 0; /* full: as below */
+	}
 	n = write(fd, &one, sizeof(one));
 	error = n < 0 ? errno : 0;
 	tick.in_write = 0;

@@ -23,17 +23,26 @@ static void packed_attach(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, u
 	vq->packed.device_event = (uint32_t *)used;
 }
 
+/* Ring entries that the device has taken and not used yet; more than the queue's size: no such position exists. */
+static uint32_t slots_taken(const struct packed_ring *r, uint32_t size)
+{
+	return r->avail_idx + (r->avail_wrap == r->used_wrap ? 0 : size) - r->used_idx;
+}
+
 static int packed_set_base(struct virtqueue *vq, uint32_t base)
 {
 	uint16_t avail = base & INDEX_MASK, used = base >> 16 & INDEX_MASK;
 
+	/* Some front-ends (DPDK's) give the avail position alone; no ring is where the upper half 0 would then put it. */
+	if (base >> 16 == 0 && base >> WRAP_BIT & 1)
+		return packed_set_base(vq, base | base << 16);
 	if (avail >= vq->size || used >= vq->size)
 		return DP_E_BASE;
 	vq->packed = (struct packed_ring){
 		.avail_idx = avail, .avail_wrap = base >> WRAP_BIT & 1,
 		.used_idx = used, .used_wrap = base >> 31 & 1,
 	};
-	return 0;
+	return slots_taken(&vq->packed, vq->size) <= vq->size ? 0 : DP_E_BASE;
 }
 
 static uint32_t packed_base(const struct virtqueue *vq)
@@ -66,7 +75,7 @@ static int packed_pop(struct virtqueue *vq, struct chain_view *chain)
 	struct packed_ring *r = &vq->packed;
 	uint16_t at = r->avail_idx;
 	bool wrap = r->avail_wrap;
-	uint32_t slots = 0;
+	uint32_t slots = 0, room = vq->size - slots_taken(r, vq->size);
 	struct desc d;
 	int rc;
 
@@ -78,9 +87,12 @@ static int packed_pop(struct virtqueue *vq, struct chain_view *chain)
 		d = desc_unpack(load_relaxed(&r->desc[2 * at]), hi, true);
 		if (slots == 0 && !is_available(d.flags, wrap))
 			return VQ_EMPTY;
-		/* 2.8.10: no chain is longer than the queue. */
+		/* 2.8.17: no chain is longer than the queue. */
 		if (unlikely(slots >= vq->size))
 			return virtqueue_fail(vq, VQ_FAULT_CHAIN_LENGTH, d.next, 0, slots);
+		/* 2.8.16: a driver leaves descriptors alone until it has them back. */
+		if (unlikely(slots >= room))
+			return virtqueue_fail(vq, VQ_FAULT_AVAIL_INDEX, d.next, 0, slots);
 		slots++;
 		advance(&at, &wrap, 1, vq->size);
 		if (d.flags & VRING_DESC_F_INDIRECT) {
@@ -118,7 +130,8 @@ static void packed_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uin
 		store_relaxed(word, (uint64_t)written | (uint64_t)head << 32 | (uint64_t)flags << 48);
 	}
 	r->staged = (uint16_t)(r->staged + slots);
-	r->signalled_off = (uint16_t)(r->signalled_off + slots);
+	/* More than a lap since the driver was last asked is a lap: any event it can name was passed. */
+	r->signalled_off = (uint16_t)(r->signalled_off + slots < vq->size ? r->signalled_off + slots : vq->size);
 	advance(&r->used_idx, &r->used_wrap, slots, vq->size);
 }
 

@@ -45,14 +45,14 @@ static void publish_touched(struct worker *w)
 static bool serve_queue(struct worker *w, struct virtqueue *vq)
 {
 	struct chain_view chain = { .iov = w->scratch };
-	uint64_t start_ns = 0;
+	uint64_t start_ns = 0, batch_ns = 0;
 	uint32_t served = 0;
 
 	while (served < WORKER_TURN && w->free_requests && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		int64_t written;
 
 		if (served++ == 0)
-			start_ns = now_ns();
+			start_ns = batch_ns = now_ns();
 		written = vq->device->ops->serve(vq->device, w, vq, &chain, start_ns);
 		if (written == SERVE_BROKEN) {
 			/* Only off the books: a broken ring is not written to, but a stop waits for what is in flight. */
@@ -63,9 +63,13 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 			virtqueue_push(vq, chain.head, chain.slots, (uint32_t)written);
 			start_ns = now_ns();
 			worker_touch(w, vq);
-			/* A driver that polls may go on with what is done; who sleeps is told once, at the end. */
-			if (served % 16 == 0)
+			if (start_ns - batch_ns >= WORKER_BATCH_NS) {
 				virtqueue_publish(vq);
+				virtqueue_notify(vq);
+				batch_ns = start_ns;
+			} else if (served % 16 == 0) {
+				virtqueue_publish(vq); /* a driver that polls may go on with what is done */
+			}
 		}
 	}
 	if (vq->kicked) {

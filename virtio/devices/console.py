@@ -38,6 +38,8 @@ CONTROL_TRANSMIT: Final = 3
 EMERG_WR_OFFSET: Final = 8
 PORTS_MAX: Final = 31
 CONTROL_BACKLOG: Final = 4096
+PIECE: Final = 64 * 1024
+"""Bytes of the guest's output handled at once."""
 
 
 class EndOptions(DeviceOptions):
@@ -202,10 +204,16 @@ class Console(Device):
         """Guest to host: bytes of a port, or a control message."""
         if queue.index == CONTROL_TRANSMIT:
             chain.op = 2
-            self._control_message(chain.read())
+            self._control_message(chain.read(_CONTROL.size))
             return
         chain.op = 1
-        self._port_of(queue.index).end.send(chain.read())
+        end = self._port_of(queue.index).end
+        # A buffer may claim 4 GiB (the same page again and again): in pieces, and others have their turn between them.
+        end.send(chain.read(PIECE))
+        with trio.CancelScope(shield=True):  # a stop in the middle would send the first pieces twice
+            while piece := chain.read(PIECE):
+                await trio.lowlevel.checkpoint()
+                end.send(piece)
 
     # ---- control (5.3.6.2) ----
 

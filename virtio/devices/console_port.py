@@ -92,11 +92,19 @@ class LogEnd:
     def send(self, data: bytes) -> None:
         for piece in data.splitlines(keepends=True):
             self._line += piece
-            if self._line.endswith((b"\n", b"\r")) or len(self._line) >= LINE_MAX:
-                text = self._line.decode("utf-8", "backslashreplace").rstrip()
+            while len(self._line) >= LINE_MAX:
+                self._tell(self._line[:LINE_MAX])
+                del self._line[:LINE_MAX]
+            if self._line.endswith((b"\n", b"\r")):
+                self._tell(self._line)
                 self._line.clear()
-                if text:
-                    self._log.info("guest console", line=text)
+
+    def _tell(self, line: bytearray) -> None:
+        text = line.decode("utf-8", "backslashreplace").rstrip()
+        if text:
+            # What would steer the terminal of whoever reads the log is shown instead of obeyed.
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+            self._log.info("guest console", line=shown)
 
     def close(self) -> None:
         self._line.clear()
@@ -145,10 +153,11 @@ class SocketEnd:
         self._identity = _identity(path)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        listener = trio.socket.from_stdlib_socket(self._listener)
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                client, _ = await self._listener.accept()
+                client, _ = await listener.accept()
                 if self._reader is not None:
                     self._reader.cancel()
                 self._reader = trio.CancelScope()
@@ -192,7 +201,7 @@ class SocketEnd:
             self._path.unlink(missing_ok=True)
 
 
-def _listen(path: Path) -> trio.socket.SocketType:
+def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.is_socket() and not _somebody_listens(path):
@@ -206,7 +215,7 @@ def _listen(path: Path) -> trio.socket.SocketType:
     except OSError as error:
         listener.close()
         raise HostError(f"console socket {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
-    return trio.socket.from_stdlib_socket(listener)
+    return listener
 
 
 def _somebody_listens(path: Path) -> bool:

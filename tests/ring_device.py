@@ -1,0 +1,150 @@
+"""The device's side of a virtqueue, for ring tests: the compiled data plane, stepped by hand beside ``driver.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from driver import GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
+
+from virtio.dataplane import ffi, lib
+from virtio.fd import OwnedFd
+from virtio.memory import Iotlb, MemoryTable
+from virtio.virtqueue import Virtqueue
+from virtio.waist import AddressSpace, MemoryRegion, QueueSetup
+
+F_INDIRECT_DESC: Final = 1 << 28
+F_EVENT_IDX: Final = 1 << 29
+F_VERSION_1: Final = 1 << 32
+F_ACCESS_PLATFORM: Final = 1 << 33
+F_RING_PACKED: Final = 1 << 34
+FORMATS: Final = ("split", "packed")
+
+
+def make_driver(
+    ring: str, memory: GuestMemory, size: int, *, event_idx: bool = False, start: int = 0, wrap: bool = True
+) -> VirtqueueDriver:
+    """A driver of this format. ``start`` and ``wrap``: where its ring stands (split rings know no wrap counter)."""
+    if ring == "split":
+        return SplitDriver(memory, size, event_idx=event_idx, start=start)
+    return PackedDriver(memory, size, event_idx=event_idx, start=start, wrap=wrap)
+
+
+def region_of(memory: GuestMemory, *, offset: int = 0, size: int | None = None, gpa: int | None = None) -> MemoryRegion:
+    """``size`` bytes of the memory from ``offset`` on, at ``gpa`` (where the driver has them, by default)."""
+    length = memory.size - offset if size is None else size
+    at = memory.gpa + offset if gpa is None else gpa
+    return MemoryRegion(at, length, memory.uva + offset, offset, OwnedFd(os.dup(memory.fd)))
+
+
+@dataclass(frozen=True)
+class Popped:
+    """A chain in the device's hands."""
+
+    head: int
+    room: int
+    readable: int
+    pointer: Any
+
+    @property
+    def data(self) -> bytes:
+        """The device-readable bytes, read now."""
+        return self.read(0, self.readable)
+
+    def read(self, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        done = lib.chain_read(self.pointer, offset, ffi.from_buffer(buffer), length)
+        return bytes(buffer[:done])
+
+    def write(self, offset: int, data: bytes) -> int:
+        done: int = lib.chain_write(self.pointer, offset, ffi.from_buffer(data), len(data))
+        return done
+
+
+class RingDevice:
+    """A device that holds chains until it is told what to do with them.
+
+    ``features``: INDIRECT_DESC and VERSION_1 by default; EVENT_IDX and RING_PACKED follow the driver. Close it, so
+    that a descriptor that leaks is seen.
+    """
+
+    def __init__(
+        self,
+        driver: VirtqueueDriver,
+        *,
+        features: int = F_INDIRECT_DESC | F_VERSION_1,
+        base: int | None = None,
+        space: AddressSpace = AddressSpace.GPA,
+        regions: Sequence[MemoryRegion] | None = None,
+        areas: tuple[int, int, int] | None = None,
+        size: int | None = None,
+    ) -> None:
+        packed = isinstance(driver, PackedDriver)
+        self.driver = driver
+        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.vq = Virtqueue(0, self.event_fd)
+        self.iotlb = Iotlb()
+        self.table = MemoryTable([region_of(driver.memory)] if regions is None else regions)
+        self.features = features | (F_EVENT_IDX if driver.event_idx else 0) | (F_RING_PACKED if packed else 0)
+        self.space = space
+        self.size = driver.size if size is None else size
+        self.areas = (driver.desc, driver.avail, driver.used_area) if areas is None else areas
+        self.vq.set_call(OwnedFd(os.dup(self.call_fd)))
+        self.interrupts()
+        self.start(driver.base if base is None else base)
+
+    def start(self, base: int) -> None:
+        setup = QueueSetup(self.size, *self.areas, base, self.space)
+        self.vq.configure(setup, self.features, self.table, self.iotlb)
+
+    def close(self) -> None:
+        pointer = self.vq.pointer
+        ffi.gc(pointer, None)
+        lib.virtqueue_free(pointer)
+        for region in self.table.mappings:
+            region.fd.close()
+        os.close(self.event_fd)
+        os.close(self.call_fd)
+
+    def pop(self, limit: int = 64) -> list[Popped]:
+        """Up to ``limit`` chains; none when the ring is empty, broken or waits for the IOTLB."""
+        room = ffi.new("struct chain *[]", limit)
+        info = ffi.new("struct chain_info *")
+        popped = []
+        for i in range(self.vq.pop_many(room, limit)):
+            lib.chain_info(room[i], info)
+            popped.append(Popped(info.head, info.writable_len, info.readable_len, room[i]))
+        return popped
+
+    def push(self, *done: tuple[Popped, bytes | int]) -> None:
+        """Return chains with this data written to them (or, given a number, claimed to be)."""
+        for popped, data in done:
+            if isinstance(data, bytes):
+                popped.write(0, data)
+        lengths = [len(data) if isinstance(data, bytes) else data for _, data in done]
+        self.vq.push_many([popped.pointer for popped, _ in done], lengths)
+
+    def drop(self, *popped: Popped) -> None:
+        for chain in popped:
+            lib.chain_drop(chain.pointer)
+
+    def interrupts(self) -> int:
+        """How often the driver was interrupted since the last look."""
+        return read_counter(self.call_fd)
+
+    @property
+    def fault(self) -> int:
+        """``VQ_FAULT_*``; 0 while the queue is whole."""
+        error = self.vq.report().error
+        return 0 if error is None else error.fault
+
+
+def read_counter(fd: int) -> int:
+    """What a non-blocking eventfd has counted; 0 when nothing."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
