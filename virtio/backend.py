@@ -41,7 +41,7 @@ class _QueueState:
         self.enabled = False
         self.running = False
         self.broken = False
-        self.miss: IotlbMiss | None = None
+        self.miss_told = 0  # the last miss that became an event
 
 
 class Backend:
@@ -126,8 +126,8 @@ class Backend:
             queue.broken = True
             self._status |= spec.VIRTIO_CONFIG_S_NEEDS_RESET
             self._send.send_nowait(QueueBroken(queue.vq.index, report.error))
-        if report.miss is not None and report.miss != queue.miss:
-            queue.miss = report.miss
+        if report.miss is not None and report.miss_number != queue.miss_told:
+            queue.miss_told = report.miss_number
             self._send.send_nowait(report.miss)
 
     def _config_changed(self) -> None:
@@ -207,8 +207,9 @@ class Backend:
         except HostError as error:
             raise PeerError(str(error)) from error
         for queue in self._queues:
-            if queue.miss is not None:
-                queue.miss = None
+            # A miss that is not visible yet is about to become an event, and asked for once more.
+            miss = queue.vq.report().miss
+            if miss is not None and iova <= miss.iova < iova + size and miss.perm & perm == miss.perm:
                 if queue.running:
                     await queue.driver.resume()
                 else:
@@ -234,7 +235,6 @@ class Backend:
         queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
         queue.setup = setup
         queue.broken = False
-        queue.miss = None
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         """Start the queue; its ring is looked at once. None: it is polled."""
@@ -319,7 +319,7 @@ class Backend:
         for queue in self._queues:
             await self._halt(queue)
             queue.started = queue.enabled = queue.broken = False
-            queue.setup = queue.miss = None
+            queue.setup = None
             for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
                 give(None)
             queue.vq.forget()

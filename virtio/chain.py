@@ -71,6 +71,11 @@ class Chain:
             raise ValueError("only a chain that was taken is completed by hand")
         self._queue.push([self])
 
+    @property
+    def returned(self) -> bool:
+        """It went back to the driver."""
+        return self._pointer is None
+
     def account(self) -> None:
         """For the pump: tell the metrics which operation this was and whether it failed."""
         lib.chain_time(self._alive(), self.op, self.failed)

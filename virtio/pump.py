@@ -32,6 +32,7 @@ class Queue:
         self._room = ffi.new("struct chain *[]", BATCH)
         self.outstanding = 0
         self._idle = trio.Event()
+        self._in_hand: Chain | None = None  # what the device's task was given last
 
     def _pop(self, limit: int) -> list[Chain]:
         count = self._vq.pop_many(self._room, limit)
@@ -55,6 +56,12 @@ class Queue:
         if self.outstanding == 0:
             self._idle.set()
 
+    def take_from_hand(self) -> None:
+        """The device's task failed, and the queue is broken: nobody else gives back the chain it was busy with."""
+        chain, self._in_hand = self._in_hand, None
+        if chain is not None and not chain.returned:
+            self.push([chain])
+
     async def drained(self) -> None:
         """Wait until every chain went back to the driver."""
         while self.outstanding:
@@ -77,6 +84,7 @@ class Queue:
         while True:
             chains = self._pop(1)
             if chains:
+                self._in_hand = chains[0]
                 return chains[0].take()
             await self._wait_for_kick()
 
@@ -91,6 +99,7 @@ class Queue:
             handled = 0
             try:
                 for chain in chains:
+                    self._in_hand = chain
                     await handle(self, chain)
                     handled += 1
                     if not chain.taken:

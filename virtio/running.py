@@ -80,10 +80,12 @@ class PumpedQueue:
                 await self._device.run_queue(queue)
         except GuestError as error:
             self._vq.break_queue(max(error.head, 0), error.gpa, error.length)
+            queue.take_from_hand()
         except Exception:
             # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
             log.exception("device failed", device=self._device.name, queue=queue.index)
             self._vq.break_queue(0, 0, 0)
+            queue.take_from_hand()
         finally:
             self._ended.set()
 

@@ -27,6 +27,8 @@ class Report:
 
     error: GuestError | None
     miss: IotlbMiss | None
+    miss_number: int
+    """Tells one miss from the next, which may be of the same address; 0 without a miss."""
 
 
 class Virtqueue:
@@ -107,7 +109,7 @@ class Virtqueue:
             error = guest_error(self.index, seen.fault, seen.head, seen.address, seen.length)
         if seen.miss:
             miss = IotlbMiss(seen.miss_iova, Permission(seen.miss_perm))
-        return Report(error, miss)
+        return Report(error, miss, seen.miss)
 
     def break_queue(self, head: int, readable: int, writable: int) -> None:
         """Break the queue because a request lacks the parts its device needs, or its device failed."""

@@ -116,7 +116,7 @@ struct queue_report { /* what Python wants to know after an event */
 	uint32_t head;
 	uint64_t address;
 	uint64_t length;
-	uint32_t miss;       /* 1: parked, waiting for the IOTLB */
+	uint32_t miss;       /* not 0: parked, waiting for the IOTLB; another number for each time */
 	uint32_t miss_perm;
 	uint64_t miss_iova;
 };

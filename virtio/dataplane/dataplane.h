@@ -160,6 +160,7 @@ struct virtqueue {
 	/* driver thread writes, then stores `event` with release; Python reads after acquire */
 	uint32_t fault;           /* atomic */
 	uint32_t miss;            /* atomic */
+	uint32_t misses;          /* driver thread: how many there were */
 	struct queue_report report;
 	/* what a worker keeps here while it drives the queue (worker thread) */
 	struct native_device *device;

@@ -11,6 +11,8 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define GUARD_SLOTS 16384 /* 32 devices with 509 memory slots each */
 
@@ -39,6 +41,28 @@ static struct mapping *guard_find(uintptr_t address)
 	return NULL;
 }
 
+static void pass_on(int number, siginfo_t *info, void *context)
+{
+	static pid_t passing; /* atomic: the thread that is in here */
+	pid_t self = (pid_t)syscall(SYS_gettid);
+
+	/*
+	 * A handler may be before us and after us (faulthandler, switched off and on again): then it hands the fault back
+	 * to us, and the default has to end it. Returning runs the faulting instruction again.
+	 */
+	if (load_relaxed(&passing) == self ||
+	    (!(previous.sa_flags & SA_SIGINFO) && (previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN))) {
+		signal(SIGBUS, SIG_DFL);
+		return;
+	}
+	store_relaxed(&passing, self);
+	if (previous.sa_flags & SA_SIGINFO)
+		previous.sa_sigaction(number, info, context);
+	else
+		previous.sa_handler(number);
+	store_relaxed(&passing, 0);
+}
+
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
 	int saved = errno;
@@ -53,14 +77,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 		errno = saved;
 		return;
 	}
-	if (previous.sa_flags & SA_SIGINFO) {
-		previous.sa_sigaction(number, info, context);
-	} else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-		previous.sa_handler(number);
-	} else {
-		/* Back to the default: returning runs the faulting instruction again, and the process ends as it should. */
-		signal(SIGBUS, SIG_DFL);
-	}
+	pass_on(number, info, context);
 	errno = saved;
 }
 

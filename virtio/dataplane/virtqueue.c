@@ -123,7 +123,9 @@ static int virtqueue_miss(struct virtqueue *vq, uint64_t iova, uint32_t perm)
 	vq->parked = true;
 	store_relaxed(&vq->report.miss_iova, iova);
 	store_relaxed(&vq->report.miss_perm, perm);
-	store_release(&vq->miss, 1);
+	if (++vq->misses == 0)
+		vq->misses = 1;
+	store_release(&vq->miss, vq->misses);
 	event_raise(vq);
 	return VQ_MISS;
 }
@@ -140,7 +142,7 @@ void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
 		report->length = vq->report.length;
 	}
 	if (miss) { /* at worst it is the next miss already, after a resume meanwhile; that one raises its event too */
-		report->miss = 1;
+		report->miss = miss;
 		report->miss_iova = load_relaxed(&vq->report.miss_iova);
 		report->miss_perm = load_relaxed(&vq->report.miss_perm);
 	}

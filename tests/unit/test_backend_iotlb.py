@@ -1,0 +1,289 @@
+"""The waist behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): addresses are asked for, answered late, and taken back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from driven import add_request, check_it_works, every_driven, make_device
+from driver import Element
+from frontend import F_RING_PACKED, GUARD, PACKED_START, Guest, GuestQueue, Plugged, Setting, every_ring, plugged
+from links import F_ACCESS_PLATFORM
+
+from virtio.errors import PeerError
+from virtio.fd import OwnedFd
+from virtio.waist import IotlbMiss, MemoryRegion, Permission, QueueBroken
+
+PAGE = 4096
+READ, WRITE = Permission.READ, Permission.WRITE
+BOTH = READ | WRITE
+
+
+class Iommu:
+    """The front-end's side: answers misses page by page, once ``gate`` is open.
+
+    The driver's addresses are I/O virtual ones here: its guest memory lies at quite another guest physical address.
+    """
+
+    def __init__(self, p: Plugged) -> None:
+        self._backend = p.backend
+        self._memory = p.guest.memory
+        self.gate = trio.Event()
+        self.gate.set()
+        self.asked: list[IotlbMiss] = []
+        self.broken: list[QueueBroken] = []
+        self.news = trio.Event()
+
+    async def share_memory(self) -> None:
+        memory = self._memory
+        region = MemoryRegion(0x1000, memory.size, memory.uva, 0, OwnedFd(os.dup(memory.fd)))
+        await self._backend.set_memory([region])
+
+    async def map(self, iova: int, size: int = PAGE, perm: Permission = BOTH) -> None:
+        await self._backend.iotlb_update(iova, size, self._memory.to_uva(iova), int(perm))
+
+    async def map_all(self) -> None:
+        await self.map(self._memory.gpa, self._memory.size)
+
+    async def unmap_all(self) -> None:
+        await self._backend.iotlb_invalidate(self._memory.gpa, self._memory.size)
+
+    async def run(self) -> None:
+        while True:
+            event = await self._backend.next_event()
+            if isinstance(event, QueueBroken):
+                self.broken.append(event)
+            elif isinstance(event, IotlbMiss):
+                self.asked.append(event)
+            self.news.set()
+            self.news = trio.Event()
+            if isinstance(event, IotlbMiss):
+                await self.gate.wait()
+                await self.map(event.iova & -PAGE)
+
+    async def asked_for(self, count: int) -> None:
+        """Wait until so many translations were asked for."""
+        with trio.fail_after(GUARD):
+            while len(self.asked) < count:
+                await self.news.wait()
+
+
+@asynccontextmanager
+async def behind_iommu(driven: str, ring: str, *, queues: int = 1) -> AsyncIterator[tuple[Plugged, Iommu]]:
+    setting = Setting("waist", ring, "" if driven == "pump" else driven)
+    async with plugged(make_device(driven, queues), setting, start=False) as p:
+        iommu = Iommu(p)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(iommu.run)
+            await start(p.guest, iommu, queues)
+            yield p, iommu
+            nursery.cancel_scope.cancel()
+
+
+async def start(guest: Guest, iommu: Iommu, queues: int = 1) -> None:
+    offered = await guest.link.device_features()
+    assert offered & F_ACCESS_PLATFORM
+    guest.features = offered if guest.ring == "packed" else offered & ~F_RING_PACKED
+    await guest.link.negotiate(guest.features)
+    await iommu.share_memory()
+    for _ in range(queues):
+        queue = guest.add_queue(64)
+        await start_queue(guest, queue, PACKED_START if guest.ring == "packed" else 0)
+
+
+async def start_queue(guest: Guest, queue: GuestQueue, base: int) -> None:
+    driver = queue.driver
+    await guest.link.set_up(queue.index, driver.size, (driver.desc, driver.avail, driver.used_area), base)
+    await guest.link.set_err(queue.index, queue.err_fd)
+    await guest.link.set_call(queue.index, queue.call_fd)
+    await guest.link.set_kick(queue.index, queue.kick_fd)
+    await guest.link.enable(queue.index, True)
+
+
+@every_driven
+@every_ring
+async def test_every_page_is_asked_for_with_the_right_it_needs(driven: str, ring: str) -> None:
+    async with behind_iommu(driven, ring) as (p, iommu):
+        queue, memory = p.guest.queues[0], p.guest.memory
+        pages = [memory.allocate(PAGE, PAGE) for _ in range(3)]
+        await check_it_works(queue)
+        assert {miss.perm for miss in iommu.asked if miss.iova == queue.driver.desc} <= {BOTH}
+        iommu.asked.clear()
+        header = pages[0] + 100
+        memory.write(header, b"\x08" + bytes(15))
+        pieces = [Element(header, 16, False), Element(pages[1], 20, True), Element(pages[2] + 4000, 1, True)]
+        queue.driver.add_elements(pieces)
+        queue.kick()
+        (used,) = await queue.used()
+        assert used.written in (16, 21)
+        assert [(miss.iova & -PAGE, miss.perm) for miss in iommu.asked] == [
+            (pages[0], READ),
+            (pages[1], WRITE),
+            (pages[2], WRITE),
+        ]
+
+
+@every_driven
+@every_ring
+async def test_an_answer_that_is_late_parks_one_queue_and_no_other(driven: str, ring: str) -> None:
+    async with behind_iommu(driven, ring, queues=2) as (p, iommu):
+        waiting, other = p.guest.queues
+        await check_it_works(waiting)
+        await check_it_works(other)
+        fresh = p.guest.memory.allocate(PAGE, PAGE)
+        p.guest.memory.write(fresh, b"\x08" + bytes(15))
+        iommu.gate = trio.Event()
+        before = len(iommu.asked)
+        element = Element(other.driver.memory.allocate(32), 21, True)
+        await iommu.map(element.gpa & -PAGE)
+        waiting.driver.add_elements([Element(fresh, 16, False), element])
+        waiting.kick()
+        await iommu.asked_for(before + 1)
+        for _ in range(3):
+            add_request(waiting)  # behind the one that waits, so in order: none of them comes back
+            waiting.ring()
+        await check_it_works(other, times=20)
+        assert not waiting.driver.has_used()
+        assert len(iommu.asked) == before + 1  # asked for once
+        iommu.gate.set()
+        await waiting.used(4)
+        await check_it_works(waiting)
+
+
+@every_driven
+@every_ring
+async def test_a_queue_that_waits_for_an_answer_can_be_stopped_and_goes_on_later(driven: str, ring: str) -> None:
+    async with behind_iommu(driven, ring) as (p, iommu):
+        queue = p.guest.queues[0]
+        await check_it_works(queue)
+        base = queue.driver.base
+        await iommu.unmap_all()
+        iommu.gate = trio.Event()
+        before = len(iommu.asked)
+        add_request(queue)
+        queue.ring()
+        await iommu.asked_for(before + 1)
+        with trio.fail_after(GUARD):
+            assert await p.guest.link.stop(0) == base
+        iommu.gate.set()
+        await iommu.map_all()
+        await start_queue(p.guest, queue, base)
+        assert len(await queue.used()) == 1
+
+
+@every_driven
+@every_ring
+async def test_what_is_invalidated_is_asked_for_again(driven: str, ring: str) -> None:
+    async with behind_iommu(driven, ring) as (p, iommu):
+        queue = p.guest.queues[0]
+        for _ in range(10):
+            await check_it_works(queue)
+            before = len(iommu.asked)
+            await iommu.unmap_all()
+            await check_it_works(queue)
+            assert len(iommu.asked) > before
+        # Part of a translation: all of it is forgotten and asked for again.
+        await iommu.map_all()
+        before = len(iommu.asked)
+        await check_it_works(queue)
+        assert len(iommu.asked) == before
+        await p.backend.iotlb_invalidate(p.guest.memory.gpa + p.guest.memory.size - PAGE, PAGE)
+        await check_it_works(queue)
+        assert len(iommu.asked) > before
+
+
+@every_driven
+@every_ring
+async def test_invalidations_under_load_lose_nothing(driven: str, ring: str) -> None:
+    async with behind_iommu(driven, ring, queues=2) as (p, iommu):
+        rounds = [0, 0]
+
+        async def keep_going(queue: GuestQueue) -> None:
+            while True:
+                await check_it_works(queue)
+                rounds[queue.index] += 1
+
+        async with trio.open_nursery() as nursery:
+            for queue in p.guest.queues:
+                nursery.start_soon(keep_going, queue)
+            with trio.fail_after(GUARD):
+                for _ in range(30):
+                    await iommu.unmap_all()
+                    wanted = [number + 3 for number in rounds]
+                    while any(number < least for number, least in zip(rounds, wanted, strict=True)):
+                        await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert len(iommu.asked) > 30
+        assert iommu.broken == []
+
+
+@every_driven
+async def test_a_right_that_is_missing_is_asked_for(driven: str) -> None:
+    async with behind_iommu(driven, "split") as (p, iommu):
+        queue, memory = p.guest.queues[0], p.guest.memory
+        await check_it_works(queue)
+        page = memory.allocate(PAGE, PAGE)
+        memory.write(page, b"\x08" + bytes(15))
+        await iommu.map(page, PAGE, READ)
+        before = len(iommu.asked)
+        queue.driver.add_elements([Element(page, 16, False), Element(page + 64, 21, True)])
+        queue.kick()
+        await queue.used()
+        assert iommu.asked[before:] == [IotlbMiss(page + 64, WRITE)]
+
+
+@every_driven
+async def test_a_translation_to_where_no_memory_is_breaks_the_queue(driven: str) -> None:
+    async with behind_iommu(driven, "split") as (p, iommu):
+        queue = p.guest.queues[0]
+        await check_it_works(queue)
+        page = p.guest.memory.allocate(PAGE, PAGE)
+        await p.backend.iotlb_update(page, PAGE, 0x1234_5000, int(BOTH))
+        queue.driver.add_elements([Element(page, 16, False), Element(page + 64, 21, True)])
+        queue.kick()
+        await queue.broken()
+        await trio.testing.wait_all_tasks_blocked()
+        (broken,) = iommu.broken
+        assert broken.error.gpa == page
+        assert "a buffer lies outside guest memory" in str(broken.error)
+
+
+@every_driven
+async def test_a_reset_forgets_every_translation(driven: str) -> None:
+    async with behind_iommu(driven, "split") as (p, iommu):
+        await iommu.map_all()
+        await check_it_works(p.guest.queues[0])
+        asked = len(iommu.asked)
+        await p.guest.link.reset()
+        p.guest.forget_queues()
+        await start(p.guest, iommu)
+        await check_it_works(p.guest.queues[0])
+        assert len(iommu.asked) > asked
+
+
+@pytest.mark.parametrize(
+    ("iova", "size", "uva", "perm"),
+    [(0, 0, 0, 3), (0, 4096, 0, 0), (0, 4096, 0, 4), (0, 4096, 2**64 - 4095, 3)],
+    ids=["no size", "no right", "an unknown right", "wraps"],
+)
+async def test_a_translation_that_is_none_is_the_peers_mistake(iova: int, size: int, uva: int, perm: int) -> None:
+    async with behind_iommu("pump", "split") as (p, _):
+        with pytest.raises(PeerError, match="IOTLB update"):
+            await p.backend.iotlb_update(iova, size, uva, perm)
+        await p.backend.iotlb_invalidate(0, 0)
+        await p.backend.iotlb_invalidate(2**64 - 1, 2**64 - 1)
+        await check_it_works(p.guest.queues[0])
+
+
+@every_driven
+async def test_more_translations_than_are_kept_are_just_asked_for_again(driven: str) -> None:
+    async with behind_iommu(driven, "split") as (p, _):
+        queue = p.guest.queues[0]
+        await check_it_works(queue)
+        for n in range(70_000):
+            p.backend._iotlb.update((1 << 40) + n * PAGE, PAGE, p.guest.memory.uva, 3)
+        await check_it_works(queue)
