@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from driver import GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
+import pytest
+from driver import Desc, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 
-from virtio.dataplane import ffi, lib
+from virtio.dataplane import FAULTS, ffi, lib
+from virtio.errors import GuestError
 from virtio.fd import OwnedFd
 from virtio.memory import Iotlb, MemoryTable
 from virtio.virtqueue import Virtqueue
@@ -140,6 +143,70 @@ class RingDevice:
         """``VQ_FAULT_*``; 0 while the queue is whole."""
         error = self.vq.report().error
         return 0 if error is None else error.fault
+
+
+class Rings:
+    """Opens memories and devices, and closes them in the right order."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def memory(self, size: int = 1 << 20, gpa: int = 0x4000_0000, uva: int = 0x7F00_0000_0000) -> GuestMemory:
+        return self._stack.enter_context(GuestMemory(size, gpa, uva))
+
+    def device(self, driver: VirtqueueDriver, **how: Any) -> RingDevice:
+        """``how``: what ``RingDevice`` takes."""
+        device = RingDevice(driver, **how)
+        self._stack.callback(device.close)
+        return device
+
+
+@contextmanager
+def open_rings() -> Iterator[Rings]:
+    """The fixture's content for a hypothesis test, which needs it anew for each example."""
+    with ExitStack() as stack:
+        yield Rings(stack)
+
+
+@pytest.fixture
+def rings() -> Iterator[Rings]:
+    with open_rings() as opened:
+        yield opened
+
+
+def put_one(driver: VirtqueueDriver, desc: Desc) -> None:
+    """Make one hand-made descriptor available, whatever stands in it."""
+    if isinstance(driver, SplitDriver):
+        driver.write_desc(0, desc)
+        driver.put_avail(0)
+    else:
+        assert isinstance(driver, PackedDriver)
+        driver.put_descs([desc])
+
+
+def put_chain(driver: VirtqueueDriver, descs: Sequence[Desc]) -> None:
+    """Make these descriptors available as one chain, linked as they should be, with nothing else about them checked."""
+    last = len(descs) - 1
+    linked = [desc._replace(flags=desc.flags | (1 if i < last else 0)) for i, desc in enumerate(descs)]
+    if isinstance(driver, SplitDriver):
+        for i, desc in enumerate(linked):
+            driver.write_desc(i, desc._replace(link=i + 1 if i < last else 0))
+        driver.put_avail(0)
+    else:
+        assert isinstance(driver, PackedDriver)
+        driver.put_descs(linked)
+
+
+def assert_broken(device: RingDevice, fault: int) -> None:
+    """The queue broke now, for this reason, said so once, and stays broken."""
+    assert device.pop() == []
+    error = device.vq.report().error
+    assert isinstance(error, GuestError)
+    assert FAULTS[error.fault] == FAULTS[fault]
+    assert read_counter(device.event_fd) == 1
+    assert device.pop() == []
+    assert device.fault == fault
+    assert read_counter(device.event_fd) == 0
 
 
 def read_counter(fd: int) -> int:

@@ -123,7 +123,7 @@ static uint32_t pieces_make(struct input *in, struct iovec *iov, uint64_t limit,
 
 	*total = 0;
 	while (count < wanted && *total < limit) {
-		/* Odd: so many bytes. Even: so many 256ths of a disk block and more, so that whole ones are near. */
+		/* Odd: 1 to 128 bytes. Even: as many times 128 bytes, so that whole blocks are near. */
 		uint64_t code = input_take(in, 1), n = code & 1 ? (code >> 1) + 1 : (code + 2) << 7;
 
 		if (n > limit - *total)

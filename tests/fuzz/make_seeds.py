@@ -13,7 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from driver import Element, GuestMemory, PackedDriver, SplitDriver  # noqa: E402
+from driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver  # noqa: E402
+from virtqueue_driver import VIRTQ_DESC_F_NEXT  # noqa: E402
 
 SEEDS = HERE / "seeds"
 PACKED, EVENT_IDX, INDIRECT, IOMMU, RAW_ADDRESSES = 1, 2, 4, 8, 16
@@ -52,22 +53,32 @@ def ring_seeds() -> None:
             (SEEDS / "fuzz_ring" / f"honest-{flags:02x}-{size}").write_bytes(data)
 
 
+def loop_seeds() -> None:
+    """Chains without an end, which a fuzzer finds hard to make: all of a ring must fit together."""
+    for flags, size in itertools.product((0, PACKED), (1, 4, 8)):
+        memory = GuestMemory(640, gpa=0)
+        if flags & PACKED:
+            packed = PackedDriver(memory, size)
+            packed.put_descs([Desc(400, 8, VIRTQ_DESC_F_NEXT, 1)] * size)
+        else:
+            split = SplitDriver(memory, size)
+            for i in range(size):
+                split.write_desc(i, Desc(400, 8, VIRTQ_DESC_F_NEXT, (i + 1) % size))
+            split.put_avail(0)
+        image = memory.read(0, 640)
+        memory.close()
+        code = (size.bit_length() - 1) << 2
+        header = struct.pack("<BBIH", flags, code, 0x80008000 if flags & PACKED else 0, len(image))
+        (SEEDS / "fuzz_ring" / f"loop-{flags:02x}-{size}").write_bytes(header + image + bytes([POP, CYCLE, POP]))
+
+
 def request(kind: int, sector: int, data: bytes = b"", room: int = 0, *, cuts: int = 1) -> bytes:
     """One request of fuzz_blk.c: the lengths of the pieces, then the readable bytes."""
 
     def lengths(total: int) -> list[int]:
-        sizes = []
-        while total > 0:
-            n = min(total, 32768) if total % 128 or not total else total
-            block = n >> 7
-            if n % 128 == 0 and block >= 2 and (block - 2) % 2 == 0 and block - 2 < 256:
-                sizes.append(block - 2)
-                total -= n
-            else:
-                n = min(total % 128 or 128, total)
-                sizes.append((n - 1) << 1 | 1)
-                total -= n
-        return sizes
+        """Codes of pieces: an even one stands for (code + 2) * 128 bytes, an odd one for (code >> 1) + 1."""
+        blocks, rest = divmod(total, 256)
+        return [2 * blocks - 2] * (blocks > 0) + [(n - 1) << 1 | 1 for n in (rest - rest // 2, rest // 2) if n]
 
     readable = struct.pack("<IIQ", kind, 0, sector) + data
     out = [(16 // cuts - 1) << 1 | 1] * cuts + lengths(len(data))
@@ -97,4 +108,5 @@ if __name__ == "__main__":
     for target in ("fuzz_ring", "fuzz_blk"):
         (SEEDS / target).mkdir(parents=True, exist_ok=True)
     ring_seeds()
+    loop_seeds()
     blk_seeds()

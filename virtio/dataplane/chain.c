@@ -8,6 +8,7 @@ struct chain {
 	struct virtqueue *vq;
 	struct memory_table *table; /* reference: its buffers stay mapped as long as the chain lives */
 	struct chain_view view;
+	uint32_t epoch; /* the queue's when it was popped */
 	uint32_t op;
 	bool failed;
 	struct iovec iov[];
@@ -25,6 +26,7 @@ static struct chain *chain_keep(struct virtqueue *vq, const struct chain_view *v
 	c->view = *view;
 	c->view.iov = c->iov;
 	c->table = memory_table_ref(vq->table);
+	c->epoch = vq->epoch;
 	c->op = 0;
 	c->failed = false;
 	c->link.start_ns = now_ns();
@@ -124,7 +126,8 @@ void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint
 		/* 2.7.8.2: never more than the driver gave. */
 		uint32_t n = written[i] > c->view.writable_len ? (uint32_t)c->view.writable_len : written[i];
 
-		virtqueue_push(vq, c->view.head, c->view.slots, n);
+		if (likely(c->epoch == vq->epoch)) /* or else its ring is gone, and its head means nothing any more */
+			virtqueue_push(vq, c->view.head, c->view.slots, n);
 		op_stats_add(&vq->stats.ops[c->op], now - c->link.start_ns, c->view.readable_len + n, c->failed);
 		chain_release(c);
 	}
@@ -134,19 +137,22 @@ void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint
 
 void virtqueue_rewind(struct virtqueue *vq, struct chain **chains, uint32_t count)
 {
-	uint32_t slots = 0;
+	uint32_t slots = 0, rewound = 0;
 
 	for (uint32_t i = 0; i < count; i++) {
-		slots += chains[i]->view.slots;
+		if (chains[i]->epoch == vq->epoch) {
+			slots += chains[i]->view.slots;
+			rewound++;
+		}
 		chain_drop(chains[i]);
 	}
-	if (vq->configured)
-		vq->ops->rewind(vq, count, slots);
+	if (rewound)
+		vq->ops->rewind(vq, rewound, slots);
 }
 
 void chain_drop(struct chain *c)
 {
-	if (c->vq->inflight_heads) {
+	if (c->epoch == c->vq->epoch) {
 		c->vq->inflight_heads[c->view.head / 64] &= ~(1ull << (c->view.head & 63));
 		c->vq->inflight--;
 	}

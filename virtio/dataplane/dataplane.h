@@ -151,6 +151,7 @@ struct virtqueue {
 	bool parked;              /* missed the IOTLB; pops nothing until resumed */
 	int kick_fd, call_fd, err_fd;
 	uint32_t inflight;
+	uint32_t epoch;           /* grows whenever the queue forgets its ring */
 	union {
 		struct split_ring split;
 		struct packed_ring packed;

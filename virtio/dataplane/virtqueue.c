@@ -33,6 +33,7 @@ void virtqueue_forget(struct virtqueue *vq)
 	vq->inflight_heads = NULL;
 	vq->configured = vq->resolved = vq->parked = false;
 	vq->inflight = 0;
+	vq->epoch++;
 	store_release(&vq->fault, VQ_FAULT_NONE);
 	store_release(&vq->miss, 0);
 	memset(&vq->report, 0, sizeof(vq->report));

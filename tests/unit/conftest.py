@@ -1,0 +1,5 @@
+"""Fixtures of the unit tests."""
+
+from ring_device import rings
+
+__all__ = ["rings"]

@@ -1,0 +1,139 @@
+"""Who imports whom, as ARCHITECTURE.md has it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PACKAGES: Final = ("config", "daemon", "transports", "virtio")
+MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
+    "config": frozenset({"config"}),
+    "daemon": frozenset({"config", "daemon", "transports", "virtio"}),
+    "transports": frozenset({"transports", "virtio"}),
+    "virtio": frozenset({"virtio"}),
+}
+A_DEVICE_MAY_IMPORT: Final = frozenset(
+    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk")
+)
+MAY_USE_THE_DATA_PLANE: Final = frozenset(
+    f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump")
+)
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES: Final = module_files()
+
+
+def is_for_types_only(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def import_statements(node: ast.AST, *, types_too: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif types_too or not (isinstance(child, ast.stmt) and is_for_types_only(child)):
+            yield from import_statements(child, types_too=types_too)
+
+
+@cache
+def imports_of(module: str, *, types_too: bool = True) -> frozenset[str]:
+    """The modules of ours that ``module`` imports, wherever in it."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for statement in import_statements(tree, types_too=types_too):
+        if isinstance(statement, ast.Import):
+            names.update(alias.name for alias in statement.names)
+            continue
+        assert statement.level == 0, f"{module}: imports are absolute here"
+        assert statement.module is not None
+        for alias in statement.names:
+            whole = f"{statement.module}.{alias.name}"
+            names.add(whole if whole in FILES or whole == "virtio._dataplane" else statement.module)
+    return frozenset(name for name in names if name.split(".")[0] in PACKAGES)
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(FILES) > 40
+    assert "virtio.backend" in imports_of("daemon.app")
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_package_imports_only_what_lies_below_it(module: str) -> None:
+    allowed = MAY_IMPORT[module.split(".")[0]]
+    assert not {name for name in imports_of(module) if name.split(".")[0] not in allowed}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("virtio.devices.")])
+def test_a_device_knows_the_device_interface_and_nothing_else(module: str) -> None:
+    strangers = {
+        name
+        for name in imports_of(module)
+        if name not in A_DEVICE_MAY_IMPORT and name != "virtio" and not name.startswith("virtio.devices.")
+    }
+    assert not strangers
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_the_compiled_module_has_one_door_and_few_who_may_use_it(module: str) -> None:
+    if module != "virtio.dataplane":
+        assert "virtio._dataplane" not in imports_of(module)
+    if module not in MAY_USE_THE_DATA_PLANE and not module.startswith("virtio.dataplane"):
+        assert not {name for name in imports_of(module) if name.startswith("virtio.dataplane")}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("transports.")])
+def test_transports_do_not_import_each_other(module: str) -> None:
+    own = ".".join(module.split(".")[:2])
+    others = {name for name in imports_of(module) if name.startswith("transports")}
+    assert not {name for name in others if name not in ("transports", "transports.base") and not name.startswith(own)}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("transports.")])
+def test_a_transport_knows_the_waist_and_not_what_is_behind_it(module: str) -> None:
+    behind = {"backend", "device", "devices", "disk", "memory", "pump", "running", "virtqueue", "worker", "chain"}
+    assert not {name for name in imports_of(module) if name.startswith("virtio.") and name.split(".")[1] in behind}
+
+
+def test_no_modules_of_ours_import_each_other_in_a_circle() -> None:
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in finished:
+            return
+        for name in sorted(imports_of(module, types_too=False)):
+            if name in FILES and name != module:
+                visit(name, (*path, module))
+        finished.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_other_distribution_has_written_over_a_package_of_ours(package: str) -> None:
+    """``daemon`` and ``config`` are names that others use, and pip lets them overwrite ours without a word."""
+    owners = importlib.metadata.packages_distributions()[package]
+    assert set(owners) == {"hyperbell"}
+
+
+def test_only_the_given_folders_are_packages() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"guest"} == set(PACKAGES)
