@@ -24,7 +24,7 @@ from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
 from virtio.running import PumpedQueue, QueueDriver, WorkerQueue
 from virtio.stats import BackendStats
 from virtio.virtqueue import Virtqueue
-from virtio.waist import ConfigChanged, Event, IotlbMiss, MemoryRegion, QueueBroken, QueueSetup
+from virtio.waist import ConfigChanged, Event, MemoryRegion, QueueBroken, QueueSetup
 from virtio.worker import Worker
 
 log = structlog.get_logger()
