@@ -1,4 +1,4 @@
-"""What a front-end does with descriptors, memory and its connection: odd, hostile or just dying, it harms itself only."""
+"""What a front-end does with descriptors, memory and its connection, odd or hostile: it harms only itself."""
 
 from __future__ import annotations
 
