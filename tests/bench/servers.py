@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -139,8 +140,10 @@ class Server:
         return sorted(set(names))
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process."""
+        """Send a signal to the process; after SIGSTOP all of its threads stand still when this returns."""
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def close(self) -> None:
         """End the process, by force if it does not go."""
