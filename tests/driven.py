@@ -1,11 +1,13 @@
-"""One device for each way a queue can be driven, alike enough that one test of the back-end does for all three."""
+"""Devices for tests: one alike for each way a queue can be driven, and Python ones that do as the test says."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final
 
 import pytest
+import trio
 from frontend import GuestQueue
 
 from virtio.device import Chain, Device, DeviceOptions, Queue
@@ -26,6 +28,60 @@ class Echo(Device):
 
     async def handle(self, queue: Queue, chain: Chain) -> None:
         chain.write(chain.read())
+
+
+class Scripted(Device):
+    """Handles chains as the test says."""
+
+    virtio_id: ClassVar[int] = 42
+    type_name = "scripted"
+    queue_counts = (1, 8)
+    ops = ("request", "special")
+
+    def __init__(self, queues: int = 1) -> None:
+        super().__init__("scripted", DeviceOptions(), queues, 256)
+        self.script: Callable[[Queue, Chain], Awaitable[None]] = self.answer
+        self.seen: list[bytes] = []
+        self.taken: list[Chain] = []
+        self.stopping: Callable[[], None] = lambda: None
+
+    async def handle(self, queue: Queue, chain: Chain) -> None:
+        await self.script(queue, chain)
+
+    async def answer(self, queue: Queue, chain: Chain) -> None:
+        data = chain.read()
+        self.seen.append(data)
+        chain.write(data.upper())
+
+    async def keep(self, queue: Queue, chain: Chain) -> None:
+        self.taken.append(chain.take())
+
+    async def queue_stopping(self, queue: Queue) -> None:
+        self.stopping()
+
+
+class Pulling(Device):
+    """Takes a chain only when it has something to say."""
+
+    virtio_id: ClassVar[int] = 42
+    type_name = "pulling"
+
+    def __init__(self) -> None:
+        super().__init__("pulling", DeviceOptions(), 1, 64)
+        self.send, self.receive = trio.open_memory_channel[bytes](10)
+
+    async def run_queue(self, queue: Queue) -> None:
+        while True:
+            chain = await queue.next_chain()
+            try:
+                text = await self.receive.receive()
+            except trio.Cancelled:
+                chain.complete()  # empty-handed
+                raise
+            chain.write(text)
+            if text == b"fail":
+                raise RuntimeError("as asked")
+            chain.complete()
 
 
 def make_device(driven: str, queues: int = 1) -> Device:

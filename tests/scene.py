@@ -6,6 +6,7 @@ it must never notice. The daemon is either a real process or a trio loop in a th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -155,7 +156,7 @@ class HonestNeighbour:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread = threading.Thread(target=self._main, name="honest guest")
+        self._thread = threading.Thread(target=self._main, name="honest guest", daemon=True)
         self._started = threading.Event()
         self._error: BaseException | None = None
         self._load: VerifiedLoad
@@ -198,11 +199,14 @@ class HonestNeighbour:
             raise AssertionError("the honest guest came to harm") from self._error or error
 
     def stop(self) -> None:
-        self.progress()
-        self._token.run_sync_soon(self._stop.set)
-        self._thread.join(GUARD)
+        """Raises what went wrong, if anything did."""
+        try:
+            self.progress()
+        finally:
+            with contextlib.suppress(trio.RunFinishedError, AttributeError):
+                self._token.run_sync_soon(self._stop.set)
+            self._thread.join(GUARD)
         assert not self._thread.is_alive()
-        assert self._error is None, self._error
 
 
 # --- a process ---

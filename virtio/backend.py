@@ -101,7 +101,7 @@ class Backend:
                     self._queues.append(_QueueState(vq, driver))
                 self._device.config_changed = self._config_changed
                 nursery.start_soon(self._watch, event_fd.fileno())
-                await nursery.start(self._device.run)
+                await nursery.start(self._run_device)
                 try:
                     yield
                 finally:
@@ -112,6 +112,22 @@ class Backend:
             for queue in self._queues:
                 for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
                     give(None)
+
+    async def _run_device(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        started = False
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._device.run)
+                started = True
+                task_status.started()
+        except Exception:
+            if not started:
+                raise
+            # The device's own mistake, as in its queues: the daemon and its other devices go on without it.
+            self._log.exception("device failed")
+            if not self._device.native:
+                for queue in self._queues:
+                    queue.vq.break_queue(0, 0, 0)
 
     async def _watch(self, event_fd: int) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from blk_driver import (
     pattern,
     put,
 )
-from frontend import NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
+from driver import Element, SplitDriver
+from frontend import GUARD, NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
+from peak import Peak
 
 MIB = 1 << 20
 SECTOR = 512
@@ -224,3 +227,39 @@ async def test_a_disk_larger_than_any_buffer_is_read_whole(setting: Setting, kin
         disk = BlkDriver(p.guest.queues[0])
         read = [await disk.read(at // SECTOR, MIB) for at in range(0, len(content), MIB)]
         assert b"".join(read) == content
+
+
+@every_reactor
+@pytest.mark.parametrize("request_kind", [T_IN, T_OUT], ids=["read", "write"])
+async def test_requests_that_claim_far_more_than_the_guest_has_cost_no_memory(
+    setting: Setting, request_kind: int, tmp_path: Path
+) -> None:
+    """A misaligned MiB a hundred times over, in each of four requests: direct I/O has to copy all of it."""
+    async with plugged(make_disk("direct", tmp_path / "image", size=128 * MIB), setting, queue_size=512) as p:
+        ring, memory = p.guest.queues[0].driver, p.guest.memory
+        start, status = memory.allocate(16), memory.allocate(1)
+        memory.write(start, header(request_kind))
+        piece = Element(memory.allocate(MIB + 1) + 1, MIB - SECTOR, request_kind == T_IN)
+        for _ in range(4):
+            ring.add_elements([Element(start, 16, False), *[piece] * 100, Element(status, 1, True)])
+        peak = Peak()
+        p.guest.queues[0].kick()
+        assert isinstance(ring, SplitDriver)
+        with trio.fail_after(GUARD):
+            while ring.used_idx != 4:  # taking them back would copy all of it, here
+                await trio.lowlevel.checkpoint()
+        assert peak.kib < 32 * 1024
+        assert memory.read(status, 1) == bytes([S_OK])
+
+
+@every_reactor
+async def test_a_misaligned_request_is_copied_whole_by_direct_io(setting: Setting, tmp_path: Path) -> None:
+    async with plugged(make_disk("direct", tmp_path / "image", size=4 * MIB), setting) as p:
+        disk = BlkDriver(p.guest.queues[0])
+        data = pattern(MIB + 3 * 4096, 12)
+        cuts = [0, 1, 700, 5000, 300_000, 300_001, 900_000, len(data)]
+        pieces = [data[a:b] for a, b in itertools.pairwise(cuts)]
+        assert await disk.raw([header(T_OUT, 8), *pieces], [1]) == Answer(S_OK, b"", 1)
+        sizes = [len(piece) for piece in reversed(pieces)]
+        assert await disk.raw([header(T_IN, 8)], [*sizes, 1]) == Answer(S_OK, data, len(data) + 1)
+        assert contents(tmp_path / "image")[4096 : 4096 + len(data)] == data

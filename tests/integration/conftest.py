@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from scene import ProcessScene, Scene, ThreadScene
 @pytest.fixture(scope="module", params=[ThreadScene, ProcessScene], ids=["thread", "process"])
 def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     """A daemon, and an honest guest that is busy from the first test of a file to the last."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # the busy guest shares our interpreter; it is not to hold each test up for 5 ms a wait
     with tempfile.TemporaryDirectory(prefix="hyperbell-") as folder:
         place = request.param(Path(folder))
         try:
@@ -23,3 +26,4 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
             place.neighbour.stop()
         finally:
             place.close()
+            sys.setswitchinterval(interval)

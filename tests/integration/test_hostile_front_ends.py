@@ -87,9 +87,9 @@ async def test_one_eventfd_may_be_everything_at_once(scene: Scene, ring: str) ->
         for _ in range(10):
             for queue in guest.queues:
                 queue.driver.add([header(T_IN)], [512, 1])
-            os.eventfd_write(shared, 1)
             with trio.fail_after(GUARD):
                 while not all(queue.driver.has_used() for queue in guest.queues):
+                    os.eventfd_write(shared, 1)  # whoever reads it first takes the kick away from the other
                     await trio.lowlevel.checkpoint()
             for queue in guest.queues:
                 assert [used.buffers[1] for used in queue.driver.used()] == [bytes([S_OK])]

@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable
-from typing import ClassVar
+from collections.abc import Callable
 
 import pytest
 import trio
 import trio.testing
+from driven import Pulling, Scripted
 from frontend import GUARD, GuestQueue, Plugged, Setting, every_ring, plugged
-from structlog.testing import capture_logs
 
 from virtio.chain import Chain
-from virtio.device import Device, DeviceOptions
-from virtio.errors import GuestError
 from virtio.pump import BATCH, Queue
-from virtio.waist import QueueBroken
-
-
-class Scripted(Device):
-    """Handles chains as the test says."""
-
-    virtio_id: ClassVar[int] = 42
-    type_name = "scripted"
-    queue_counts = (1, 8)
-    ops = ("request", "special")
-
-    def __init__(self, queues: int = 1) -> None:
-        super().__init__("scripted", DeviceOptions(), queues, 256)
-        self.script: Callable[[Queue, Chain], Awaitable[None]] = self.answer
-        self.seen: list[bytes] = []
-        self.taken: list[Chain] = []
-        self.stopping: Callable[[], None] = lambda: None
-
-    async def handle(self, queue: Queue, chain: Chain) -> None:
-        await self.script(queue, chain)
-
-    async def answer(self, queue: Queue, chain: Chain) -> None:
-        data = chain.read()
-        self.seen.append(data)
-        chain.write(data.upper())
-
-    async def keep(self, queue: Queue, chain: Chain) -> None:
-        self.taken.append(chain.take())
-
-    async def queue_stopping(self, queue: Queue) -> None:
-        self.stopping()
 
 
 def setting(ring: str) -> Setting:
@@ -154,7 +120,8 @@ async def test_other_tasks_have_their_turn_between_batches() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(beside)
             await queue.used(200)
-    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= BATCH
+    # Within one round of trio's tasks the order is random: two batches may meet.
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 2 * BATCH
 
 
 # --- stops ---
@@ -236,30 +203,6 @@ async def test_a_device_is_asked_to_give_back_what_it_took_when_the_queue_stops(
         assert [used.written for used in queue.driver.used()] == [0] * 5
 
 
-class Pulling(Device):
-    """Takes a chain only when it has something to say."""
-
-    virtio_id: ClassVar[int] = 42
-    type_name = "pulling"
-
-    def __init__(self) -> None:
-        super().__init__("pulling", DeviceOptions(), 1, 64)
-        self.send, self.receive = trio.open_memory_channel[bytes](10)
-
-    async def run_queue(self, queue: Queue) -> None:
-        while True:
-            chain = await queue.next_chain()
-            try:
-                text = await self.receive.receive()
-            except trio.Cancelled:
-                chain.complete()  # empty-handed
-                raise
-            chain.write(text)
-            if text == b"fail":
-                raise RuntimeError("as asked")
-            chain.complete()
-
-
 @every_ring
 async def test_a_device_may_pull_chains_when_it_needs_them(ring: str) -> None:
     device = Pulling()
@@ -275,91 +218,6 @@ async def test_a_device_may_pull_chains_when_it_needs_them(ring: str) -> None:
             base = await p.guest.link.stop(0)
         assert [used.written for used in queue.driver.used()] == [0]
         assert base == queue.driver.base
-
-
-# --- mistakes ---
-
-
-@every_ring
-@pytest.mark.parametrize("moment", ["at once", "after others", "after taking the chain", "after an await"])
-async def test_a_device_that_raises_breaks_its_queue_only_and_is_told_of_once(ring: str, moment: str) -> None:
-    device = Scripted(queues=2)
-
-    async def fail(queue: Queue, chain: Chain) -> None:
-        if queue.index == 1 or (moment == "after others" and len(device.seen) < 3):
-            await device.answer(queue, chain)
-            return
-        if moment == "after taking the chain":
-            chain.take()
-        if moment == "after an await":
-            await trio.lowlevel.checkpoint()
-        raise ZeroDivisionError("a mistake in the device")
-
-    device.script = fail
-    with capture_logs() as logs:
-        async with plugged(device, setting(ring)) as p:
-            bad, good = p.guest.queues
-            for n in range(6):
-                add(bad, f"n{n}".encode())
-            bad.kick()
-            await bad.broken()
-            event = await p.backend.next_event()
-            assert isinstance(event, QueueBroken)
-            assert event.index == 0
-            assert [used.buffers[0][:2] for used in bad.driver.used()] == [] or moment == "after others"
-            for n in range(5):
-                bad.ring()  # a broken queue stays broken, quietly
-                assert await ask(good, f"good {n}".encode()) == f"GOOD {n}".encode()
-            assert [queue.broken for queue in p.backend.stats().queues] == [True, False]
-            await p.guest.needs_reset()
-            with trio.fail_after(GUARD):
-                await p.guest.link.stop(0)  # it can be stopped all the same
-            # And after a reset it is as good as new.
-            device.script = device.answer
-            await p.guest.link.reset()
-            p.guest.forget_queues()
-            await p.guest.start()
-            assert await ask(p.guest.queues[0], b"again") == b"AGAIN"
-    failures = [entry for entry in logs if entry["event"] == "device failed"]
-    assert len(failures) == 1
-    assert failures[0]["exc_info"]
-    assert (failures[0]["device"], failures[0]["queue"], failures[0]["log_level"]) == ("scripted", 0, "error")
-
-
-@every_ring
-async def test_a_device_that_pulls_chains_and_raises_can_be_stopped(ring: str) -> None:
-    device = Pulling()
-    with capture_logs() as logs:
-        async with plugged(device, setting(ring)) as p:
-            queue = p.guest.queues[0]
-            queue.driver.add([], [16])
-            queue.kick()
-            device.send.send_nowait(b"fail")
-            await queue.broken()
-            with trio.fail_after(GUARD):
-                await p.guest.link.stop(0)
-    assert [entry["log_level"] for entry in logs if entry["event"] == "device failed"] == ["error"]
-
-
-@every_ring
-async def test_a_guest_error_of_the_device_breaks_the_queue_without_a_traceback(ring: str) -> None:
-    device = Scripted()
-
-    async def refuse(queue: Queue, chain: Chain) -> None:
-        raise GuestError("a request without a header", head=chain.head, gpa=0x10, length=3)
-
-    device.script = refuse
-    with capture_logs() as logs:
-        async with plugged(device, setting(ring)) as p:
-            queue = p.guest.queues[0]
-            add(queue, b"x")
-            queue.kick()
-            await queue.broken()
-            event = await p.backend.next_event()
-            assert isinstance(event, QueueBroken)
-            assert event.error.gpa == 0x10
-            assert event.error.length == 3
-    assert not [entry for entry in logs if entry["log_level"] == "error"]
 
 
 # --- a chain ---

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #define ZERO_CHUNK (64u << 10)
+#define BOUNCE_MAX (256u << 10)
 
 static const uint8_t zeroes[ZERO_CHUNK] __attribute__((aligned(4096)));
 
@@ -167,17 +168,54 @@ static void finish(struct request *r, int status)
 {
 	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
 
-	if (r->bounce && read) {
-		uint8_t *from = r->bounce;
-
-		for (uint32_t i = 0; i < r->iov_count; i++) {
-			memcpy(r->iov[i].iov_base, from, r->iov[i].iov_len);
-			from += r->iov[i].iov_len;
-		}
-	}
 	free(r->bounce);
 	*r->status_hva = (uint8_t)status;
 	request_finish(r, read ? (uint32_t)r->bytes + 1 : 1, status != VIRTIO_BLK_S_OK);
+}
+
+/*
+ * O_DIRECT wants aligned buffers; the guest's may lie anywhere. What does not fit goes through a buffer of ours, a
+ * piece at a time: a request may claim gigabytes (the same page again and again), and there may be hundreds of them.
+ */
+static bool bounce_begin(struct request *r, uint32_t block_size)
+{
+	uint64_t size = r->length < BOUNCE_MAX ? r->length : BOUNCE_MAX;
+
+	if (posix_memalign((void **)&r->bounce, block_size < 4096 ? 4096 : block_size, size)) {
+		r->bounce = NULL;
+		return false;
+	}
+	r->guest_iov = r->io_iov;
+	r->guest_count = r->io_count;
+	r->io_iov = &r->bounce_iov;
+	r->io_count = 1;
+	return true;
+}
+
+static void bounce_copy(const struct request *r, uint64_t length)
+{
+	uint8_t *at = r->bounce;
+
+	for (uint32_t i = 0; length; i++) {
+		uint64_t n = r->guest_iov[i].iov_len < length ? r->guest_iov[i].iov_len : length;
+
+		if (r->io == IO_READ)
+			memcpy(r->guest_iov[i].iov_base, at, n);
+		else
+			memcpy(at, r->guest_iov[i].iov_base, n);
+		at += n;
+		length -= n;
+	}
+}
+
+static void bounce_submit(struct request *r)
+{
+	uint64_t length = r->length < BOUNCE_MAX ? r->length : BOUNCE_MAX;
+
+	if (r->io == IO_WRITE)
+		bounce_copy(r, length);
+	r->bounce_iov = (struct iovec){ r->bounce, length };
+	submit(r);
 }
 
 /* Start the next segment of a discard or write-zeroes, or the sync that makes it durable, or finish. */
@@ -265,36 +303,19 @@ void blk_io_done(struct request *r, int result)
 		finish(r, VIRTIO_BLK_S_IOERR);
 		return;
 	}
+	if (r->bounce && r->io == IO_READ)
+		bounce_copy(r, (uint32_t)result);
 	r->offset += (uint32_t)result;
 	r->length -= (uint32_t)result;
 	if (r->length == 0) {
 		finish(r, VIRTIO_BLK_S_OK);
-		return;
+	} else if (r->bounce) {
+		pieces_skip(&r->guest_iov, &r->guest_count, (uint32_t)result);
+		bounce_submit(r);
+	} else {
+		pieces_skip(&r->io_iov, &r->io_count, (uint32_t)result);
+		submit(r);
 	}
-	pieces_skip(&r->io_iov, &r->io_count, (uint32_t)result);
-	submit(r);
-}
-
-/* O_DIRECT wants aligned buffers; the guest's may lie anywhere. */
-static bool bounce(struct request *r, uint32_t block_size)
-{
-	uint8_t *to;
-
-	if (posix_memalign((void **)&r->bounce, block_size < 4096 ? 4096 : block_size, r->length)) {
-		r->bounce = NULL;
-		return false;
-	}
-	to = r->bounce;
-	if (r->io == IO_WRITE) {
-		for (uint32_t i = 0; i < r->iov_count; i++) {
-			memcpy(to, r->iov[i].iov_base, r->iov[i].iov_len);
-			to += r->iov[i].iov_len;
-		}
-	}
-	r->bounce_iov = (struct iovec){ r->bounce, r->length };
-	r->io_iov = &r->bounce_iov;
-	r->io_count = 1;
-	return true;
 }
 
 static int start_async(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
@@ -337,12 +358,12 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->length = q->data_len - done;
 	r->io_iov = r->iov;
 	r->io_count = r->iov_count;
-	if (blk->setup.direct && !pieces_aligned(r->iov, r->iov_count, blk->setup.block_size) &&
-	    !bounce(r, blk->setup.block_size)) {
+	if (!blk->setup.direct || pieces_aligned(r->iov, r->iov_count, blk->setup.block_size))
+		submit(r);
+	else if (bounce_begin(r, blk->setup.block_size))
+		bounce_submit(r);
+	else
 		finish(r, VIRTIO_BLK_S_IOERR);
-		return BLK_PENDING;
-	}
-	submit(r);
 	return BLK_PENDING;
 }
 

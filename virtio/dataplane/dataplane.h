@@ -289,8 +289,10 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	uint64_t offset, length;        /* in the file; what is left */
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
-	uint8_t *bounce;                /* aligned copy of the data, or NULL */
+	uint8_t *bounce;                /* aligned copy of a part of the data, or NULL */
 	struct iovec bounce_iov;
+	struct iovec *guest_iov;        /* with a bounce buffer: the guest's pieces from that part on */
+	uint32_t guest_count;
 	uint32_t segment, segment_count;
 	bool zeroing;                   /* write-zeroes by plain writes */
 	struct iovec iov[REQUEST_IOV_MAX];

@@ -30,6 +30,9 @@ PENDING_MAX: Final = 64 * 1024
 BACKLOG_MAX: Final = 256 * 1024
 """Bytes a reader may be behind; what a newly connected one still gets to see of the past, too."""
 
+ACCEPT_RETRY_DELAY: Final = 0.1
+"""Seconds to wait when the process is out of file descriptors."""
+
 LINE_MAX: Final = 1024
 """Longest line of the log."""
 
@@ -157,7 +160,14 @@ class SocketEnd:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                client, _ = await listener.accept()
+                try:
+                    client, _ = await listener.accept()
+                except OSError as error:  # no descriptors left, or the reader gave up
+                    structlog.get_logger().warning(
+                        "a console's reader cannot be let in", socket=str(self._path), error=str(error)
+                    )
+                    await trio.sleep(ACCEPT_RETRY_DELAY)
+                    continue
                 if self._reader is not None:
                     self._reader.cancel()
                 self._reader = trio.CancelScope()
