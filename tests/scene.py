@@ -112,6 +112,13 @@ class Scene(ABC):
         await guest.start(without=without, queue_size=queue_size)
         return guest
 
+    async def unoccupied(self) -> None:
+        """Wait until the victim has no front-end, and none on its way out."""
+        guest = await self.started()
+        mark = self.log.mark
+        guest.close()
+        await self.log.expect(mark, "connection ended")
+
     async def unharmed(self) -> None:
         """The honest guest's requests go on and go right."""
         await trio.to_thread.run_sync(self.neighbour.progress)

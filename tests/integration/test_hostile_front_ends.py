@@ -238,6 +238,7 @@ async def test_a_front_end_may_leave_at_any_point_of_the_conversation(scene: Sce
         (message(GET_CONFIG, wire.config(0, bytes(60))), no_fds),
         (message(GET_VRING_BASE, vring_state(0, 0)), no_fds),
     ]
+    await scene.unoccupied()
     for last, (data, fds) in enumerate(steps):
         for cut in sorted({1, 11, 12, len(data) // 2, len(data) - 1, len(data)} & set(range(1, len(data) + 1))):
             mark = scene.log.mark

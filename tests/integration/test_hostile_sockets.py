@@ -73,6 +73,7 @@ class Message:
 async def reach(guest: Guest, state: str) -> wire.FrontEnd:
     """Bring the connection into this state."""
     assert isinstance(guest.link, SocketLink)
+    await guest.link.device_features()  # from here on it is us who are served, and nobody before us
     if state == "running":
         await guest.start()
     elif state != "new":
