@@ -208,6 +208,11 @@ class DeviceConfig(Table):
         default=256,
         description="The largest size of a queue the driver may choose, a power of two.",
     )
+    hypercall: Literal["offer", "withhold", "auto"] = Field(
+        default="offer",
+        description="Whether a guest may ring the device by hypercall, once its VM has the platform key: offer, "
+        "withhold, or auto (withhold from a guest that can itself be a hypervisor). Plain doorbells always work.",
+    )
     features: dict[str, bool] = Field(
         default_factory=dict,
         description="Virtio features by their names in the specification; false turns one off.",

@@ -124,6 +124,15 @@ def _queue_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
         for values, queue in rows:
             counter.add_metric(values, count(queue))
         yield counter
+    doorbells = CounterMetricFamily(
+        "hyperbell_doorbells",
+        "Times the driver rang, by the kind of doorbell: kick is the plain one.",
+        labels=(*labels, "kind"),
+    )
+    for values, queue in rows:
+        for kind, rings in queue.doorbells.items():
+            doorbells.add_metric((*values, kind), rings)
+    yield doorbells
     for name, text, count in QUEUE_GAUGES:
         gauge = GaugeMetricFamily(name, text, labels=labels)
         for values, queue in rows:

@@ -54,7 +54,7 @@ def _queue_row(device: str, queue: Mapping[str, Any]) -> Sequence[str]:
         str(sum(op["errors"] for op in ops)),
         size(sum(op["bytes"] for op in ops)),
         str(queue["inflight"]),
-        str(queue["kicks"]),
+        str(sum(queue["doorbells"].values())),
         f"{queue['notifications_suppressed'] / notifications:.0%}" if notifications else "-",
     )
 

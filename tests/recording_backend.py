@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import trio
 
 from virtio.fd import OwnedFd
-from virtio.waist import Event, MemoryRegion, QueueSetup
+from virtio.interrupt import InterruptStatus
+from virtio.waist import Doorbell, Event, MemoryRegion, QueueSetup
 
 
 class RecordingBackend:
@@ -19,6 +20,7 @@ class RecordingBackend:
 
     def __init__(self, *, queue_count: int = 2, features: int = 0) -> None:
         self.name = "disk0"
+        self.device_id = 2
         self.queue_count = queue_count
         self.queue_size_max = 256
         self.status = 0
@@ -117,6 +119,14 @@ class RecordingBackend:
         self._take("kick", index, fd)
         await trio.lowlevel.checkpoint()
         self._record("set_kick", index, fd is not None)
+
+    async def set_doorbell(self, index: int, kind: Doorbell, fd: OwnedFd | None) -> None:
+        self._take(kind.label, index, fd)
+        await trio.lowlevel.checkpoint()
+        self._record("set_doorbell", index, kind, fd is not None)
+
+    def set_interrupt_status(self, status: InterruptStatus | None) -> None:
+        self._record("set_interrupt_status", status is not None)
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         self._take("call", index, fd)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from types import TracebackType
 
 import structlog
@@ -19,12 +20,13 @@ import trio
 from virtio import spec
 from virtio.device import Device
 from virtio.errors import GuestError, HostError, PeerError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, eventfd_id
+from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
 from virtio.running import PumpedQueue, QueueDriver, WorkerQueue
 from virtio.stats import BackendStats
 from virtio.virtqueue import Virtqueue
-from virtio.waist import ConfigChanged, Event, MemoryRegion, QueueBroken, QueueSetup
+from virtio.waist import ConfigChanged, Doorbell, Event, MemoryRegion, QueueBroken, QueueSetup
 from virtio.worker import Worker
 
 log = structlog.get_logger()
@@ -73,6 +75,8 @@ class Backend:
         self._send, self._receive = trio.open_memory_channel[Event](math.inf)
         self._stack = AsyncExitStack()
         self._log = log.bind(device=device.name)
+        self.kick_observer: Callable[[int, int | None], None] = lambda index, eventfd: None
+        """Told (queue index, ``eventfd_id``) whenever a queue gets a kick fd, (queue index, None) when it loses it."""
 
     # ---- life ----
 
@@ -110,8 +114,7 @@ class Backend:
                     self._device.config_changed = lambda: None
                     nursery.cancel_scope.cancel()
             for queue in self._queues:
-                for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
-                    give(None)
+                self._take_fds(queue)
 
     async def _run_device(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         started = False
@@ -154,6 +157,11 @@ class Backend:
     @property
     def name(self) -> str:
         return self._device.name
+
+    @property
+    def device_id(self) -> int:
+        """The device's type by its number in the specification (section 5)."""
+        return self._device.virtio_id
 
     @property
     def queue_count(self) -> int:
@@ -263,9 +271,37 @@ class Backend:
             if fd is not None:
                 fd.close()
             raise
+        # Asked before the fd is given away; it is the queue's alone afterwards.
+        number = eventfd_id(fd.fileno()) if fd is not None else None
         _give(queue.vq.set_kick, fd)
         queue.started = True
+        self.kick_observer(index, number)
         await self._run_if_due(queue)
+
+    async def set_doorbell(self, index: int, kind: Doorbell, fd: OwnedFd | None) -> None:
+        """A further eventfd that rings the queue beside its kick fd, at any time; gone again when the queue stops.
+
+        None takes it away: when this returns nobody looks at it any more, and it is closed. The ring is looked at
+        once after either, so whoever withdraws a doorbell need only see that it is not rung in vain from then on.
+        """
+        try:
+            if kind == Doorbell.KICK:
+                raise ValueError("the kick fd starts the queue: set_kick")
+            queue = self._queue(index)
+            await self._halt(queue)
+        except BaseException:
+            if fd is not None:
+                fd.close()
+            raise
+        try:
+            _give(partial(queue.vq.set_doorbell, kind), fd)
+        finally:
+            await self._run_if_due(queue)
+
+    def set_interrupt_status(self, status: InterruptStatus | None) -> None:
+        """virtio-mmio: the word whose bit 0 every queue sets before it signals its call fd. While all are stopped."""
+        for queue in self._queues:
+            queue.vq.set_interrupt_status(status)
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
         await self._set_signal(index, fd, "call")
@@ -302,9 +338,15 @@ class Backend:
         await self._halt(queue)
         queue.started = False
         queue.setup = None
-        queue.vq.set_kick(None)
+        queue.vq.clear_doorbells()
         queue.vq.set_call(None)
+        self.kick_observer(index, None)
         return queue.vq.base
+
+    def _take_fds(self, queue: _QueueState) -> None:
+        queue.vq.clear_doorbells()
+        queue.vq.set_call(None)
+        queue.vq.set_err(None)
 
     async def _run_if_due(self, queue: _QueueState) -> None:
         if queue.running or not (queue.started and queue.enabled):
@@ -336,8 +378,8 @@ class Backend:
             await self._halt(queue)
             queue.started = queue.enabled = queue.broken = False
             queue.setup = None
-            for give in (queue.vq.set_kick, queue.vq.set_call, queue.vq.set_err):
-                give(None)
+            self._take_fds(queue)
+            self.kick_observer(queue.vq.index, None)
             queue.vq.forget()
         self._iotlb.clear()
         before, self._table = self._table, MemoryTable()

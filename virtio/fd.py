@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import TracebackType
+
+
+def eventfd_id(fd: int) -> int | None:
+    """The kernel's number of the eventfd behind ``fd``, alike for all its duplicates while one of them is open.
+
+    ``None`` when ``fd`` is no eventfd, or on a kernel before 5.2, which does not tell (proc(5), fdinfo).
+    """
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "eventfd-id":
+            return int(value)
+    return None
 
 
 class OwnedFd:

@@ -15,6 +15,7 @@ import trio
 from virtio.chain import Chain
 from virtio.dataplane import ffi
 from virtio.virtqueue import Virtqueue
+from virtio.waist import Doorbell
 
 BATCH: Final = 64
 """Chains popped at once; between batches other tasks of the daemon have their turn."""
@@ -71,12 +72,14 @@ class Queue:
     async def _wait_for_kick(self) -> None:
         if not self._vq.arm():
             return
-        kick_fd = self._vq.kick_fd
-        if kick_fd < 0:
+        fds = [fd for kind in Doorbell if (fd := self._vq.doorbell_fd(kind)) >= 0]
+        if self._vq.doorbell_fd(Doorbell.KICK) < 0:
             await trio.sleep(POLL_SECONDS)
+        elif len(fds) == 1:
+            await trio.lowlevel.wait_readable(fds[0])
         else:
-            await trio.lowlevel.wait_readable(kick_fd)
-            self._vq.take_kicks()
+            await _any_readable(fds)
+        self._vq.take_kicks()
         self._vq.disarm()
 
     async def next_chain(self) -> Chain:
@@ -110,3 +113,14 @@ class Queue:
                 if done:
                     self.push(done)
             await trio.lowlevel.checkpoint()
+
+
+async def _any_readable(fds: Sequence[int]) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait(fd: int) -> None:
+            await trio.lowlevel.wait_readable(fd)
+            nursery.cancel_scope.cancel()
+
+        for fd in fds:
+            nursery.start_soon(wait, fd)

@@ -33,7 +33,8 @@ class QueueStats:
     """Counts of one queue. ``inflight`` and ``oldest_age_seconds`` are of this moment, the rest only grow."""
 
     queue: int
-    kicks: int
+    doorbells: Mapping[str, int]
+    """How often each kind of doorbell rang, by its label (``virtio.waist.Doorbell``)."""
     wakeups: int
     empty_wakeups: int
     notifications_sent: int
@@ -43,6 +44,11 @@ class QueueStats:
     running: bool
     broken: bool
     ops: Mapping[str, OpStats]
+
+    @property
+    def kicks(self) -> int:
+        """How often the driver rang, by whatever doorbell."""
+        return sum(self.doorbells.values())
 
 
 @dataclass(frozen=True, slots=True)

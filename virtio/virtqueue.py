@@ -14,9 +14,10 @@ from typing import Any
 from virtio.dataplane import check, ffi, guest_error, lib
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
+from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable
 from virtio.stats import HISTOGRAM_BUCKETS, OpStats, QueueStats
-from virtio.waist import IotlbMiss, Permission, QueueSetup
+from virtio.waist import Doorbell, IotlbMiss, Permission, QueueSetup
 
 assert lib.DP_HISTOGRAM_BUCKETS == HISTOGRAM_BUCKETS
 
@@ -79,8 +80,16 @@ class Virtqueue:
                 fd.detach()
 
     def set_kick(self, fd: OwnedFd | None) -> None:
-        """Takes the fd, also when it is refused (``HostError``: not an eventfd). Same for the next two."""
-        self._give(lib.virtqueue_set_kick, fd, "kick")
+        """Takes the fd, also when it is refused (``HostError``: not an eventfd). Same for the next three."""
+        self.set_doorbell(Doorbell.KICK, fd)
+
+    def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
+        """The eventfd of one kind of doorbell; None takes it away."""
+        self._give(lambda vq, number: lib.virtqueue_set_doorbell(vq, int(kind), number), fd, kind.label)
+
+    def clear_doorbells(self) -> None:
+        for kind in Doorbell:
+            self.set_doorbell(kind, None)
 
     def set_call(self, fd: OwnedFd | None) -> None:
         self._give(lib.virtqueue_set_call, fd, "call")
@@ -88,10 +97,13 @@ class Virtqueue:
     def set_err(self, fd: OwnedFd | None) -> None:
         self._give(lib.virtqueue_set_err, fd, "err")
 
-    @property
-    def kick_fd(self) -> int:
-        """The kick eventfd's number, or -1; owned by the queue."""
-        fd: int = lib.virtqueue_kick_fd(self.pointer)
+    def set_interrupt_status(self, status: InterruptStatus | None) -> None:
+        """While stopped: the word to set before each interrupt."""
+        lib.virtqueue_set_interrupt_status(self.pointer, status.pointer if status is not None else ffi.NULL)
+
+    def doorbell_fd(self, kind: Doorbell) -> int:
+        """The number of that doorbell's eventfd, or -1; owned by the queue."""
+        fd: int = lib.virtqueue_doorbell_fd(self.pointer, int(kind))
         return fd
 
     @property
@@ -118,7 +130,7 @@ class Virtqueue:
     # What the pump uses.
 
     def take_kicks(self) -> int:
-        """Read the kick eventfd without blocking; how often it was rung."""
+        """Read the doorbells' eventfds without blocking; how often they were rung."""
         count: int = lib.virtqueue_take_kicks(self.pointer)
         return count
 
@@ -148,7 +160,7 @@ class Virtqueue:
         oldest = raw.oldest_ns
         return QueueStats(
             queue=self.index,
-            kicks=raw.kicks,
+            doorbells={kind.label: raw.kicks[kind] for kind in Doorbell},
             wakeups=raw.wakeups,
             empty_wakeups=raw.empty_wakeups,
             notifications_sent=raw.notifications_sent,

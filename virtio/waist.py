@@ -17,6 +17,19 @@ class AddressSpace(enum.IntEnum):
     IOVA = 2  # I/O virtual, through the IOTLB (VIRTIO_F_ACCESS_PLATFORM)
 
 
+class Doorbell(enum.IntEnum):
+    """How the driver says "there is work"; each kind has an eventfd of its own, and all of them mean the same."""
+
+    KICK = 0  # the plain one: vhost-user's kick fd, virtio-mmio's QueueNotify (4.2.2)
+    PIO = 1  # a write to the device's notify port
+    HYPERCALL = 2  # see transports.hypercall
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics and tables."""
+        return self.name.lower()
+
+
 class Permission(enum.IntFlag):
     """IOTLB access permissions, as in the vhost-user text (struct vhost_iotlb_msg)."""
 

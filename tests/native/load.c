@@ -147,7 +147,7 @@ void load_close(struct load *l)
 
 void load_connect(struct load *l, struct virtqueue *vq)
 {
-	CHECK(virtqueue_set_kick(vq, dup(l->kick_fd)) == 0);
+	CHECK(virtqueue_set_doorbell(vq, DOORBELL_KICK, dup(l->kick_fd)) == 0);
 	CHECK(virtqueue_set_call(vq, load_call_fd(l)) == 0);
 }
 

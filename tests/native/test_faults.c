@@ -283,7 +283,7 @@ static void test_what_is_no_eventfd_stays_with_whoever_gave_it(uint32_t reactor)
 	CHECK(pipe(fds) == 0);
 	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, fds[1]) == DP_E_NOT_EVENTFD);
 	CHECK(rig_command(&b.rig, WORKER_SET_ERR, b.vq, NULL, NULL, fds[1]) == DP_E_NOT_EVENTFD);
-	CHECK(virtqueue_set_kick(b.vq, b.disk_fd >= 0 ? b.disk_fd : fds[0]) == DP_E_NOT_EVENTFD);
+	CHECK(virtqueue_set_doorbell(b.vq, DOORBELL_KICK, b.disk_fd >= 0 ? b.disk_fd : fds[0]) == DP_E_NOT_EVENTFD);
 	CHECK(close(fds[0]) == 0 && close(fds[1]) == 0);
 	load_run(&b.load, 20); /* and the call fd that was there still works */
 	bed_close(&b);
@@ -297,7 +297,7 @@ static void test_a_kick_fd_that_never_runs_dry_does_not_hold_the_worker(uint32_t
 	bed_open(&b, reactor, DISK_MEMORY, false, false);
 	CHECK(rig_command(&b.rig, WORKER_DETACH, b.vq, NULL, NULL, -1) == 0);
 	fd = eventfd_with(1u << 31, EFD_SEMAPHORE); /* two thousand million kicks, read one by one; and it blocks */
-	CHECK(virtqueue_set_kick(b.vq, dup(fd)) == 0);
+	CHECK(virtqueue_set_doorbell(b.vq, DOORBELL_KICK, dup(fd)) == 0);
 	CHECK(rig_command(&b.rig, WORKER_ATTACH, b.vq, b.disk, NULL, -1) == 0);
 	b.load.polls = true;
 	load_run(&b.load, 200);

@@ -22,13 +22,13 @@ static void test_a_queue_without_a_kick_fd_is_served_all_the_same(uint32_t react
 	setup = driver_setup(&l.driver);
 	CHECK(virtqueue_configure(vq, &setup, g->table, NULL) == 0);
 	load_connect(&l, vq);
-	CHECK(virtqueue_set_kick(vq, -1) == 0); /* vhost-user: the invalid-fd flag */
+	CHECK(virtqueue_set_doorbell(vq, DOORBELL_KICK, -1) == 0); /* vhost-user: the invalid-fd flag */
 	for (int life = 0; life < 2; life++) {
 		CHECK(rig_command(&rig, WORKER_ATTACH, vq, disk, NULL, -1) == 0);
 		load_run(&l, 300);
 		CHECK(rig_command(&rig, WORKER_DETACH, vq, NULL, NULL, -1) == 0);
 	}
-	CHECK(virtqueue_stats(vq)->kicks == 0);
+	CHECK(virtqueue_stats(vq)->kicks[DOORBELL_KICK] == 0);
 	virtqueue_free(vq);
 	native_device_unref(disk);
 	rig_close(&rig);

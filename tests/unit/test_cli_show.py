@@ -19,7 +19,7 @@ from virtio.stats import HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, W
 
 def state() -> DaemonState:
     reads = OpStats(6, 1, 5 << 20, (0,) * HISTOGRAM_BUCKETS, 0.5)
-    queue = QueueStats(0, 11, 12, 13, 1, 3, 2, 1.5, True, False, {"read": reads})
+    queue = QueueStats(0, {"kick": 7, "pio": 0, "hypercall": 4}, 12, 13, 1, 3, 2, 1.5, True, False, {"read": reads})
     connection = ConnectionState(True, 3, 2, 4, 99, 5, {"VHOST_USER_SET_VRING_NUM": 7}, 100.0)
     disk = DeviceState(BackendStats("disk", "blk", 0, (queue,)), connection, "vhost-user", Path("/run/disk.sock"))
     return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5),))

@@ -29,7 +29,7 @@ def op(requests: int = 0, errors: int = 0, size: int = 0, buckets: dict[int, int
 def queue(number: int, ops: dict[str, OpStats], broken: bool = False) -> QueueStats:
     return QueueStats(
         queue=number,
-        kicks=11,
+        doorbells={"kick": 6, "pio": 3, "hypercall": 2},
         wakeups=12,
         empty_wakeups=13,
         notifications_sent=14,
@@ -109,6 +109,11 @@ def test_requests_are_counted_by_device_queue_and_operation(name: str, expected:
 )
 def test_queues_are_counted_by_device_and_queue(name: str, expected: float) -> None:
     assert value(collected(state()), name, device="disk", queue="1") == expected
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("kick", 6), ("pio", 3), ("hypercall", 2)])
+def test_rings_are_counted_by_kind_of_doorbell(kind: str, expected: float) -> None:
+    assert value(collected(state()), "hyperbell_doorbells_total", device="disk", queue="1", kind=kind) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The compiled data plane: ``ffi``, ``lib``, and the one place where its codes become exceptions.
 
-Only ``virtio.virtqueue``, ``memory``, ``chain``, ``worker`` and ``disk`` import from here.
+Only ``virtio.virtqueue``, ``memory``, ``chain``, ``worker``, ``disk``, ``pump`` and ``interrupt`` import from here.
 """
 
 from __future__ import annotations

@@ -50,6 +50,21 @@ void iotlb_clear(struct iotlb *tlb);
 /* Install the SIGBUS handler, once a process; call it again after somebody replaced it. */
 int sigbus_install(void);
 
+/* ---- virtio-mmio's InterruptStatus: interrupt.c ---- */
+
+#define INTERRUPT_USED_BUFFER 1
+#define INTERRUPT_CONFIG_CHANGE 2
+
+struct interrupt_status; /* one atomic word, refcounted: workers set it, a vCPU thread reads and clears it */
+
+struct interrupt_status *interrupt_status_new(void);
+void interrupt_status_unref(struct interrupt_status *status);
+/* Where the word is, for the vCPU threads of another module; valid while a reference is held. */
+uint32_t *interrupt_status_word(struct interrupt_status *status);
+/* Any thread. */
+void interrupt_status_raise(struct interrupt_status *status, uint32_t bits);
+uint32_t interrupt_status_value(struct interrupt_status *status);
+
 /* ---- virtqueues: virtqueue.c, split.c, packed.c, notify.c ---- */
 
 #define VQ_EMPTY 0
@@ -90,9 +105,14 @@ struct op_stats { /* written by the driver thread, relaxed; read by anyone */
 	uint64_t buckets[DP_HISTOGRAM_BUCKETS];
 };
 
+#define DOORBELL_KICK 0      /* the plain one: vhost-user's kick fd, virtio-mmio's QueueNotify */
+#define DOORBELL_PIO 1
+#define DOORBELL_HYPERCALL 2
+#define DOORBELL_KINDS 3
+
 struct queue_stats { /* as op_stats */
-	uint64_t kicks;         /* sum of what the kick eventfd counted */
-	uint64_t wakeups;       /* times the driver thread came to the queue because of a kick */
+	uint64_t kicks[DOORBELL_KINDS]; /* sums of what the eventfd of each kind of doorbell counted */
+	uint64_t wakeups;       /* times the driver thread came to the queue because of a doorbell */
 	uint64_t empty_wakeups; /* ... and found nothing */
 	uint64_t notifications_sent;
 	uint64_t notifications_suppressed;
@@ -131,10 +151,13 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup,
 /* Driver thread: swap the memory table between two chains; a ring that fell out of it breaks the queue. */
 void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table);
 /* Take ownership of an eventfd (DP_E_NOT_EVENTFD: anything else, ownership stays with the caller); -1: none. */
-int virtqueue_set_kick(struct virtqueue *vq, int fd);
+int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd);
 int virtqueue_set_call(struct virtqueue *vq, int fd);
 int virtqueue_set_err(struct virtqueue *vq, int fd);
-int virtqueue_kick_fd(struct virtqueue *vq);
+/* The eventfd of that kind (DOORBELL_*), or -1; owned by the queue. */
+int virtqueue_doorbell_fd(struct virtqueue *vq, uint32_t kind);
+/* Python, while stopped: takes a reference; NULL: none. */
+void virtqueue_set_interrupt_status(struct virtqueue *vq, struct interrupt_status *status);
 /* The ring's position in vhost-user's encoding; 0 when it was never configured. */
 uint32_t virtqueue_base(struct virtqueue *vq);
 const struct queue_stats *virtqueue_stats(struct virtqueue *vq);
@@ -153,7 +176,7 @@ struct chain_info {
 	uint32_t head;
 };
 
-/* Read the kick eventfd, never blocking; returns its count. */
+/* Read every doorbell's eventfd, never blocking; returns the sum of their counts. */
 uint64_t virtqueue_take_kicks(struct virtqueue *vq);
 /* Up to `max` chains into `chains`; returns how many, VQ_BROKEN, or 0 (empty or parked). */
 int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max);

@@ -149,7 +149,9 @@ struct virtqueue {
 	bool resolved;            /* the ring pointers below are those of the table and IOTLB of now */
 	struct memory_table *ring_table; /* the table they point into: kept until they are replaced */
 	bool parked;              /* missed the IOTLB; pops nothing until resumed */
-	int kick_fd, call_fd, err_fd;
+	int doorbell_fds[DOORBELL_KINDS]; /* whichever rings, the queue is looked at */
+	int call_fd, err_fd;
+	struct interrupt_status *interrupt_status; /* virtio-mmio only: set before call_fd is written */
 	uint32_t inflight;
 	uint32_t epoch;           /* grows whenever the queue forgets its ring */
 	union {
@@ -167,8 +169,8 @@ struct virtqueue {
 	struct native_device *device;
 	struct worker_command *detaching;
 	struct virtqueue *worker_next;
-	bool kick_armed;          /* the reactor watches the kick fd */
-	bool kicked;              /* it fired since the queue was last served */
+	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */
+	bool kicked;              /* one fired since the queue was last served */
 	bool touched;             /* elements were pushed and not yet published */
 };
 
@@ -247,6 +249,8 @@ static inline bool vring_need_event(uint16_t event, uint16_t new_idx, uint16_t o
 int eventfd_signal_bounded(int fd);
 /* A thread that signalled and is about to end gives its timer back. */
 void eventfd_signal_thread_end(void);
+
+struct interrupt_status *interrupt_status_ref(struct interrupt_status *status);
 
 /* ---- counters ---- */
 
@@ -332,9 +336,9 @@ struct native_device *native_device_ref(struct native_device *device);
 struct reactor_ops {
 	int (*open)(struct worker *w);
 	void (*close)(struct worker *w);
-	/* Watch a kick fd / stop: worker_kick_removed is called, now or later, when it is no longer looked at. */
-	int (*add_kick)(struct worker *w, struct virtqueue *vq);
-	void (*remove_kick)(struct worker *w, struct virtqueue *vq);
+	/* Watch a doorbell / stop: worker_doorbell_removed is called, now or later, when it is no longer looked at. */
+	int (*add_doorbell)(struct worker *w, struct virtqueue *vq, uint32_t kind);
+	void (*remove_doorbell)(struct worker *w, struct virtqueue *vq, uint32_t kind);
 	/* Start r's I/O, which ends in native_ops.io_done from a later turn. */
 	void (*submit)(struct worker *w, struct request *r);
 	/* Hand over what is gathered and take what is done; true: something was. timeout_ns: 0 don't wait. */
@@ -382,8 +386,8 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 			      const struct chain_view *chain, uint64_t start_ns);
 /* Push, count and recycle. */
 void request_finish(struct request *r, uint32_t written, bool failed);
-/* Called by a reactor: the kick fd of `vq` fired / is no longer watched / a command may be there. */
+/* Called by a reactor: a doorbell of `vq` rang / the eventfd of that kind is no longer watched. */
 void worker_kicked(struct virtqueue *vq);
-void worker_kick_removed(struct worker *w, struct virtqueue *vq);
+void worker_doorbell_removed(struct virtqueue *vq, uint32_t kind);
 
 #endif

@@ -134,9 +134,9 @@ static int fd_replace(int *slot, int fd)
 	return 0;
 }
 
-int virtqueue_set_kick(struct virtqueue *vq, int fd)
+int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd)
 {
-	return fd_replace(&vq->kick_fd, fd);
+	return kind < DOORBELL_KINDS ? fd_replace(&vq->doorbell_fds[kind], fd) : -EINVAL;
 }
 
 int virtqueue_set_call(struct virtqueue *vq, int fd)
@@ -158,6 +158,8 @@ void virtqueue_signal(struct virtqueue *vq)
 {
 	if (vq->call_fd < 0)
 		return;
+	if (vq->interrupt_status)
+		interrupt_status_raise(vq->interrupt_status, INTERRUPT_USED_BUFFER);
 	if (eventfd_signal_bounded(vq->call_fd) == -EINTR) {
 		close(vq->call_fd);
 		vq->call_fd = -1;
@@ -165,19 +167,30 @@ void virtqueue_signal(struct virtqueue *vq)
 	}
 }
 
-uint64_t virtqueue_take_kicks(struct virtqueue *vq)
+static uint64_t doorbell_take(struct virtqueue *vq, uint32_t kind)
 {
 	uint64_t count = 0;
 	struct iovec iov = { &count, sizeof(count) };
 
 	/* RWF_NOWAIT: the eventfd may be a blocking one, and the peer may have read it before us. */
-	if (vq->kick_fd < 0 || preadv2(vq->kick_fd, &iov, 1, -1, RWF_NOWAIT) != sizeof(count))
+	if (vq->doorbell_fds[kind] < 0 || preadv2(vq->doorbell_fds[kind], &iov, 1, -1, RWF_NOWAIT) != sizeof(count))
 		return 0;
 	/* The count is the peer's word: it may write 2^60. A metric that jumps by 2^32 at most stays readable. */
 	if (count > UINT32_MAX)
 		count = UINT32_MAX;
-	stat_add(&vq->stats.kicks, count);
-	stat_add(&vq->stats.wakeups, 1);
-	vq->kicked = true; /* until the queue is served: was there anything? */
+	stat_add(&vq->stats.kicks[kind], count);
+	return count;
+}
+
+uint64_t virtqueue_take_kicks(struct virtqueue *vq)
+{
+	uint64_t count = 0;
+
+	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++)
+		count += doorbell_take(vq, kind);
+	if (count) {
+		stat_add(&vq->stats.wakeups, 1);
+		vq->kicked = true; /* until the queue is served: was there anything? */
+	}
 	return count;
 }

@@ -47,15 +47,15 @@ static void epoll_close(struct worker *w)
 	free(w->state);
 }
 
-static int epoll_add_kick(struct worker *w, struct virtqueue *vq)
+static int epoll_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
-	return watch(w, vq->kick_fd, vq);
+	return watch(w, vq->doorbell_fds[kind], vq);
 }
 
-static void epoll_remove_kick(struct worker *w, struct virtqueue *vq)
+static void epoll_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
-	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, vq->kick_fd, NULL);
-	worker_kick_removed(w, vq);
+	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, vq->doorbell_fds[kind], NULL);
+	worker_doorbell_removed(vq, kind);
 }
 
 static ssize_t perform(const struct request *r)
@@ -124,8 +124,8 @@ static bool epoll_turn(struct worker *w, uint64_t timeout_ns)
 const struct reactor_ops epoll_ops = {
 	.open = epoll_open,
 	.close = epoll_close,
-	.add_kick = epoll_add_kick,
-	.remove_kick = epoll_remove_kick,
+	.add_doorbell = epoll_add_doorbell,
+	.remove_doorbell = epoll_remove_doorbell,
 	.submit = epoll_submit,
 	.turn = epoll_turn,
 };

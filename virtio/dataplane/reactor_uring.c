@@ -1,5 +1,5 @@
 /*
- * The reactor on io_uring: kicks by multishot poll, block I/O, the wake-up eventfd; one io_uring_enter a turn at most.
+ * The reactor on io_uring: doorbells by multishot poll, block I/O, the wake-up eventfd; one io_uring_enter a turn at most.
  *
  * io_uring bypasses seccomp, so the ring is created disabled, restricted to the few operations used here, and only
  * then enabled. DEFER_TASKRUN (Linux 6.1) keeps completions from interrupting the worker; it takes them when it looks.
@@ -17,9 +17,10 @@
 /* What a completion belongs to, in the low bits of its user data; pointers are aligned to 8 at least. */
 #define TAG_MASK 7ull
 #define TAG_REQUEST 0
-#define TAG_KICK 1
-#define TAG_KICK_REMOVED 2
-#define TAG_WAKE 3
+#define TAG_WAKE 1
+#define TAG_REMOVED 2
+#define TAG_DOORBELL 4 /* + DOORBELL_* */
+_Static_assert(TAG_DOORBELL + DOORBELL_KINDS - 1 <= TAG_MASK, "a tag for each kind of doorbell");
 
 struct reactor_state {
 	struct io_uring ring;
@@ -96,19 +97,24 @@ static void uring_close(struct worker *w)
 	free(w->state);
 }
 
-static int uring_add_kick(struct worker *w, struct virtqueue *vq)
+static uint64_t doorbell_data(struct virtqueue *vq, uint32_t kind)
 {
-	poll_fd(&w->state->ring, vq->kick_fd, (uint64_t)(uintptr_t)vq | TAG_KICK);
+	return (uint64_t)(uintptr_t)vq | (TAG_DOORBELL + kind);
+}
+
+static int uring_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
+{
+	poll_fd(&w->state->ring, vq->doorbell_fds[kind], doorbell_data(vq, kind));
 	return 0;
 }
 
-static void uring_remove_kick(struct worker *w, struct virtqueue *vq)
+static void uring_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
 	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
 
 	/* A cancel, not POLL_REMOVE: that answers EALREADY, and leaves the poll, when a kick is just on its way. */
-	io_uring_prep_cancel64(sqe, (uint64_t)(uintptr_t)vq | TAG_KICK, 0);
-	io_uring_sqe_set_data64(sqe, TAG_KICK_REMOVED);
+	io_uring_prep_cancel64(sqe, doorbell_data(vq, kind), 0);
+	io_uring_sqe_set_data64(sqe, TAG_REMOVED);
 }
 
 static void uring_submit(struct worker *w, struct request *r)
@@ -140,11 +146,26 @@ static void wake_drain(struct worker *w)
 		return; /* non-blocking: somebody's wake-up was taken with an earlier one */
 }
 
+static void doorbell_rang(struct worker *w, const struct io_uring_cqe *cqe, bool last)
+{
+	struct virtqueue *vq = (struct virtqueue *)(uintptr_t)(cqe->user_data & ~TAG_MASK);
+	uint32_t kind = (uint32_t)(cqe->user_data & TAG_MASK) - TAG_DOORBELL;
+
+	if (cqe->res >= 0)
+		worker_kicked(vq);
+	if (!last)
+		return;
+	/* A multishot poll may end by itself, say when the completion queue was full: set it up again. */
+	if (vq->detaching)
+		worker_doorbell_removed(vq, kind);
+	else
+		poll_fd(&w->state->ring, vq->doorbell_fds[kind], cqe->user_data);
+}
+
 static void complete(struct worker *w, const struct io_uring_cqe *cqe)
 {
 	uint64_t data = cqe->user_data;
 	bool last = !(cqe->flags & IORING_CQE_F_MORE);
-	struct virtqueue *vq;
 	struct request *r;
 
 	switch (data & TAG_MASK) {
@@ -152,24 +173,15 @@ static void complete(struct worker *w, const struct io_uring_cqe *cqe)
 		r = (struct request *)(uintptr_t)data;
 		r->device->ops->io_done(r, cqe->res);
 		break;
-	case TAG_KICK:
-		vq = (struct virtqueue *)(uintptr_t)(data & ~TAG_MASK);
-		if (cqe->res >= 0)
-			worker_kicked(vq);
-		if (!last)
-			break;
-		/* A multishot poll may end by itself, say when the completion queue was full: set it up again. */
-		if (vq->detaching)
-			worker_kick_removed(w, vq);
-		else
-			poll_fd(&w->state->ring, vq->kick_fd, data);
-		break;
 	case TAG_WAKE:
 		wake_drain(w);
 		if (last)
 			poll_fd(&w->state->ring, w->wake_fd, TAG_WAKE);
 		break;
-	default: /* TAG_KICK_REMOVED: what counts is the end of the poll itself */
+	case TAG_REMOVED: /* what counts is the end of the poll itself */
+		break;
+	default:
+		doorbell_rang(w, cqe, last);
 		break;
 	}
 }
@@ -201,8 +213,8 @@ static bool uring_turn(struct worker *w, uint64_t timeout_ns)
 const struct reactor_ops uring_ops = {
 	.open = uring_open,
 	.close = uring_close,
-	.add_kick = uring_add_kick,
-	.remove_kick = uring_remove_kick,
+	.add_doorbell = uring_add_doorbell,
+	.remove_doorbell = uring_remove_doorbell,
 	.submit = uring_submit,
 	.turn = uring_turn,
 };

@@ -18,7 +18,9 @@ struct virtqueue *virtqueue_new(uint32_t index, int event_fd)
 		return NULL;
 	vq->index = index;
 	vq->event_fd = event_fd;
-	vq->kick_fd = vq->call_fd = vq->err_fd = -1;
+	vq->call_fd = vq->err_fd = -1;
+	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++)
+		vq->doorbell_fds[kind] = -1;
 	return vq;
 }
 
@@ -44,9 +46,11 @@ void virtqueue_free(struct virtqueue *vq)
 	if (!vq)
 		return;
 	virtqueue_forget(vq);
-	virtqueue_set_kick(vq, -1);
+	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++)
+		virtqueue_set_doorbell(vq, kind, -1);
 	virtqueue_set_call(vq, -1);
 	virtqueue_set_err(vq, -1);
+	interrupt_status_unref(vq->interrupt_status);
 	free(vq);
 }
 
@@ -344,7 +348,14 @@ uint32_t virtqueue_base(struct virtqueue *vq)
 	return vq->configured ? vq->ops->base(vq) : 0;
 }
 
-int virtqueue_kick_fd(struct virtqueue *vq)
+int virtqueue_doorbell_fd(struct virtqueue *vq, uint32_t kind)
 {
-	return vq->kick_fd;
+	return kind < DOORBELL_KINDS ? vq->doorbell_fds[kind] : -1;
+}
+
+void virtqueue_set_interrupt_status(struct virtqueue *vq, struct interrupt_status *status)
+{
+	interrupt_status_ref(status);
+	interrupt_status_unref(vq->interrupt_status);
+	vq->interrupt_status = status;
 }

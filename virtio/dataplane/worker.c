@@ -102,12 +102,12 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	struct worker_command *command = vq->detaching;
 	struct virtqueue **at = &w->queues;
 
-	if (vq->kick_armed || vq->inflight)
+	if (vq->doorbells_armed || vq->inflight)
 		return;
 	while (*at != vq)
 		at = &(*at)->worker_next;
 	*at = vq->worker_next;
-	if (vq->kick_fd < 0)
+	if (vq->doorbell_fds[DOORBELL_KICK] < 0)
 		w->kickless--;
 	native_device_unref(vq->device);
 	vq->device = NULL;
@@ -116,23 +116,41 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	worker_acknowledge(w, command, 0);
 }
 
-void worker_kick_removed(struct worker *w, struct virtqueue *vq)
+void worker_doorbell_removed(struct virtqueue *vq, uint32_t kind)
 {
-	(void)w;
-	vq->kick_armed = false;
+	vq->doorbells_armed &= ~(1u << kind);
+}
+
+static void doorbells_remove(struct worker *w, struct virtqueue *vq)
+{
+	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++)
+		if (vq->doorbells_armed & 1u << kind)
+			w->reactor->remove_doorbell(w, vq, kind);
+}
+
+static int doorbells_add(struct worker *w, struct virtqueue *vq)
+{
+	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++) {
+		int rc = vq->doorbell_fds[kind] >= 0 ? w->reactor->add_doorbell(w, vq, kind) : 0;
+
+		if (rc < 0) {
+			doorbells_remove(w, vq);
+			return rc;
+		}
+		if (vq->doorbell_fds[kind] >= 0)
+			vq->doorbells_armed |= 1u << kind;
+	}
+	return 0;
 }
 
 static int attach(struct worker *w, struct virtqueue *vq, struct native_device *device)
 {
-	int rc = 0;
+	int rc = doorbells_add(w, vq);
 
-	if (vq->kick_fd >= 0)
-		rc = w->reactor->add_kick(w, vq);
-	else
-		w->kickless++;
 	if (rc < 0)
 		return rc;
-	vq->kick_armed = vq->kick_fd >= 0;
+	if (vq->doorbell_fds[DOORBELL_KICK] < 0)
+		w->kickless++;
 	vq->device = native_device_ref(device);
 	vq->worker_next = w->queues;
 	w->queues = vq;
@@ -151,8 +169,7 @@ static void obey(struct worker *w, struct worker_command *command)
 		break;
 	case WORKER_DETACH:
 		vq->detaching = command; /* acknowledged by detach_if_drained */
-		if (vq->kick_armed)
-			w->reactor->remove_kick(w, vq);
+		doorbells_remove(w, vq);
 		break;
 	case WORKER_SET_MEMORY:
 		virtqueue_set_memory(vq, command->table);
