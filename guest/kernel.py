@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import re
-import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+from transports.kvm.bzimage import is_bzimage, unpack_bzimage
+from virtio.errors import HostError
 
 META_PACKAGE = "linux-image-cloud-amd64"
 APT_ADVICE = "run 'apt-get update' as root and try again (Debian 12's own package sources are enough)"
-
-# Linux x86 boot protocol: where a bzImage says how long its real-mode part is and where its payload lies.
-SETUP_SECTS_OFFSET = 0x1F1
-HEADER_MAGIC_OFFSET = 0x202
-PAYLOAD_OFFSET = 0x248
-LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 
 
 @dataclass(frozen=True)
@@ -126,20 +121,11 @@ def _unpack(archive: Path, folder: Path, progress: Progress) -> None:
 
 def _extract_vmlinux(bzimage: Path, target: Path) -> str:
     """Write the uncompressed kernel, which QEMU starts directly through its PVH entry. Returns why not, or ``""``."""
-    data = bzimage.read_bytes()
-    if data[HEADER_MAGIC_OFFSET : HEADER_MAGIC_OFFSET + 4] != b"HdrS":
+    image = bzimage.read_bytes()
+    if not is_bzimage(image):
         return f"{bzimage.name} is not a bzImage"
-    offset, length = struct.unpack_from("<II", data, PAYLOAD_OFFSET)
-    start = (data[SETUP_SECTS_OFFSET] + 1) * 512 + offset
-    payload = data[start : start + length - 4]  # the last four bytes are the unpacked size, not lz4
-    if not payload.startswith(LZ4_LEGACY_MAGIC):
-        return "it is not lz4"
     try:
-        done = subprocess.run(["lz4", "-dc"], input=payload, capture_output=True, timeout=120)
-    except FileNotFoundError:
-        return "the package 'lz4' is not installed"
-    (size,) = struct.unpack_from("<I", data, start + length - 4)
-    if done.returncode != 0 or len(done.stdout) != size or not done.stdout.startswith(b"\x7fELF"):
-        return f"lz4 could not unpack it (exit status {done.returncode}, {len(done.stdout)} of {size} bytes)"
-    target.write_bytes(done.stdout)
+        target.write_bytes(unpack_bzimage(image))
+    except HostError as error:
+        return f"it {error}"
     return ""
