@@ -1,0 +1,151 @@
+"""The device key and bells of the hypercall doorbell, as virtio-mmio registers 0x0f0 and 0x0f4."""
+
+from __future__ import annotations
+
+from mmio_guest import (
+    BELL,
+    F_HYPERCALL_NOTIFY,
+    F_VERSION_1,
+    KEY,
+    QUEUE_READY,
+    QUEUE_SEL,
+    STATUS,
+    Performer,
+)
+
+from transports import hypercall
+from virtio.mmio import RegisterFile
+from virtio.mmio_queues import VIRTIO_F_HYPERCALL_NOTIFY, Bells
+from virtio.mmio_registers import AcceptBell, EnableQueue, Reason, SetDriverFeatures, StartQueue
+
+BELLS = Bells(0xABCDEF, (0x200, 0x201, 0))
+
+
+def performer() -> Performer:
+    return Performer(
+        RegisterFile(
+            device_id=1,
+            device_features=F_VERSION_1,
+            queue_count=3,
+            queue_size_max=64,
+            config_space=lambda: b"",
+        )
+    )
+
+
+def bells_of(guest: Performer) -> list[int]:
+    numbers = []
+    for index in range(4):
+        guest.write(QUEUE_SEL, index)
+        numbers.append(guest.read(BELL))
+    return numbers
+
+
+def accept(guest: Performer, index: int, value: int = 1) -> list[object]:
+    guest.write(QUEUE_SEL, index)
+    return list(guest.write(BELL, value))
+
+
+def test_the_feature_bit_is_the_one_all_transports_mean() -> None:
+    assert VIRTIO_F_HYPERCALL_NOTIFY == 1 << hypercall.VIRTIO_F_HYPERCALL_NOTIFY == F_HYPERCALL_NOTIFY
+
+
+def test_a_device_that_withholds_the_hypercall_shows_no_key_no_bell_and_no_feature() -> None:
+    guest = performer()
+    assert guest.read(KEY) == 0
+    assert bells_of(guest) == [0, 0, 0, 0]
+    assert not guest.features() & F_HYPERCALL_NOTIFY
+    assert not guest.negotiate(F_VERSION_1 | F_HYPERCALL_NOTIFY)
+    assert accept(guest, 0) == []
+    assert guest.registers.refusals["HypercallBell", Reason.WITHHELD] == 1
+
+
+def test_a_device_that_offers_it_shows_the_key_and_a_bell_for_each_queue_that_has_one() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    assert guest.read(KEY) == 0xABCDEF
+    assert bells_of(guest) == [0x200, 0x201, 0, 0]
+    assert guest.features() & F_HYPERCALL_NOTIFY
+
+
+def test_the_device_behind_never_hears_of_our_feature_bit() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start(F_VERSION_1 | F_HYPERCALL_NOTIFY)
+    assert SetDriverFeatures(F_VERSION_1) in guest.done
+
+
+def test_a_driver_that_negotiated_the_feature_has_accepted_every_bell() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start(F_VERSION_1 | F_HYPERCALL_NOTIFY, queues=3)
+    assert [each for each in guest.done if isinstance(each, AcceptBell)] == [AcceptBell(0), AcceptBell(1)]
+
+
+def test_a_driver_may_accept_a_single_bell_before_or_after_its_queue_is_ready() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    assert guest.negotiate(F_VERSION_1)
+    assert accept(guest, 0) == []
+    assert [type(each) for each in guest.set_up(0, 8, (0x1000, 0x2000, 0x3000))] == [StartQueue, AcceptBell]
+    guest.set_up(1, 8, (0x4000, 0x5000, 0x6000))
+    assert accept(guest, 1) == [AcceptBell(1)]
+    assert not guest.registers.refusals
+
+
+def test_what_was_withheld_is_offered_again_to_those_who_had_accepted() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start(queues=2)
+    accept(guest, 1)
+    guest.registers.withhold_bells()
+    assert (guest.read(KEY), bells_of(guest)) == (0, [0, 0, 0, 0])
+    assert accept(guest, 0) == []
+    assert guest.registers.offer_bells(BELLS) == [AcceptBell(1)]
+    assert guest.read(KEY) == 0xABCDEF
+
+
+def test_a_driver_that_negotiated_the_feature_may_set_a_queue_up_while_it_is_withheld() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    assert guest.negotiate(F_VERSION_1 | F_HYPERCALL_NOTIFY)
+    guest.driver_ok()
+    guest.registers.withhold_bells()
+    operations = guest.set_up(0, 8, (0x1000, 0x2000, 0x3000))
+    assert [type(each) for each in operations] == [StartQueue, EnableQueue]
+    assert guest.registers.offer_bells(BELLS) == [AcceptBell(0)]
+
+
+def test_a_reset_forgets_that_a_bell_was_accepted() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start()
+    accept(guest, 0)
+    guest.write(STATUS, 0)
+    guest.start()
+    assert guest.registers.offer_bells(BELLS) == []
+    assert guest.read(KEY) == 0xABCDEF
+
+
+def test_a_bell_survives_that_its_queue_is_stopped_and_set_up_again() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start()
+    accept(guest, 0)
+    guest.write(QUEUE_READY, 0)
+    operations = guest.set_up(0, 8, (0x1000, 0x2000, 0x3000))
+    assert [type(each) for each in operations] == [StartQueue, EnableQueue, AcceptBell]
+
+
+def test_only_the_number_one_accepts() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.start()
+    for value in (0, 2, 0x200, 0xFFFF_FFFF):
+        assert accept(guest, 0, value) == []
+    assert accept(guest, 3) == []
+    assert guest.registers.refusals == {
+        ("HypercallBell", Reason.VALUE): 4,
+        ("HypercallBell", Reason.NO_QUEUE): 1,
+        ("QueueSel", Reason.NO_QUEUE): 1,
+    }
