@@ -161,37 +161,10 @@ class WorkerConfig(Table):
     )
 
 
-class DeviceConfig(Table):
-    """``[devices.NAME]``: the keys every device has; the options of its type stand in the same table."""
+class DeviceTable(Table):
+    """What every device has, however it reaches its guest."""
 
     type: str = Field(description="What the device is.", examples=["blk"])
-    transport: str = Field(default="vhost-user", description="How the device reaches its guest.")
-    socket: FilePath = Field(
-        description="Path of the Unix socket the front-end (QEMU) and the device meet at.",
-        examples=["/run/hyperbell/disk.sock"],
-    )
-    mode: Literal["listen", "connect"] = Field(
-        default="listen",
-        description="listen: the daemon makes the socket and removes it; connect: the front-end does.",
-    )
-    socket_mode: str = Field(
-        default="0660",
-        description="Permissions of the socket in octal (with mode = listen).",
-        examples=["0660"],
-    )
-    socket_group: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Group that owns the socket (with mode = listen); the daemon's own when left out.",
-        examples=["kvm"],
-    )
-    socket_fd: int | None = Field(
-        default=None,
-        ge=3,
-        description="Number of an open socket, listening or connected to a front-end, that the daemon inherits from "
-        "the program which starts it. The path in socket is then not opened; it only says where front-ends connect.",
-        examples=[3],
-    )
     worker: str | None = Field(default=None, description="The worker that drives all queues.", examples=["default"])
     workers: Annotated[tuple[str, ...] | None, BeforeValidator(_parse_names, json_schema_input_type=list[str])] = Field(
         default=None,
@@ -219,18 +192,6 @@ class DeviceConfig(Table):
         examples=[{"VIRTIO_F_RING_PACKED": False}],
     )
 
-    @field_validator("socket")
-    @classmethod
-    def _socket_fits(cls, value: Path) -> Path:
-        return _check_socket(value)
-
-    @field_validator("socket_mode")
-    @classmethod
-    def _socket_mode_is_octal(cls, value: str) -> str:
-        if re.fullmatch(r"0?[0-7]{3}", value) is None:
-            raise wrong(f"must be three octal digits, not {toml_value(value)}", 'for example: socket_mode = "0660"')
-        return value
-
     @field_validator("queue_size")
     @classmethod
     def _queue_size_is_a_power_of_two(cls, value: int) -> int:
@@ -240,13 +201,6 @@ class DeviceConfig(Table):
                 f"must be a power of two from 2 to {QUEUE_SIZE_MAX}, not {value}",
                 f"for example: queue_size = {near}",
             )
-        return value
-
-    @field_validator("socket_fd")
-    @classmethod
-    def _inherits_or_connects(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("mode") == "connect":
-            raise wrong('stands beside mode = "connect", which makes a socket of its own', "keep one of the two")
         return value
 
     @field_validator("workers")
@@ -262,6 +216,57 @@ class DeviceConfig(Table):
         if self.workers is not None:
             return self.workers
         return () if self.worker is None else (self.worker,)
+
+
+class DeviceConfig(DeviceTable):
+    """``[devices.NAME]``: the keys every device has; the options of its type stand in the same table."""
+
+    transport: str = Field(default="vhost-user", description="How the device reaches its guest.")
+    socket: FilePath = Field(
+        description="Path of the Unix socket the front-end (QEMU) and the device meet at.",
+        examples=["/run/hyperbell/disk.sock"],
+    )
+    mode: Literal["listen", "connect"] = Field(
+        default="listen",
+        description="listen: the daemon makes the socket and removes it; connect: the front-end does.",
+    )
+    socket_mode: str = Field(
+        default="0660",
+        description="Permissions of the socket in octal (with mode = listen).",
+        examples=["0660"],
+    )
+    socket_group: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Group that owns the socket (with mode = listen); the daemon's own when left out.",
+        examples=["kvm"],
+    )
+    socket_fd: int | None = Field(
+        default=None,
+        ge=3,
+        description="Number of an open socket, listening or connected to a front-end, that the daemon inherits from "
+        "the program which starts it. The path in socket is then not opened; it only says where front-ends connect.",
+        examples=[3],
+    )
+
+    @field_validator("socket")
+    @classmethod
+    def _socket_fits(cls, value: Path) -> Path:
+        return _check_socket(value)
+
+    @field_validator("socket_mode")
+    @classmethod
+    def _socket_mode_is_octal(cls, value: str) -> str:
+        if re.fullmatch(r"0?[0-7]{3}", value) is None:
+            raise wrong(f"must be three octal digits, not {toml_value(value)}", 'for example: socket_mode = "0660"')
+        return value
+
+    @field_validator("socket_fd")
+    @classmethod
+    def _inherits_or_connects(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("mode") == "connect":
+            raise wrong('stands beside mode = "connect", which makes a socket of its own', "keep one of the two")
+        return value
 
     @property
     def socket_permissions(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Final
@@ -18,15 +18,13 @@ from config.loader import Config
 from config.problems import ConfigError
 from config.schema import DaemonConfig
 from daemon import log
-from daemon.catalogue import Service, features_off, make_devices
+from daemon.assembly import Assembly, assemble
+from daemon.catalogue import Service, make_devices
 from daemon.control import serve_control
-from daemon.metrics_server import PATH, serve_metrics
+from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
-from virtio.backend import Backend
-from virtio.device import Device
 from virtio.errors import HostError
-from virtio.worker import Worker
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 RELOADABLE: Final = frozenset({("daemon", "log_level"), ("daemon", "log_format")})
@@ -53,9 +51,7 @@ class App:
         self._log_choice = log_choice
         self._notifier = notifier
         self._log = structlog.get_logger()
-        self._workers: dict[str, Worker] = {}
-        self._devices: Mapping[str, Device] = {}
-        self._backends: dict[str, Backend] = {}
+        self._assembly = Assembly({}, {}, {})
         self._services: dict[str, Service] = {}
         self._metrics_url = ""
 
@@ -66,7 +62,9 @@ class App:
         """
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
             async with AsyncExitStack() as stack:
-                await self._open(stack)
+                devices = make_devices(self._config.devices)
+                assembly = assemble(devices, self._config.devices, self._config.workers)
+                self._assembly = await stack.enter_async_context(assembly)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                     await self._serve(stack, nursery)
@@ -75,49 +73,26 @@ class App:
         """The counters now. In the event loop only, so that nothing read here is being closed."""
         devices = tuple(
             DeviceState(
-                backend=self._backends[name].stats(),
+                backend=self._assembly.backends[name].stats(),
                 connection=ConnectionState.of(service.connection),
                 transport=self._config.devices[name].common.transport,
                 socket=self._config.devices[name].common.socket,
             )
             for name, service in self._services.items()
         )
-        return DaemonState(devices, tuple(worker.stats() for worker in self._workers.values()))
-
-    # What the servers stand on: entered in this order, left in the other.
-
-    async def _open(self, stack: AsyncExitStack) -> None:
-        config = self._config
-        self._devices = make_devices(config)
-        for device in self._devices.values():
-            stack.callback(device.close)
-        for name, settings in config.workers.items():
-            if not any(name in device.workers for device in config.devices.values()):
-                self._log.warning("no device uses this worker: it is not started", worker=name)
-                continue
-            worker = Worker(name, settings.cpus or (), settings.poll_us, settings.reactor)
-            self._workers[name] = await stack.enter_async_context(worker)
-        for name, device in self._devices.items():
-            configured = config.devices[name]
-            backend = Backend(
-                device,
-                workers=[self._workers[worker_name] for worker_name in configured.workers],
-                queue_size_max=configured.common.queue_size,
-                features_off=features_off(configured),
-            )
-            self._backends[name] = await stack.enter_async_context(backend)
+        return DaemonState(devices, self._assembly.worker_stats())
 
     # The servers
 
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         config = self._config
-        for name, backend in self._backends.items():
+        for name, backend in self._assembly.backends.items():
             self._services[name] = Service(backend, config.devices[name].common)
         if config.daemon.control is not None:
             await nursery.start(serve_control, config.daemon.control, self.snapshot)
         if config.daemon.metrics_address is not None:
             host, port = await stack.enter_async_context(serve_metrics(*config.daemon.metrics_address, self.snapshot))
-            self._metrics_url = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+            self._metrics_url = metrics_url(host, port)
         await self._serve_devices(nursery)
 
     async def _serve_devices(self, nursery: trio.Nursery) -> None:
@@ -177,7 +152,7 @@ class App:
             for change in changes(self._config, new):
                 self._report(change)
             self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
-            self._refresh_devices()
+            self._assembly.refresh_devices()
             self._log.info("reloaded")
         self._notifier.ready(self._status())
 
@@ -191,14 +166,6 @@ class App:
         else:
             what = "was added" if change.old is None else "was removed"
             self._log.warning(f"needs a restart: the table {what}", table=change.table)
-
-    def _refresh_devices(self) -> None:
-        for name, device in self._devices.items():
-            try:
-                if device.refresh():
-                    self._log.info("changed underneath: the driver is told", device=name)
-            except HostError as error:
-                self._log.error("cannot be examined anew", device=name, error=str(error))
 
 
 def _with_reloaded_keys(old: Config, new: Config) -> DaemonConfig:

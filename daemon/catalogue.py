@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Final, Protocol, cast
 
 import trio
+from pydantic import BaseModel
 
-from config.loader import Config, Device
-from config.schema import DeviceConfig, DeviceType
+from config.schema import DeviceConfig, DeviceTable, DeviceType
 from transports import TRANSPORTS
 from transports.base import BackendLike
 from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
@@ -22,6 +22,19 @@ from virtio.spec import RING_FEATURES
 
 _ALWAYS_ON: Final = frozenset({"VIRTIO_F_VERSION_1"})
 """Not to be turned off: without it a device would be a legacy one (virtio 1.3, 6.1), and no device here is."""
+
+
+class Configured(Protocol):
+    """One device as the operator wants it, from a file or from the command line."""
+
+    @property
+    def common(self) -> DeviceTable: ...
+    @property
+    def options(self) -> BaseModel: ...
+    @property
+    def queues(self) -> int: ...
+    @property
+    def workers(self) -> tuple[str, ...]: ...
 
 
 class Transport(Protocol):
@@ -75,25 +88,27 @@ def feature_bits(device_class: type[VirtioDevice]) -> dict[str, int]:
     return dict(RING_FEATURES) | dict(device_class.feature_bits)
 
 
-def features_off(device: Device) -> frozenset[int]:
+def features_off(device: Configured) -> frozenset[int]:
     """The bit numbers that the operator turned off for ``device``."""
     bits = feature_bits(REGISTRY[device.common.type])
     return frozenset(bits[name] for name, on in device.common.features.items() if not on)
 
 
-def make_devices(config: Config) -> dict[str, VirtioDevice]:
+def make_devices(
+    configured: Mapping[str, Configured], place: Callable[[str], str] = "[devices.{}]".format
+) -> dict[str, VirtioDevice]:
     """Every configured device, opened. When some cannot be had, all are closed again and every reason is given.
 
-    Raises ``ExceptionGroup`` of ``HostError``.
+    ``place`` gives where a device is configured, for the reasons. Raises ``ExceptionGroup`` of ``HostError``.
     """
     devices: dict[str, VirtioDevice] = {}
     errors: list[HostError] = []
-    for name, device in config.devices.items():
+    for name, device in configured.items():
         device_class = REGISTRY[device.common.type]
         try:
             devices[name] = device_class(name, device.options, device.queues, device.common.queue_size)
         except HostError as error:
-            errors.append(HostError(f"[devices.{name}] {error}", errno=error.errno))
+            errors.append(HostError(f"{place(name)} {error}", errno=error.errno))
     if errors:
         for opened in devices.values():
             opened.close()

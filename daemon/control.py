@@ -111,9 +111,9 @@ def _summary(device: DeviceState) -> Answer:
         "name": device.backend.device,
         "type": device.backend.type,
         "transport": device.transport,
-        "socket": str(device.socket),
+        "socket": None if device.socket is None else str(device.socket),
         "queues": len(device.backend.queues),
-        "connected": device.connection.connected,
+        "connected": device.connected,
     }
 
 

@@ -141,7 +141,7 @@ def _queue_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
 
 
 def _connection_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
-    rows = [(device.backend.device, device.connection) for device in devices]
+    rows = [(device.backend.device, device.connection) for device in devices if device.connection is not None]
     for name, text, count in CONNECTION_COUNTERS:
         counter = CounterMetricFamily(name, text, labels=("device",))
         for device, connection in rows:

@@ -88,6 +88,11 @@ async def serve_metrics(host: str, port: int, snapshot: Callable[[], DaemonState
         server.server_close()
 
 
+def metrics_url(host: str, port: int) -> str:
+    """Where a browser finds the page."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+
+
 def _bind(host: str, port: int) -> _Server:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -30,9 +30,13 @@ def _queues(device: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 def _device_row(device: Mapping[str, Any], now: float) -> Sequence[str]:
     connection = device["connection"]
+    name, type_name = device["backend"]["device"], device["backend"]["type"]
+    if connection is None:  # of a virtual machine of our own: the guest's driver is all there is to see
+        running = any(queue["running"] for queue in _queues(device))
+        return name, type_name, "driver ready" if running else "no driver", *["-"] * 5
     return (
-        device["backend"]["device"],
-        device["backend"]["type"],
+        name,
+        type_name,
         "connected" if connection["connected"] else "waiting",
         duration(now - connection["since"]),
         str(connection["connections"]),

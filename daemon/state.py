@@ -35,12 +35,23 @@ class ConnectionState:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """One device at this moment. ``socket`` is where its front-end connects."""
+    """One device at this moment.
+
+    ``connection`` and ``socket``, where its front-end connects, are of devices that are reached over a socket. A device
+    of a virtual machine of our own has neither.
+    """
 
     backend: BackendStats
-    connection: ConnectionState
+    connection: ConnectionState | None
     transport: str
-    socket: Path
+    socket: Path | None
+
+    @property
+    def connected(self) -> bool:
+        """Whether somebody uses the device: a front-end is connected, or a driver of our own guest is set up."""
+        if self.connection is not None:
+            return self.connection.connected
+        return any(queue.running for queue in self.backend.queues)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def test_list_names_the_devices() -> None:
         "queues": 1,
         "connected": True,
     }
+
+
+def test_a_device_of_a_machine_of_our_own_has_no_front_end() -> None:
+    ours = replace(state().devices[0], connection=None, transport="kvm", socket=None)
+    stopped = replace(ours, backend=replace(ours.backend, queues=(replace(ours.backend.queues[0], running=False),)))
+    for device, driver in ((ours, True), (stopped, False)):
+        one = DaemonState((device,), ())
+        (listed,) = respond(b'{"command": "list"}', one)["devices"]
+        assert (listed["transport"], listed["socket"], listed["connected"]) == ("kvm", None, driver)
+        stats = json.loads(json.dumps(respond(b'{"command": "stats"}', one), default=str))
+        line = render(stats).splitlines()[1]
+        assert ("driver ready" if driver else "no driver") in line
 
 
 def test_stats_gives_every_counter() -> None:

@@ -72,7 +72,7 @@ def imports_of(module: str, *, types_too: bool = True) -> frozenset[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert len(FILES) > 40
-    assert "virtio.backend" in imports_of("daemon.app")
+    assert "virtio.backend" in imports_of("daemon.assembly")
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -6,6 +6,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def collected(snapshot: DaemonState) -> Samples:
 
 def value(found: Samples, name: str, **labels: str) -> float:
     return found[name, frozenset(labels.items())]
+
+
+def test_a_device_without_a_front_end_has_queues_and_no_figures_of_a_connection() -> None:
+    ours = replace(state().devices[0], connection=None, transport="kvm", socket=None)
+    found = collected(DaemonState((ours,), ()))
+    assert value(found, "hyperbell_doorbells_total", device="disk", queue="0", kind="hypercall") == 2
+    assert not [name for name, _ in found if "frontend" in name or "memory_regions" in name]
 
 
 @pytest.mark.parametrize(
