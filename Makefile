@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=68' 'cffi>=1.16'
 PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
-C_SOURCES := $(wildcard virtio/dataplane/*.c virtio/dataplane/*.h) virtio/dataplane/build.py
+C_SOURCES := $(wildcard virtio/dataplane/*.[ch] transports/preload/*.[ch]) virtio/dataplane/build.py
 
 .PHONY: help setup demo test check lint types c-check bench build stub install clean
 .DEFAULT_GOAL := help
@@ -47,8 +47,8 @@ types: setup
 	@$(BIN)/mypy
 
 c-check: setup
-	@for f in virtio/dataplane/*.c; do \
-	  gcc -std=gnu11 -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
+	@for f in virtio/dataplane/*.c transports/preload/*.c; do \
+	  gcc -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
