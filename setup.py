@@ -1,12 +1,14 @@
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+
+PRELOAD = Path("transports/preload")
 
 # No Python module: what `hyperbell qemu` preloads into QEMU. It is built, found and installed like one.
 preload = Extension(
     "transports.preload._library",
-    sorted(glob("transports/preload/*.c")),
-    depends=glob("transports/preload/*.h"),
+    sorted(map(str, PRELOAD.glob("*.c"))),
+    depends=[str(path) for path in PRELOAD.glob("*.h")],
     define_macros=[("_GNU_SOURCE", None)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fvisibility=hidden"],
 )
