@@ -16,8 +16,9 @@ import pytest
 import trio
 import trio.testing
 from blk_driver import pattern
+from console_guest import KIB, RECEIVE, TRANSMIT, receive_exactly, take, type_in
 from driver import Element
-from frontend import GUARD, Guest, GuestQueue, Setting, every_python_setting, plugged
+from frontend import GUARD, GuestQueue, Setting, every_python_setting, plugged
 from peak import Peak
 from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks
@@ -25,9 +26,6 @@ from vhost_user_wire import no_fd_leaks
 from virtio.devices.console import EMERG_WR_OFFSET, Console, ConsoleOptions
 from virtio.devices.console_port import BACKLOG_MAX, LINE_MAX, PENDING_MAX
 from virtio.errors import HostError
-
-RECEIVE, TRANSMIT = 0, 1
-KIB = 1 << 10
 
 
 def console(backend: str, path: Path | None = None, **options: int) -> Console:
@@ -43,40 +41,10 @@ async def reader(path: Path) -> AsyncIterator[trio.SocketStream]:
             yield stream
 
 
-async def receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        more = await stream.receive_some(size - len(data))
-        assert more, f"the stream ended after {len(data)} of {size} bytes"
-        data += more
-    return data
-
-
 async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
     data = b""
     while more := await stream.receive_some():
         data += more
-    return data
-
-
-async def type_in(guest: Guest, data: bytes, *, at_once: int = 4 * KIB, queue: int = TRANSMIT) -> None:
-    """The guest prints ``data``: every buffer has come back when this returns."""
-    ring = guest.queues[queue]
-    pieces = [data[n : n + at_once] for n in range(0, len(data), at_once)]
-    for first in range(0, len(pieces), 16):
-        for piece in pieces[first : first + 16]:
-            ring.driver.add([piece], [])
-        ring.kick()
-        await ring.used(len(pieces[first : first + 16]))
-
-
-async def take(ring: GuestQueue, size: int, *, room: int = 4 * KIB) -> bytes:
-    """What the guest gets to read: exactly ``size`` bytes, through buffers of ``room``."""
-    data = b""
-    while len(data) < size:
-        used = await ring.request([], [min(room, size - len(data))])
-        assert used.written > 0
-        data += used.buffers[0][: used.written]
     return data
 
 

@@ -110,6 +110,7 @@ class Console(Device):
         self._options = options
         self._control: deque[bytes] = deque(maxlen=CONTROL_BACKLOG)
         self._control_news = trio.Event()
+        self._columns, self._rows = options.columns, options.rows
         self._ports: list[_Port] = []
         try:
             self._add_port("console", options)
@@ -122,20 +123,27 @@ class Console(Device):
     def _add_port(self, name: str, options: EndOptions) -> None:
         number = len(self._ports)
         pending = Pending()
-        end: PortEnd
+        self._ports.append(_Port(number, name, pending, self.make_end(number, name, options, pending)))
+
+    def make_end(self, number: int, name: str, options: EndOptions, pending: Pending) -> PortEnd:
+        """Where port ``number`` ends on the host; what comes from there goes to ``pending``."""
         if options.path is None:
-            end = LogEnd(self.name, name)
-        elif options.backend == "pty":
-            end = PtyEnd(options.path, pending, self._options.columns, self._options.rows)
-        else:
-            end = SocketEnd(options.path, pending, lambda: self._announce_open(number))
-        self._ports.append(_Port(number, name, pending, end))
+            return LogEnd(self.name, name)
+        if options.backend == "pty":
+            return PtyEnd(options.path, pending, self._columns, self._rows)
+        return SocketEnd(options.path, pending, lambda: self._announce_open(number))
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The terminal has another size now. Only a console that began with a size offers to tell it."""
+        if (columns, rows) != (self._columns, self._rows):
+            self._columns, self._rows = columns, rows
+            self.config_changed()
 
     # ---- features and config space ----
 
     def features(self) -> int:
         bits = super().features()
-        if not self._options.columns:
+        if not self._options.columns:  # fixed for the device's life, whatever the size is now
             bits &= ~(1 << VIRTIO_CONSOLE_F_SIZE)
         if not self._options.ports:
             bits &= ~(1 << VIRTIO_CONSOLE_F_MULTIPORT)
@@ -145,8 +153,8 @@ class Console(Device):
         return bytes(
             VIRTIO_CONSOLE_CONFIG.build(
                 {
-                    "cols": self._options.columns,
-                    "rows": self._options.rows,
+                    "cols": self._columns,
+                    "rows": self._rows,
                     "max_nr_ports": len(self._ports),
                     "emerg_wr": 0,
                 }
@@ -234,7 +242,7 @@ class Console(Device):
         if port.number == 0:
             self._tell(0, VIRTIO_CONSOLE_CONSOLE_PORT, 1)
             if self.driver_features >> VIRTIO_CONSOLE_F_SIZE & 1:
-                size = struct.pack("<HH", self._options.columns, self._options.rows)
+                size = struct.pack("<HH", self._columns, self._rows)
                 self._tell(0, VIRTIO_CONSOLE_RESIZE, 0, size)
         else:
             self._tell(port.number, VIRTIO_CONSOLE_PORT_NAME, 1, port.name.encode())

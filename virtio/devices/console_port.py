@@ -113,7 +113,7 @@ class LogEnd:
         self._line.clear()
 
 
-class _Outbox:
+class Outbox:
     """Bytes on their way to one reader, bounded; the oldest go first when nobody reads."""
 
     def __init__(self) -> None:
@@ -132,6 +132,10 @@ class _Outbox:
             kept = False
         return kept
 
+    @property
+    def empty(self) -> bool:
+        return not self._pieces
+
     async def get(self) -> bytes:
         while not self._pieces:
             self._arrived = trio.Event()
@@ -149,7 +153,7 @@ class SocketEnd:
         self._path = path
         self._pending = pending
         self._changed = changed
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._reader: trio.CancelScope | None = None
         self.connected = False
         self._listener = _listen(path)
@@ -250,7 +254,7 @@ class PtyEnd:
     def __init__(self, path: Path, pending: Pending, columns: int, rows: int) -> None:
         self._path = path
         self._pending = pending
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         ours, theirs = os.openpty()
         # The other side stays open here, so that the pty does not hang up between two readers.
         self._ours, self._theirs = OwnedFd(ours), OwnedFd(theirs)
