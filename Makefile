@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=68' 'cffi>=1.16'
 PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
-C_SOURCES := $(wildcard virtio/dataplane/*.[ch] transports/preload/*.[ch]) virtio/dataplane/build.py
+# The folders with C of ours (setup.py): of the first two cffi makes Python modules, by their build.py.
+C_FOLDERS := virtio/dataplane transports/kvm/native transports/preload
+C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
 
 .PHONY: help setup demo test check lint types c-check bench build stub install clean
 .DEFAULT_GOAL := help
@@ -47,13 +49,13 @@ types: setup
 	@$(BIN)/mypy
 
 c-check: setup
-	@for f in virtio/dataplane/*.c transports/preload/*.c; do \
+	@for f in $(C_FOLDERS:%=%/*.c); do \
 	  gcc -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
 
-stub: ## rewrite virtio/_dataplane.pyi after changing dataplane.cdef.h
+stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
 
 install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
@@ -68,4 +70,4 @@ install: ## a venv of its own under PREFIX, the command, the systemd units (as r
 	install -D -m 644 systemd/tmpfiles.d/hyperbell.conf $(DESTDIR)/usr/lib/tmpfiles.d/hyperbell.conf
 
 clean: ## remove what was built (.venv and the cache of downloads stay)
-	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c $(VENV)/.ready
+	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c transports/_vmm*.so transports/_vmm.c $(VENV)/.ready

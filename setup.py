@@ -13,4 +13,10 @@ preload = Extension(
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fvisibility=hidden"],
 )
 
-setup(ext_modules=[preload], cffi_modules=["virtio/dataplane/build.py:ffibuilder"])
+setup(
+    ext_modules=[preload],
+    cffi_modules=[
+        "virtio/dataplane/build.py:ffibuilder",
+        "transports/kvm/native/build.py:ffibuilder",
+    ],
+)

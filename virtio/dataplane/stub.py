@@ -1,14 +1,17 @@
-"""Writes ``virtio/_dataplane.pyi`` from ``dataplane.cdef.h``: run it after changing the border (``make stub``)."""
+"""Writes the stubs of the compiled modules from their ``*.cdef.h``: run it after changing a border (``make stub``)."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-STUB = HERE.parent / "_dataplane.pyi"
+ROOT = Path(__file__).resolve().parents[2]
+BORDERS = {  # what Python and C share: the stub that is made from it
+    ROOT / "virtio" / "dataplane" / "dataplane.cdef.h": ROOT / "virtio" / "_dataplane.pyi",
+    ROOT / "transports" / "kvm" / "native" / "vmm.cdef.h": ROOT / "transports" / "_vmm.pyi",
+}
 
-_HEAD = '''"""Made from dataplane.cdef.h by virtio/dataplane/stub.py; a test compares the two."""
+_HEAD = '''"""Made from {border} by virtio/dataplane/stub.py; a test compares the two."""
 
 from typing import Any
 
@@ -30,8 +33,9 @@ _FUNCTION = re.compile(r"^([a-z][\w ]*?[ *]+)(\w+)\(([^)]*)\);", re.MULTILINE)
 _INTEGER = re.compile(r"^(int|u?int\d+_t)$")
 
 
-def stub_text(cdef: str) -> str:
-    """The stub for a cdef header's text: constants and functions of ``lib``, integers typed, pointers ``Any``."""
+def stub_text(border: Path) -> str:
+    """The stub for a cdef header: constants and functions of ``lib``, integers typed, pointers ``Any``."""
+    cdef = border.read_text(encoding="ascii")
     lines = [f"    {name}: int" for name in _DEFINE.findall(cdef)]
     plain = re.sub(r"/\*.*?\*/", "", cdef, flags=re.DOTALL)
     for result, name, arguments in _FUNCTION.findall(plain):
@@ -40,8 +44,9 @@ def stub_text(cdef: str) -> str:
         count = 0 if arguments.strip() == "void" else len(arguments.split(","))
         given = "".join(f", a{i}: Any" for i in range(count))
         lines.append(f"    def {name}(self{given}, /) -> {kind}: ...")
-    return _HEAD + "\n".join(lines) + "\n\nlib: _Lib\n"
+    return _HEAD.format(border=border.name) + "\n".join(lines) + "\n\nlib: _Lib\n"
 
 
 if __name__ == "__main__":
-    STUB.write_text(stub_text((HERE / "dataplane.cdef.h").read_text(encoding="ascii")), encoding="ascii")
+    for source, stub in BORDERS.items():
+        stub.write_text(stub_text(source), encoding="ascii")
