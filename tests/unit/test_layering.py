@@ -23,6 +23,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
 A_DEVICE_MAY_IMPORT: Final = frozenset(
     f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk")
 )
+MAY_USE_THE_MACHINE: Final = frozenset(f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells"))
 MAY_USE_THE_DATA_PLANE: Final = frozenset(
     f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt")
 )
@@ -99,10 +100,18 @@ def test_the_compiled_module_has_one_door_and_few_who_may_use_it(module: str) ->
         assert not {name for name in imports_of(module) if name.startswith("virtio.dataplane")}
 
 
+@pytest.mark.parametrize("module", FILES)
+def test_the_compiled_machine_has_one_door_and_few_who_may_use_it(module: str) -> None:
+    if module != "transports.kvm.native":
+        assert "transports._vmm" not in imports_of(module)
+    if module not in MAY_USE_THE_MACHINE:
+        assert "transports.kvm.native" not in imports_of(module)
+
+
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("transports.")])
 def test_transports_do_not_import_each_other(module: str) -> None:
     own = ".".join(module.split(".")[:2])
-    others = {name for name in imports_of(module) if name.startswith("transports")}
+    others = {name for name in imports_of(module) if name.startswith("transports")} - {"transports._vmm"}
     assert not {name for name in others if name not in SHARED_BY_TRANSPORTS and not name.startswith(own)}
 
 

@@ -253,8 +253,8 @@ bool exit_serve(struct vcpu *v)
 		return serve_ports(v);
 	case KVM_EXIT_INTR:
 		return true;
-	case KVM_EXIT_SHUTDOWN: /* a triple fault */
-		return finish(v, VM_END_RESET, 0);
+	case KVM_EXIT_SHUTDOWN:
+		return finish(v, VM_END_RESET, VM_RESET_TRIPLE_FAULT);
 	case KVM_EXIT_SYSTEM_EVENT:
 		return serve_system_event(v);
 	case KVM_EXIT_HYPERV:

@@ -142,9 +142,11 @@ uint32_t vm_take_output(struct vm *vm, uint8_t *buffer, uint32_t capacity);
 #define VM_END_RESET 3
 #define VM_END_FAILED 4
 
+#define VM_RESET_TRIPLE_FAULT 1
+
 struct vm_end {
 	uint32_t kind;
-	uint32_t status;
+	uint32_t status;      /* of an exit: the guest's; of a reset: VM_RESET_*, or 0 when it asked for it */
 	uint32_t vcpu;
 	int error;            /* of KVM_RUN: a negated errno, or 0 */
 	uint32_t exit_reason; /* KVM_EXIT_*, the reasons of a failure */
