@@ -23,7 +23,9 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
 A_DEVICE_MAY_IMPORT: Final = frozenset(
     f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk")
 )
-MAY_USE_THE_MACHINE: Final = frozenset(f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells"))
+MAY_USE_THE_MACHINE: Final = frozenset(
+    f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells")
+)
 MAY_USE_THE_DATA_PLANE: Final = frozenset(
     f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt")
 )
