@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from config.origins import KeyPath
 from config.problems import closest, toml_value
-from config.schema import DEFAULT_WORKER, DeviceConfig, DeviceType
+from config.schema import DEFAULT_WORKER, DeviceConfig, DeviceTable, DeviceType
 
 
 class Finding(NamedTuple):
@@ -45,25 +45,28 @@ def check_device(draft: DeviceDraft, workers: Collection[str], transports: Colle
         yield Finding((*path, "transport"), message, closest(common.transport, transports))
     if device_type is None:
         return
-    for feature in common.features:
-        if feature not in device_type.features:
-            message = f"a {common.type} device has no such feature that could be turned off"
-            yield Finding((*path, "features", feature), message, closest(feature, device_type.features))
-    yield from _check_queues(path, draft, device_type)
+    yield from check_against_type(path, common, device_type, draft.faulty)
     if common.worker_names:
         key_path = (*path, "worker" if common.worker is not None else "workers")
         yield from _check_workers(key_path, draft, device_type, workers)
 
 
-def _check_queues(path: KeyPath, draft: DeviceDraft, device_type: DeviceType) -> Iterator[Finding]:
-    queues, size = draft.common.queues, draft.common.queue_size
+def check_against_type(
+    path: KeyPath, common: DeviceTable, device_type: DeviceType, faulty: Collection[str] = ()
+) -> Iterator[Finding]:
+    """What is wrong between a device's keys and what its type can do; ``faulty`` keys are not looked at."""
+    for feature in common.features:
+        if feature not in device_type.features:
+            message = f"a {common.type} device has no such feature that could be turned off"
+            yield Finding((*path, "features", feature), message, closest(feature, device_type.features))
+    queues, size = common.queues, common.queue_size
     least, most = device_type.queues_min, device_type.queues_max
-    if queues is not None and not least <= queues <= most and "queues" not in draft.faulty:
+    if queues is not None and not least <= queues <= most and "queues" not in faulty:
         possible = f"{least}" if least == most else f"from {least} to {most}"
-        message = f"must be {possible} for a {draft.common.type} device, not {queues}"
+        message = f"must be {possible} for a {common.type} device, not {queues}"
         yield Finding((*path, "queues"), message, f"for example: queues = {device_type.queues_default}")
-    if size > device_type.queue_size_max and "queue_size" not in draft.faulty:
-        message = f"must be at most {device_type.queue_size_max} for a {draft.common.type} device, not {size}"
+    if size > device_type.queue_size_max and "queue_size" not in faulty:
+        message = f"must be at most {device_type.queue_size_max} for a {common.type} device, not {size}"
         yield Finding((*path, "queue_size"), message, f"for example: queue_size = {device_type.queue_size_max}")
 
 
@@ -138,7 +141,7 @@ def _paths_in(value: object) -> Iterator[tuple[KeyPath, Path]]:
         yield from (((name, *key), path) for key, path in _paths_in(item))
 
 
-def resolved_workers(common: DeviceConfig, device_type: DeviceType) -> tuple[str, ...]:
+def resolved_workers(common: DeviceTable, device_type: DeviceType) -> tuple[str, ...]:
     """The names of the workers that drive the device; none for one that is not native."""
     if not device_type.native:
         return ()

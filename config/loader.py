@@ -17,8 +17,8 @@ from config.origins import KeyPath, Origins
 from config.problems import ConfigError, Problem, closest, explain, toml_value
 from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, WorkerConfig
 
-_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
-_NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
+NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
 _TABLES: Final = ("daemon", "workers", "devices")
 _COMMON_KEYS: Final = frozenset(DeviceConfig.model_fields)
 
@@ -182,8 +182,8 @@ class _Loader:
         """The tables ``[kind.NAME]``; the names become labels, file names and ids in QEMU."""
         named = {}
         for name, value in (self._table((kind,), tree.get(kind, {})) or {}).items():
-            if _NAME.fullmatch(name) is None:
-                self._add((kind, name), "this name cannot be used", _NAME_RULE)
+            if NAME.fullmatch(name) is None:
+                self._add((kind, name), "this name cannot be used", NAME_RULE)
             table = self._table((kind, name), value)
             if table is not None:
                 named[name] = table

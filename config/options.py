@@ -1,0 +1,148 @@
+"""Devices from the command line, ``blk,path=disk.img,queues=2``: a file's keys, checked by the same models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from config.checks import check_against_type, resolved_workers
+from config.loader import NAME, NAME_RULE
+from config.problems import ConfigError, Problem, closest, explain, toml_value
+from config.schema import DeviceTable, DeviceType
+
+FEATURE_PREFIX: Final = "VIRTIO_"
+NO_KEYS_HERE: Final = frozenset({"worker", "workers", "features", "type"})
+"""Keys of a file that have no meaning, or another form, on the command line."""
+_KEYS: Final = frozenset(DeviceTable.model_fields) - NO_KEYS_HERE | {"name"}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionDevice:
+    """One device as the command line has it; ``option`` is the text it was made from."""
+
+    option: str
+    name: str
+    common: DeviceTable
+    options: BaseModel
+    queues: int
+    workers: tuple[str, ...]
+
+
+def parse_devices(
+    texts: Sequence[str], device_types: Mapping[str, DeviceType], switch: str = "--device"
+) -> dict[str, OptionDevice]:
+    """The devices of ``texts`` by name: ``TYPE[,KEY=VALUE]...``, a comma in a value written twice.
+
+    A device is called by its key ``name``, or by its type, with a number from the second one on. A feature's name with
+    ``=off`` turns it off. Raises ``ConfigError`` with every mistake.
+    """
+    devices: dict[str, OptionDevice] = {}
+    problems: list[Problem] = []
+    for text in texts:
+        parser = _Parser(f"{switch} {text}", device_types)
+        device = parser.parse(text, devices)
+        problems += parser.problems
+        if device is not None:
+            devices[device.name] = device
+    if problems:
+        raise ConfigError(problems)
+    return devices
+
+
+class _Parser:
+    def __init__(self, option: str, device_types: Mapping[str, DeviceType]) -> None:
+        self._option = option
+        self._types = device_types
+        self.problems: list[Problem] = []
+
+    def _add(self, key: str, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(Path(self._option), 0, "", key, _as_option(message), _as_option(hint)))
+
+    def parse(self, text: str, others: Mapping[str, OptionDevice]) -> OptionDevice | None:
+        """The device, or ``None`` after recording what is wrong with it."""
+        type_name, *parts = _split(text)
+        device_type = self._types.get(type_name)
+        if device_type is None:
+            self._add("", f"there is no device type {toml_value(type_name)}", closest(type_name, self._types))
+            return None
+        table = self._table(parts)
+        if self.problems:
+            return None
+        name = table.pop("name", "") or _free_name(type_name, others)
+        if NAME.fullmatch(name) is None:
+            self._add("name", "this name cannot be used", NAME_RULE)
+        elif name in others:
+            self._add("name", f"there is another device {toml_value(name)}", "give each a name of its own")
+        own = {key: value for key, value in table.items() if key not in _KEYS and not key.startswith(FEATURE_PREFIX)}
+        shared: dict[str, object] = {key: value for key, value in table.items() if key in _KEYS}
+        features = {key: value for key, value in table.items() if key.startswith(FEATURE_PREFIX)}
+        common = self._model(DeviceTable, {"type": type_name, "features": features} | shared)
+        options = self._model(device_type.options, own)
+        if common is not None:
+            for finding in check_against_type((), common, device_type):
+                self._add(finding.path[-1], finding.message, finding.hint)
+        if self.problems or common is None or options is None:
+            return None
+        return OptionDevice(
+            self._option,
+            name,
+            common,
+            options,
+            common.queues or device_type.queues_default,
+            resolved_workers(common, device_type),
+        )
+
+    def _table(self, parts: Sequence[str]) -> dict[str, str]:
+        table: dict[str, str] = {}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if not equals:
+                self._add(key, "has no value", f"write {key or 'KEY'}=VALUE")
+            elif key in table:
+                self._add(key, "stands there twice", "keep one of the two")
+            elif "\0" in value:
+                self._add(key, "holds a NUL character", "no name, path or address may have one")
+            else:
+                table[key] = value
+        return table
+
+    def _model(self, model: type[Model], table: Mapping[str, object]) -> Model | None:
+        known = _KEYS | set(model.model_fields) - NO_KEYS_HERE
+        try:
+            return model.model_validate_strings(table)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                key = str(detail["loc"][-1]) if detail["loc"] else ""
+                self._add(key, *explain(detail, model, known))
+            return None
+
+
+def _split(text: str) -> list[str]:
+    """At commas; two of them are one that is meant."""
+    parts = [""]
+    for piece in re.findall(r",,|,|[^,]+", text):
+        if piece == ",":
+            parts.append("")
+        else:
+            parts[-1] += "," if piece == ",," else piece
+    return parts
+
+
+def _free_name(type_name: str, others: Mapping[str, OptionDevice]) -> str:
+    name, number = type_name, 1
+    while name in others:
+        number += 1
+        name = f"{type_name}{number}"
+    return name
+
+
+def _as_option(text: str) -> str:
+    """``key = "value"``, as a file has it, in the form of the command line."""
+    return re.sub(r'(\w+) = (?:"([^"]*)"|(?=\w))', r"\1=\2", text)
