@@ -9,9 +9,13 @@ from typing import Final
 from xml.etree import ElementTree
 
 from config.loader import Device
+from virtio.devices.net import NetOptions
 
 QEMU_QUEUE_SIZE_MAX: Final = 1024  # QEMU's VIRTQUEUE_MAX_SIZE: it refuses to start with more
 _QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+
+QEMU_NET_QUEUE_SIZE_MIN: Final = 256  # smaller ones it refuses for a network interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class FrontEnd:
 
 FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
     "blk": FrontEnd("vhost-user-blk-pci", queue_options=True),
+    "net": FrontEnd("virtio-net-pci", queue_options=False),
     "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
 }
 """The front-ends of QEMU 7.2; a type that is not here cannot be attached to it."""
@@ -31,6 +36,11 @@ FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
 
 def why_not(device: Device) -> str:
     """Why QEMU cannot have ``device``; "" when it can."""
+    if device.common.type == "net" and device.common.queue_size < QEMU_NET_QUEUE_SIZE_MIN:
+        return (
+            f'device "{device.name}": the queues of QEMU\'s network interface have {QEMU_NET_QUEUE_SIZE_MIN} to '
+            f"{QEMU_QUEUE_SIZE_MAX} entries; set queue_size accordingly"
+        )
     if device.common.type in FRONT_ENDS:
         return ""
     return (
@@ -67,10 +77,24 @@ def _device_options(device: Device) -> list[list[str]]:
     channel = f"socket,id={chardev},path={str(device.common.socket).replace(',', ',,')}"
     if device.common.mode == "connect":
         channel += ",server=on"
+    if device.common.type == "net":
+        # QEMU shows the guest a config space of its own, so it has to be told the address.
+        size = _queue_size(device)
+        interface = f"{front_end.driver},netdev=net-{device.name},mac={_mac(device)}"
+        return [
+            ["-chardev", channel],
+            ["-netdev", f"vhost-user,id=net-{device.name},chardev={chardev}"],
+            ["-device", f"{interface},rx_queue_size={size},tx_queue_size={size}"],
+        ]
     driver = f"{front_end.driver},chardev={chardev}"
     if front_end.queue_options:
         driver += f",num-queues={device.queues},queue-size={_queue_size(device)}"
     return [["-chardev", channel], ["-device", driver]]
+
+
+def _mac(device: Device) -> str:
+    assert isinstance(device.options, NetOptions)
+    return device.options.address(device.name).hex(":")
 
 
 def _queue_size(device: Device) -> int:
@@ -80,7 +104,8 @@ def _queue_size(device: Device) -> int:
 def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
     """The parts of a libvirt domain that attach ``devices``; one well-formed document.
 
-    Disks are ``<disk type='vhostuser'>``. libvirt has no element for the others, so they go in as QEMU options.
+    Disks are ``<disk type='vhostuser'>``, network interfaces ``<interface type='vhostuser'>``. libvirt has no element
+    for the others, so they go in as QEMU options.
     """
     domain = ElementTree.Element("domain", {"type": "kvm"})
     domain.append(
@@ -94,11 +119,14 @@ def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
     ElementTree.SubElement(backing, "source", {"type": "memfd"})
     ElementTree.SubElement(backing, "access", {"mode": "shared"})
     disks = [device for device in devices if _is_libvirt_disk(device)]
-    if disks:
+    interfaces = [device for device in devices if device.common.type == "net"]
+    if disks or interfaces:
         parts = ElementTree.SubElement(domain, "devices")
         for index, disk in enumerate(disks):
             parts.append(_disk(disk, index))
-    others = [device for device in devices if not _is_libvirt_disk(device)]
+        for interface in interfaces:
+            parts.append(_interface(interface))
+    others = [device for device in devices if device not in disks and device not in interfaces]
     if others:
         domain.set("xmlns:qemu", _QEMU_NAMESPACE)
         domain.append(
@@ -133,6 +161,18 @@ def _disk(device: Device, index: int) -> ElementTree.Element:
     ElementTree.SubElement(disk, "source", {"type": "unix", "path": str(device.common.socket)})
     ElementTree.SubElement(disk, "target", {"dev": f"vd{_letters(index)}", "bus": "virtio"})
     return disk
+
+
+def _interface(device: Device) -> ElementTree.Element:
+    interface = ElementTree.Element("interface", {"type": "vhostuser"})
+    ElementTree.SubElement(interface, "mac", {"address": _mac(device)})
+    # libvirt names the role of QEMU here.
+    mode = "server" if device.common.mode == "connect" else "client"
+    ElementTree.SubElement(interface, "source", {"type": "unix", "path": str(device.common.socket), "mode": mode})
+    ElementTree.SubElement(interface, "model", {"type": "virtio"})
+    size = str(_queue_size(device))
+    ElementTree.SubElement(interface, "driver", {"rx_queue_size": size, "tx_queue_size": size})
+    return interface
 
 
 def _letters(index: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from construct import Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
+from construct import Bytes, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
 VIRTIO_BLK_CONFIG = Struct(
     "capacity" / Int64ul,  # in 512-byte sectors
@@ -39,3 +39,9 @@ VIRTIO_CONSOLE_CONFIG = Struct(
     "emerg_wr" / Int32ul,
 )
 """Section 5.3.4, struct virtio_console_config."""
+
+VIRTIO_NET_CONFIG = Struct(
+    "mac" / Bytes(6),
+    "status" / Int16ul,
+)
+"""Section 5.1.4, struct virtio_net_config up to status: what comes after belongs to features that are not offered."""

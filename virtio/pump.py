@@ -82,13 +82,20 @@ class Queue:
         self._vq.take_kicks()
         self._vq.disarm()
 
+    def chain_at_hand(self) -> Chain | None:
+        """The next chain of the queue, taken, if the driver made one available: the caller completes it."""
+        chains = self._pop(1)
+        if not chains:
+            return None
+        self._in_hand = chains[0]
+        return chains[0].take()
+
     async def next_chain(self) -> Chain:
         """The next chain of the queue, taken: the caller completes it. Waits for the driver where there is none."""
         while True:
-            chains = self._pop(1)
-            if chains:
-                self._in_hand = chains[0]
-                return chains[0].take()
+            chain = self.chain_at_hand()
+            if chain is not None:
+                return chain
             await self._wait_for_kick()
 
     async def serve(self, handle: Callable[[Queue, Chain], Awaitable[None]]) -> None:

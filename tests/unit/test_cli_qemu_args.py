@@ -151,3 +151,49 @@ def test_a_disk_that_connects_is_no_vhostuser_disk_of_libvirt(
 
 def test_disks_are_named_as_linux_names_them() -> None:
     assert [_letters(index) for index in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+
+
+NET = """
+[devices.lan]
+type = "net"
+socket = "/run/hyperbell/lan.sock"
+mac = "02:00:5E:10:20:30"
+queue_size = 512
+"""
+
+
+def test_a_network_interface_gets_a_netdev_and_its_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(NET)
+    assert main(["qemu-args", str(tmp_path / "c.toml")]) == 0
+    assert options(capsys.readouterr().out)[3:] == [
+        ("-chardev", "socket,id=char-lan,path=/run/hyperbell/lan.sock"),
+        ("-netdev", "vhost-user,id=net-lan,chardev=char-lan"),
+        (
+            "-device",
+            "virtio-net-pci,netdev=net-lan,mac=02:00:5e:10:20:30,rx_queue_size=512,tx_queue_size=512",
+        ),
+    ]
+
+
+def test_libvirt_gets_a_vhostuser_interface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(TWO + NET.replace("queue_size", 'mode = "connect"\nqueue_size'))
+    assert main(["qemu-args", str(tmp_path / "c.toml"), "--libvirt"]) == 0
+    domain = ElementTree.fromstring(capsys.readouterr().out)
+    assert len(domain.findall("devices/disk")) == 1
+    (interface,) = domain.findall("devices/interface")
+    assert interface.attrib == {"type": "vhostuser"}
+    assert {part.tag: part.attrib for part in interface} == {
+        "mac": {"address": "02:00:5e:10:20:30"},
+        "source": {"type": "unix", "path": "/run/hyperbell/lan.sock", "mode": "server"},
+        "model": {"type": "virtio"},
+        "driver": {"rx_queue_size": "512", "tx_queue_size": "512"},
+    }
+    assert not any("lan" in str(element.get("value")) for element in domain.iter())
+
+
+def test_a_network_interface_with_queues_too_small_for_qemu_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(NET.replace("512", "128"))
+    assert main(["qemu-args", str(tmp_path / "c.toml"), "lan"]) == 1
+    assert "256 to 1024 entries; set queue_size" in capsys.readouterr().err

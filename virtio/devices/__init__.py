@@ -8,11 +8,13 @@ from typing import Final
 from virtio.device import Device
 from virtio.devices.blk import Blk
 from virtio.devices.console import Console
+from virtio.devices.net import Net
 from virtio.devices.rng import Rng
 
 REGISTRY: Final[Mapping[str, type[Device]]] = {
     "blk": Blk,
     "console": Console,
+    "net": Net,
     "rng": Rng,
 }
 """Type name in the configuration to class."""
