@@ -39,7 +39,7 @@ def prepare_kernel(progress: Progress) -> Kernel:
         raise PrepareError(f"real guests need an x86_64 host; this one is {platform.machine()}")
     package = _concrete_package()
     with scratch_folder(cache) as scratch:
-        archive = _download(package, scratch, progress)
+        archive = fetch_package(package, scratch, progress)
         progress(f"unpacking {archive.name}")
         _unpack(archive, scratch / package, progress)
         target = cache / package
@@ -57,7 +57,7 @@ def _kernel_in(folder: Path) -> Kernel:
     return Kernel(folder.name, vmlinux if vmlinux.exists() else folder / "vmlinuz", folder / "modules")
 
 
-def _run(command: list[str], what: str, cwd: Path | None = None) -> str:
+def run_tool(command: list[str], what: str, cwd: Path | None = None) -> str:
     """The standard output of ``command``; ``PrepareError`` when it cannot run or fails."""
     try:
         done = subprocess.run(
@@ -69,7 +69,7 @@ def _run(command: list[str], what: str, cwd: Path | None = None) -> str:
         raise PrepareError(f"{what}: '{command[0]}' did not finish within ten minutes") from error
     if done.returncode != 0:
         reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-        errors = [line for line in reason if line.startswith("E:")] or reason[-1:]
+        errors = [line for line in reason if line.startswith("E:") or re.search(r"\berror\b", line)] or reason[-1:]
         raise PrepareError(f"{what}: {' '.join(errors)}")
     return done.stdout
 
@@ -77,7 +77,7 @@ def _run(command: list[str], what: str, cwd: Path | None = None) -> str:
 def _concrete_package() -> str:
     """The versioned package that the meta package depends on."""
     try:
-        text = _run(["apt-cache", "depends", "--important", META_PACKAGE], "looking for a cloud kernel")
+        text = run_tool(["apt-cache", "depends", "--important", META_PACKAGE], "looking for a cloud kernel")
     except PrepareError as error:
         raise PrepareError(f"{error}; {APT_ADVICE}") from error
     found = re.search(r"Depends: (linux-image-\S+)", text)
@@ -86,14 +86,15 @@ def _concrete_package() -> str:
     return found.group(1)
 
 
-def _download(package: str, into: Path, progress: Progress) -> Path:
-    progress(f"fetching {package} (about 27 MB) with apt-get; it is not installed")
+def fetch_package(package: str, into: Path, progress: Progress) -> Path:
+    """The archive of a Debian package, downloaded into the empty folder ``into`` and not installed."""
+    progress(f"fetching {package} with apt-get; it is not installed")
     command = ["apt-get", "download", package]
     if os.geteuid() == 0:
         # apt drops root for a download and then cannot write here; it would say so and go on as root anyway.
         command[1:1] = ["-o", "APT::Sandbox::User=root"]
     try:
-        _run(command, f"fetching {package}", cwd=into)
+        run_tool(command, f"fetching {package}", cwd=into)
     except PrepareError as error:
         raise PrepareError(f"{error}; {APT_ADVICE}") from error
     archives = list(into.glob("*.deb"))
@@ -104,7 +105,7 @@ def _download(package: str, into: Path, progress: Progress) -> Path:
 
 def _unpack(archive: Path, folder: Path, progress: Progress) -> None:
     whole = folder.with_name("whole")
-    _run(["dpkg", "-x", str(archive), str(whole)], f"unpacking {archive.name}")
+    run_tool(["dpkg", "-x", str(archive), str(whole)], f"unpacking {archive.name}")
     images = list(whole.glob("boot/vmlinuz-*"))
     modules = list(whole.glob("lib/modules/*/kernel"))
     if len(images) != 1 or len(modules) != 1:

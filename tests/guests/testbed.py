@@ -102,7 +102,9 @@ class Testbed:
         self.hypervisor = Hypervisor(print)
 
     @asynccontextmanager
-    async def boot(self, folder: Path, variant: Variant, *, reboots: bool = False) -> AsyncIterator[Guest]:
+    async def boot(
+        self, folder: Path, variant: Variant, *, reboots: bool = False, initramfs: Path | None = None
+    ) -> AsyncIterator[Guest]:
         """A guest with two CPUs and all devices of ``CONFIG``, whose sockets lie in ``folder``."""
         devices = [*variant.before, *shared_memory(256)]
         for name, device in (
@@ -120,7 +122,7 @@ class Testbed:
             devices += ["-device", f"{device},chardev={name}{variant.options}{bus}"]
         machine = Machine(
             self.kernel.image,
-            self.initramfs,
+            initramfs or self.initramfs,
             devices,
             cpus=2,
             board=variant.board,

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * How the module gets at kicks and at devices being set up: ftrace, on functions of the two virtio transports.
+ *
+ * Only the kick's course is ever changed, and only to skip the driver's function once the queue has been rung. What a
+ * device is told of its status is merely watched. So there is nothing here that copies what a driver does, or that
+ * knows its private structures.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/device.h>
+#include <linux/ftrace.h>
+#include <linux/kernel.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
+#include <linux/pci.h>
+#include <linux/platform_device.h>
+#include <linux/rcupdate.h>
+#include <linux/string.h>
+#include <linux/sysfs.h>
+#include <linux/virtio_config.h>
+
+#include "hyperbell.h"
+
+struct hb_hook {
+	const char *function;
+	struct ftrace_ops ops;
+	const struct hb_transport *transport;
+};
+
+struct hb_transport {
+	const char *module;
+	const char *driver;
+	struct bus_type *bus;
+	struct hb_hook notify;
+	struct hb_hook status;
+	struct module *owner;	/* NULL: built in */
+	bool hooked;
+};
+
+static void hb_notify_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
+			      struct ftrace_regs *fregs);
+static void hb_status_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
+			      struct ftrace_regs *fregs);
+
+#define HB_NOTIFY_HOOK(name) { \
+	.function = name, \
+	.ops = { .func = hb_notify_entered, .flags = FTRACE_OPS_FL_SAVE_REGS | FTRACE_OPS_FL_IPMODIFY }, \
+}
+#define HB_STATUS_HOOK(name) { \
+	.function = name, \
+	.ops = { .func = hb_status_entered, .flags = FTRACE_OPS_FL_SAVE_REGS }, \
+}
+
+static DEFINE_MUTEX(hb_hooks_lock);
+
+static struct hb_transport hb_transports[] = {
+	{
+		.module = "virtio_pci",
+		.driver = "virtio-pci",
+		.bus = &pci_bus_type,
+		.notify = HB_NOTIFY_HOOK("vp_notify"),
+		.status = HB_STATUS_HOOK("vp_set_status"),
+	},
+	{
+		.module = "virtio_mmio",
+		.driver = "virtio-mmio",
+		.bus = &platform_bus_type,
+		.notify = HB_NOTIFY_HOOK("vm_notify"),
+		.status = HB_STATUS_HOOK("vm_set_status"),
+	},
+};
+
+/* What runs instead of the driver's function when the queue has been rung. */
+static noinline bool hb_rung(struct virtqueue *vq)
+{
+	return true;
+}
+
+/* ftrace knows functions by name; another module's function may have the same. */
+static __always_inline bool hb_hook_is(const struct hb_hook *hook, unsigned long ip)
+{
+	const struct module *owner = hook->transport->owner;
+
+	return !owner || within_module(ip, owner);
+}
+
+static void notrace hb_notify_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
+				      struct ftrace_regs *fregs)
+{
+	const struct hb_hook *hook = container_of(ops, struct hb_hook, ops);
+	struct pt_regs *regs = ftrace_get_regs(fregs);
+
+	if (regs && hb_hook_is(hook, ip) && hb_kick((struct virtqueue *)regs->di))
+		ftrace_instruction_pointer_set(fregs, (unsigned long)hb_rung);
+}
+
+static void notrace hb_status_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
+				      struct ftrace_regs *fregs)
+{
+	const struct hb_hook *hook = container_of(ops, struct hb_hook, ops);
+	struct pt_regs *regs = ftrace_get_regs(fregs);
+	u8 status;
+
+	if (!regs || !hb_hook_is(hook, ip))
+		return;
+	/*
+	 * The worker needs the device's lock, so it comes after what goes on here. A device that has been reset hears
+	 * of its next status before any queue of it is made anew.
+	 */
+	status = (u8)regs->si;
+	if ((status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_FAILED)) == VIRTIO_CONFIG_S_DRIVER_OK)
+		hb_scan_soon();
+	else
+		hb_queues_forget((struct virtio_device *)regs->di);
+}
+
+static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transport)
+{
+	int error;
+
+	hook->transport = transport;
+	/* Without a filter the hook would be on every function of the kernel: no registering after a failure here. */
+	error = ftrace_set_filter(&hook->ops, (unsigned char *)hook->function, strlen(hook->function), 1);
+	if (!error)
+		error = register_ftrace_function(&hook->ops);
+	if (error) {
+		ftrace_free_filter(&hook->ops);
+		pr_warn("%s: %s() cannot be hooked (%d); its queues keep their plain doorbell\n", transport->module,
+			hook->function, error);
+	}
+	return error;
+}
+
+static void hb_hook_clear(struct hb_hook *hook)
+{
+	unregister_ftrace_function(&hook->ops);
+	ftrace_free_filter(&hook->ops);
+}
+
+/* The status first: a queue must not be armed while nobody watches whether its device is reset. */
+static void hb_transport_hook(struct hb_transport *transport, struct module *owner)
+{
+	lockdep_assert_held(&hb_hooks_lock);
+	if (transport->hooked)
+		return;
+	transport->owner = owner;
+	if (hb_hook_set(&transport->status, transport))
+		return;
+	if (hb_hook_set(&transport->notify, transport)) {
+		hb_hook_clear(&transport->status);
+		return;
+	}
+	transport->hooked = true;
+}
+
+static void hb_transport_unhook(struct hb_transport *transport)
+{
+	lockdep_assert_held(&hb_hooks_lock);
+	if (!transport->hooked)
+		return;
+	hb_hook_clear(&transport->notify);
+	hb_hook_clear(&transport->status);
+	transport->hooked = false;
+}
+
+/* A transport is loaded (and has no device yet) or goes away (and has none any more). */
+static int hb_module_changed(struct notifier_block *block, unsigned long state, void *data)
+{
+	struct module *module = data;
+	unsigned int i;
+
+	if (state != MODULE_STATE_COMING && state != MODULE_STATE_GOING)
+		return NOTIFY_DONE;
+	mutex_lock(&hb_hooks_lock);
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
+		struct hb_transport *transport = &hb_transports[i];
+
+		if (strcmp(module->name, transport->module))
+			continue;
+		if (state == MODULE_STATE_COMING)
+			hb_transport_hook(transport, module);
+		else
+			hb_transport_unhook(transport);
+	}
+	mutex_unlock(&hb_hooks_lock);
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block hb_module_notifier = { .notifier_call = hb_module_changed };
+
+/* The transport's driver, which cannot go away until hb_driver_put(); NULL if it is not there. */
+static struct device_driver *hb_driver_get(const struct hb_transport *transport)
+{
+	struct device_driver *driver = driver_find(transport->driver, transport->bus);
+
+	return driver && try_module_get(driver->owner) ? driver : NULL;
+}
+
+static void hb_driver_put(struct device_driver *driver)
+{
+	module_put(driver->owner);
+}
+
+/*
+ * hb_hooks_start - hook the transports that are there, and those that will come
+ */
+int hb_hooks_start(void)
+{
+	unsigned int i;
+	int error;
+
+	error = register_module_notifier(&hb_module_notifier);
+	if (error)
+		return error;
+	mutex_lock(&hb_hooks_lock);
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
+		struct device_driver *driver = hb_driver_get(&hb_transports[i]);
+
+		if (!driver)
+			continue;
+		hb_transport_hook(&hb_transports[i], driver->owner);
+		hb_driver_put(driver);
+	}
+	mutex_unlock(&hb_hooks_lock);
+	return 0;
+}
+
+/*
+ * hb_hooks_stop - from here on every kick is the driver's alone, and no CPU is inside this module for one
+ */
+void hb_hooks_stop(void)
+{
+	unsigned int i;
+
+	unregister_module_notifier(&hb_module_notifier);
+	mutex_lock(&hb_hooks_lock);
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
+		hb_transport_unhook(&hb_transports[i]);
+	mutex_unlock(&hb_hooks_lock);
+	/*
+	 * A task may have been preempted between ftrace's trampoline and the end of hb_rung(). None sleeps there of its
+	 * own will, so once every task has done that, or was in user space, none is left; the second wait is for what
+	 * interrupted the idle tasks, which the first does not count.
+	 */
+	synchronize_rcu_tasks();
+	synchronize_rcu_tasks_rude();
+}
+
+/*
+ * hb_hooks_walk - call 'each' for each device of the hooked transports; it may sleep
+ *
+ * Ends at the first that answers other than 0, and gives that back.
+ */
+int hb_hooks_walk(int (*each)(struct device *parent, void *data), void *data)
+{
+	unsigned int i;
+	int ended = 0;
+
+	mutex_lock(&hb_hooks_lock);
+	for (i = 0; i < ARRAY_SIZE(hb_transports) && !ended; i++) {
+		struct device_driver *driver;
+
+		driver = hb_transports[i].hooked ? hb_driver_get(&hb_transports[i]) : NULL;
+		if (!driver)
+			continue;
+		ended = driver_for_each_device(driver, NULL, data, each);
+		hb_driver_put(driver);
+	}
+	mutex_unlock(&hb_hooks_lock);
+	return ended;
+}
+
+/*
+ * hb_hooks_describe - the hooked functions, for sysfs
+ */
+ssize_t hb_hooks_describe(char *page)
+{
+	ssize_t length = 0;
+	unsigned int i;
+
+	mutex_lock(&hb_hooks_lock);
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
+		if (hb_transports[i].hooked)
+			length += sysfs_emit_at(page, length, "%s %s\n", hb_transports[i].notify.function,
+						hb_transports[i].status.function);
+	mutex_unlock(&hb_hooks_lock);
+	return length;
+}

@@ -1,0 +1,190 @@
+"""The guest's kernel module: it builds here, and in a guest whose hypervisor offers nothing it does no harm.
+
+What it is for, ringing by hypercall, needs KVM's Hyper-V code beneath the guest: that is ``tests/nested``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from guests.testbed import MIB, SPLIT, Site, Testbed
+
+from guest.cache import PrepareError
+from guest.initramfs import module_order, prepare_initramfs
+from guest.kernel import Kernel
+from guest.machine import Guest, results_of
+from guest.module import module_sources, prepare_headers, prepare_module
+from guest.pattern import BLOCK_SIZE, check_pattern, sum_generations
+
+pytestmark = pytest.mark.guest
+
+MODULE = "/hyperbell.ko"
+SYSFS = "/sys/kernel/hyperbell"
+QUEUES = "/sys/kernel/debug/hyperbell/queues"
+MOUNT_DEBUGFS = "{ mountpoint -q /sys/kernel/debug || mount -t debugfs debugfs /sys/kernel/debug; }"
+CYCLES = 20
+TAINT_ALLOWED = 1 << 12 | 1 << 13  # out of tree, unsigned
+STRESSED = (32 * MIB, 4 * MIB)
+STRESS_SEED = 11
+
+
+def test_module_builds_for_the_kernel_that_guests_boot(testbed: Testbed) -> None:
+    built = prepare_module(testbed.kernel, print)
+    release = testbed.kernel.package.removeprefix("linux-image-")
+    shown = subprocess.run(["modinfo", str(built)], capture_output=True, text=True, check=True).stdout
+    facts = dict(line.split(":", 1) for line in shown.splitlines() if ":" in line)
+    assert facts["vermagic"].split()[0] == release
+    assert facts["license"].strip() == "GPL"
+    assert prepare_module(testbed.kernel, print) == built
+
+
+def test_module_builds_without_a_warning(testbed: Testbed, tmp_path: Path) -> None:
+    for name, content in module_sources().items():
+        (tmp_path / name).write_bytes(content)
+    headers = prepare_headers(testbed.kernel, print)
+    done = subprocess.run(
+        ["make", "-C", str(headers), f"M={tmp_path}", "W=1", "modules"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "warning" in line] == []
+
+
+def test_sources_are_small_files_under_the_kernels_licence() -> None:
+    for name, content in module_sources().items():
+        lines = content.decode().splitlines()
+        assert "SPDX-License-Identifier: GPL-2.0" in lines[0], name
+        assert len(lines) <= 400, name
+        assert all(len(line.expandtabs(8)) <= 120 for line in lines), name
+
+
+def test_kernel_without_headers_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path))
+    gone = Kernel("linux-image-6.1.0-0-cloud-amd64", tmp_path / "vmlinux", tmp_path / "modules")
+    with pytest.raises(PrepareError, match=r"linux-headers-6\.1\.0-0-cloud-amd64.*apt-get update.*remove"):
+        prepare_module(gone, print)
+
+
+def test_missing_compiler_is_an_error_that_names_the_package(
+    testbed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = prepare_headers(testbed.kernel, print)
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path))
+    (tmp_path / headers.parents[2].name).symlink_to(headers.parents[2])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PrepareError, match="install the Debian package 'make'"):
+        prepare_module(testbed.kernel, print)
+
+
+@pytest.fixture(scope="module")
+def module_initramfs(testbed: Testbed) -> Path:
+    """The guest tests' initramfs, with the module and a transport that is loaded later."""
+    (mmio,) = [path for path in module_order(testbed.kernel.modules, ["virtio_mmio"]) if path.stem == "virtio_mmio"]
+    extra = {MODULE: prepare_module(testbed.kernel, print).read_bytes(), "/virtio_mmio.ko": mmio.read_bytes()}
+    return prepare_initramfs(testbed.kernel, print, extra=extra)
+
+
+@pytest.fixture
+async def site(folder: Path) -> Site:
+    return Site(folder)
+
+
+@pytest.fixture
+async def guest(testbed: Testbed, module_initramfs: Path, site: Site) -> AsyncIterator[Guest]:
+    async with site.serve(), testbed.boot(site.folder, SPLIT, initramfs=module_initramfs) as booted:
+        yield booted
+
+
+async def no_complaint(guest: Guest) -> bool:
+    """The kernel has nothing to say but that the module is not its own."""
+    answer = await guest.run(
+        "result tainted $(cat /proc/sys/kernel/tainted);"
+        "dmesg | grep -E 'WARNING|BUG|Oops|Call Trace|general protection|stall' && echo FOUND; true"
+    )
+    assert "FOUND" not in answer.lines, answer.lines
+    assert int(answer.results["tainted"]) & ~TAINT_ALLOWED == 0
+    return True
+
+
+async def test_guest_without_the_platform_leaf_keeps_its_plain_doorbells_and_says_why(guest: Guest, site: Site) -> None:
+    await guest.run(f"insmod {MODULE} && {MOUNT_DEBUGFS}")
+    facts = (
+        await guest.run(
+            f"for f in available reason hooks hypercall refused; do result $f $(cat {SYSFS}/$f); done;"
+            "result log $(dmesg | grep -c 'hyperbell: hypercall doorbell not available: ')"
+        )
+    ).results
+    assert facts["available"] == "0"
+    assert facts["reason"] == "the hypervisor directly beneath shows no Hyper-V leaves"
+    assert facts["hooks"] == "vp_notify vp_set_status"
+    assert facts["log"] == "1"
+
+    await guest.run(f"diskcheck w write /dev/vda 0 {MIB} 5 && diskcheck f flush /dev/vda")
+    await guest.run(f"diskcheck v verify /dev/vda 0 {MIB} 5")
+    await guest.run("dd if=/dev/vda of=/dev/null bs=4k count=200 iflag=direct")
+    assert check_pattern(site.disk, 0, MIB, 5) == ""
+    answer = await guest.run(
+        f"result plain $(cat {SYSFS}/plain); result hypercall $(cat {SYSFS}/hypercall); cat {QUEUES}"
+    )
+    header, *rows = [line.split() for line in answer.lines if line and not line.startswith(("RESULT", "GUEST"))]
+    assert header == ["device", "queue", "bell", "state", "hypercall", "plain", "refused", "rearm_ms"]
+    queues = {(row[0], row[1]): row for row in rows}
+    assert len(queues) == 4  # two of the disk, one of the frozen disk, one of the entropy source
+    assert {row[3] for row in rows} == {"plain"}
+    assert answer.results["hypercall"] == "0"
+    kicks = sum(int(row[5]) for row in rows)
+    assert kicks >= 10
+    assert int(answer.results["plain"]) >= kicks
+    assert await guest.run(f"echo 1 >{SYSFS}/rearm")
+    assert (await guest.run(f"echo 0 >{SYSFS}/rearm", status=None)).status != 0
+    assert await no_complaint(guest)
+
+
+async def test_module_comes_and_goes_under_load_without_a_lost_request(guest: Guest, site: Site) -> None:
+    span = "{} {}".format(*STRESSED)
+    await guest.run(
+        f"(while [ ! -e /tmp/enough ]; do diskcheck s stress /dev/vda {span} {STRESS_SEED} 2 16 300 >/tmp/said "
+        "|| break; echo 1 >>/tmp/rounds; done; cat /tmp/said; echo LOAD ended) & true"
+    )
+    answer = await guest.run(
+        f"n=0; while [ $n -lt {CYCLES} ] && insmod {MODULE} && cat {SYSFS}/plain >/dev/null && rmmod hyperbell;"
+        "do n=$((n+1)); done; result cycles $n; result rounds $(wc -l </tmp/rounds); touch /tmp/enough",
+        timeout_seconds=180,
+    )
+    assert answer.results["cycles"] == str(CYCLES)
+    if not any(line.text.startswith("LOAD ended") for line in guest.console):
+        await guest.expect("LOAD ended", 120)
+    said = [line.text for line in guest.console]
+    assert not [line for line in said if "s.error" in line], said[-20:]
+    generations = int(results_of(said)["s.generations"])
+    assert generations >= STRESSED[1] // BLOCK_SIZE
+    assert sum_generations(site.disk, *STRESSED, STRESS_SEED) == generations
+    assert await no_complaint(guest)
+
+
+async def test_transports_are_hooked_when_they_are_loaded_later_and_let_go_when_they_leave(guest: Guest) -> None:
+    await guest.run(f"insmod {MODULE} && {MOUNT_DEBUGFS}")
+    later = await guest.run(f"insmod /virtio_mmio.ko && cat {SYSFS}/hooks")
+    assert "vm_notify vm_set_status" in later.lines
+    gone = await guest.run(f"rmmod virtio_mmio && cat {SYSFS}/hooks")
+    assert "vm_notify vm_set_status" not in gone.lines
+    assert "vp_notify vp_set_status" in gone.lines
+
+    await guest.run("rmmod virtio_pci")
+    empty = await guest.run(f"cat {SYSFS}/hooks; echo 1 >{SYSFS}/rearm; result queues $(grep -c virtio {QUEUES}); true")
+    assert "vp_notify vp_set_status" not in empty.lines
+    assert empty.results["queues"] == "0"
+    back = await guest.run(
+        "insmod /modules/virtio_pci.ko;"
+        "for i in $(seq 500); do [ -b /dev/vda ] && [ -b /dev/vdb ] && break; usleep 20000; done;"
+        f"cat {SYSFS}/hooks; dd if=/dev/vda of=/dev/null bs=4k count=10 iflag=direct || result failed read;"
+        f"echo 1 >{SYSFS}/rearm; result queues $(grep -c virtio {QUEUES})"
+    )
+    assert "failed" not in back.results
+    assert "vp_notify vp_set_status" in back.lines
+    assert back.results["queues"] == "4"
+    assert await no_complaint(guest)
