@@ -51,6 +51,9 @@ types: setup
 c-check: setup
 	@for f in $(C_FOLDERS:%=%/*.c); do \
 	  gcc -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
+	@for f in guest/toy/*.c; do for bits in 32 64; do \
+	  gcc -m$$bits -std=gnu11 -O2 -ffreestanding -fno-strict-aliasing -mgeneral-regs-only \
+	    -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done; done
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
