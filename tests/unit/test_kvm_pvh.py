@@ -64,6 +64,7 @@ def test_the_start_info_leads_to_command_line_initrd_acpi_and_memory() -> None:
     ranges = [struct.unpack_from("<QQII", memory, memory_map + 24 * n) for n in range(entries)]
     assert ranges == [(0, 0xA0000, 1, 0), (0xA0000, 0x60000, 2, 0), (0x100000, 7 * MIB, 1, 0)]
     assert 0xA0000 <= rsdp < 0x100000  # the guest does not take it for RAM
+    assert memory[0xFFFF0:0xFFFF9].hex() == "ba0206b001eef4ebfd"  # where Linux jumps to restart
     assert memory[0x100000 : 0x100000 + len(CODE)] == CODE
 
 
@@ -147,7 +148,7 @@ def test_memory_must_be_whole_pages_and_enough(size: int) -> None:
 
 def test_tables_without_room_are_refused() -> None:
     with pytest.raises(HostError, match="ACPI"):
-        pvh.lay_out(pvh.parse_kernel(plain_kernel(), "k"), 2 * MIB, acpi_tables=bytes(0x20001))
+        pvh.lay_out(pvh.parse_kernel(plain_kernel(), "k"), 2 * MIB, acpi_tables=bytes(0x1FFF1))
 
 
 def test_a_file_is_read_and_named_in_errors(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from construct import Array, Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
+from transports.kvm.acpi import RESET_PORT, RESET_VALUE
 from transports.kvm.bzimage import is_bzimage, unpack_bzimage
 from virtio.errors import HostError
 
@@ -26,6 +27,9 @@ LEGACY_HOLE_GPA: Final = 0xA0000
 """Video memory and ROMs in a PC: nobody takes it for RAM, so it is where the ACPI tables can stay for good."""
 ACPI_GPA: Final = 0xE0000
 """Here a PC's BIOS has its RSDP too (ACPI 6.5, 5.2.5.1)."""
+RESET_VECTOR_GPA: Final = 0xFFFF0
+"""Where a processor of the 8086 kind begins. Linux jumps there, in real mode, when it shall restart a machine that is
+hardware-reduced (it takes it for one with EFI, and this is what is left when there is none)."""
 HIGH_MEMORY_GPA: Final = 0x100000
 
 PAGE: Final = 4096
@@ -82,6 +86,14 @@ PT_LOAD: Final = 1
 PT_NOTE: Final = 4
 XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
 PVH_ADVICE: Final = "Linux has the PVH entry with CONFIG_PVH=y (distributions' kernels do)"
+
+
+_RESET_CODE: Final = (
+    b"\xba" + RESET_PORT.to_bytes(2, "little")  # mov dx, RESET_PORT
+    + b"\xb0" + RESET_VALUE.to_bytes(1, "little")  # mov al, RESET_VALUE
+    + b"\xee"  # out dx, al
+    + b"\xf4\xeb\xfd"  # hlt, and again
+)  # fmt: skip
 
 
 class Placement(NamedTuple):
@@ -157,7 +169,8 @@ def lay_out(
 ) -> Boot:
     """Everything in a guest's memory of ``memory_size`` bytes from address 0.
 
-    ``acpi_tables`` begin with the RSDP and were built for ``ACPI_GPA``. ``HostError`` when something has no room.
+    ``acpi_tables`` begin with the RSDP and were built for ``ACPI_GPA``; with them the old reset vector leads to the
+    reset register that they name. ``HostError`` when something has no room.
     """
     line = command_line.encode("utf-8", "surrogateescape")
     if b"\0" in line or len(line) > COMMAND_LINE_MAX:
@@ -165,7 +178,7 @@ def lay_out(
         raise HostError(f"the kernel's command line {wrong}; it may have up to {COMMAND_LINE_MAX} without one")
     if memory_size < 2 * HIGH_MEMORY_GPA or memory_size % PAGE:
         raise HostError(f"the guest's memory is {memory_size} bytes; 2 MiB, in whole pages, is the least")
-    if len(acpi_tables) > HIGH_MEMORY_GPA - ACPI_GPA:
+    if len(acpi_tables) > RESET_VECTOR_GPA - ACPI_GPA:
         raise HostError(f"the ACPI tables have {len(acpi_tables)} bytes, more than there is room for")
     initrd_gpa = max(0, (memory_size - len(initrd)) // PAGE * PAGE)
     start_info = _start_info(memory_size, initrd_gpa, len(initrd), has_acpi=bool(acpi_tables))
@@ -184,6 +197,7 @@ def lay_out(
     placements.append(Placement(COMMAND_LINE_GPA, line + b"\0"))
     if acpi_tables:
         placements.append(Placement(ACPI_GPA, acpi_tables))
+        placements.append(Placement(RESET_VECTOR_GPA, _RESET_CODE))
     if initrd:
         placements.append(Placement(initrd_gpa, initrd))
     return Boot(kernel.entry_gpa, START_INFO_GPA, tuple(placements))
