@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,8 +97,11 @@ class _Claim(NamedTuple):
     shared: bool
 
 
-def check_paths(drafts: Collection[DeviceDraft], control: Path | None, folder: Path) -> Iterator[Finding]:
-    """Sockets, images and other files that two things would use, unless all of them only read."""
+def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None], folder: Path) -> Iterator[Finding]:
+    """Sockets, images and other files that two things would use, unless all of them only read.
+
+    ``sockets`` are the daemon's own, by their keys.
+    """
     users: dict[Path, _Claim] = {}
     inherited: dict[int, str] = {}
     for draft in drafts:
@@ -106,7 +109,7 @@ def check_paths(drafts: Collection[DeviceDraft], control: Path | None, folder: P
         if number is not None and inherited.setdefault(number, draft.name) != draft.name:
             message = f'{number} is already the socket of device "{inherited[number]}"'
             yield Finding(("devices", draft.name, "socket_fd"), message, "give each a socket of its own")
-    for claim in _claims(drafts, control):
+    for claim in _claims(drafts, sockets):
         first = users.setdefault((folder / claim.file).resolve(), claim)
         if first is not claim and not (first.shared and claim.shared):
             hint = "give each a file of its own"
@@ -115,9 +118,10 @@ def check_paths(drafts: Collection[DeviceDraft], control: Path | None, folder: P
             yield Finding(claim.path, f"{claim.file} is already {first.owner}", hint)
 
 
-def _claims(drafts: Collection[DeviceDraft], control: Path | None) -> Iterator[_Claim]:
-    if control is not None:
-        yield _Claim(("daemon", "control"), control, "the daemon's control socket", False)
+def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None]) -> Iterator[_Claim]:
+    for name, socket in sockets.items():
+        if socket is not None:
+            yield _Claim(("daemon", name), socket, f"the daemon's {name.removesuffix('_socket')} socket", False)
     for draft in drafts:
         path = ("devices", draft.name)
         if "socket" not in draft.faulty:

@@ -234,8 +234,8 @@ class _Loader:
         for draft in drafts:
             for finding in check_device(draft, workers, self.transports):
                 self._add(*finding)
-        control = daemon.control if daemon is not None else None
-        for finding in check_paths(drafts, control, self.folder):
+        sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
+        for finding in check_paths(drafts, sockets, self.folder):
             self._add(*finding)
 
 

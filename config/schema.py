@@ -45,6 +45,12 @@ def _check_socket(path: Path) -> Path:
     return path
 
 
+def _check_mode(value: str, key: str) -> str:
+    if re.fullmatch(r"0?[0-7]{3}", value) is None:
+        raise wrong(f"must be three octal digits, not {toml_value(value)}", f'for example: {key} = "0660"')
+    return value
+
+
 def _parse_cpus(value: object) -> tuple[int, ...]:
     """CPU numbers from ``[0, 1, 2]`` or ``"0-2,5"``, sorted, each once."""
     cpus: set[int] = set()
@@ -107,16 +113,36 @@ class DaemonConfig(Table):
         "and root may); none when the key is left out.",
         examples=["/run/hyperbell/control.sock"],
     )
+    hypercall_socket: FilePath | None = Field(
+        default=None,
+        description="Path of the socket where QEMUs that hyperbell qemu has started report their doorbells; none when "
+        "the key is left out: then no guest of QEMU's rings by hypercall.",
+        examples=["/run/hyperbell/hypercall.sock"],
+    )
+    hypercall_socket_mode: str = Field(
+        default="0660", description="Permissions of hypercall_socket in octal.", examples=["0660"]
+    )
+    hypercall_socket_group: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Group that owns hypercall_socket; the daemon's own when left out.",
+        examples=["kvm"],
+    )
     log_level: LogLevel = Field(default="info", description="The least level that is logged.")
     log_format: LogFormat = Field(
         default="auto",
         description="auto: human on a terminal, journal under systemd, else json.",
     )
 
-    @field_validator("control")
+    @field_validator("control", "hypercall_socket")
     @classmethod
-    def _control_fits(cls, value: Path | None) -> Path | None:
+    def _socket_fits(cls, value: Path | None) -> Path | None:
         return None if value is None else _check_socket(value)
+
+    @field_validator("hypercall_socket_mode")
+    @classmethod
+    def _socket_mode_is_octal(cls, value: str) -> str:
+        return _check_mode(value, "hypercall_socket_mode")
 
     @field_validator("metrics")
     @classmethod
@@ -257,9 +283,7 @@ class DeviceConfig(DeviceTable):
     @field_validator("socket_mode")
     @classmethod
     def _socket_mode_is_octal(cls, value: str) -> str:
-        if re.fullmatch(r"0?[0-7]{3}", value) is None:
-            raise wrong(f"must be three octal digits, not {toml_value(value)}", 'for example: socket_mode = "0660"')
-        return value
+        return _check_mode(value, "socket_mode")
 
     @field_validator("socket_fd")
     @classmethod

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -22,13 +25,17 @@ from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Service, make_devices
 from daemon.control import serve_control
 from daemon.metrics_server import metrics_url, serve_metrics
+from daemon.policies import Policies
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
+from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
+from transports.qemu_doorbells.vms import QemuDoorbells
+from transports.vhost_user.endpoint import Listen, SocketFile
 from virtio.errors import HostError
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 RELOADABLE: Final = frozenset({("daemon", "log_level"), ("daemon", "log_format")})
-"""The keys that a reload (SIGHUP) puts into effect; all others need a restart."""
+"""The keys that a reload (SIGHUP) puts into effect, beside every device's ``hypercall``; all others need a restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,8 @@ class App:
         self._assembly = Assembly({}, {}, {})
         self._services: dict[str, Service] = {}
         self._metrics_url = ""
+        self._policies = Policies({name: device.common.hypercall for name, device in config.devices.items()})
+        self._doorbells = QemuDoorbells()
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until every device's inherited connection ended.
@@ -80,7 +89,13 @@ class App:
             )
             for name, service in self._services.items()
         )
-        return DaemonState(devices, self._assembly.worker_stats())
+        return DaemonState(
+            devices,
+            self._assembly.worker_stats(),
+            vms=self._doorbells.snapshot(),
+            policies=self._policies.current,
+            refusals=dict(self._doorbells.refusals),
+        )
 
     # The servers
 
@@ -88,12 +103,31 @@ class App:
         config = self._config
         for name, backend in self._assembly.backends.items():
             self._services[name] = Service(backend, config.devices[name].common)
+            backend.kick_observer = partial(self._doorbells.kick_changed, name)
+        self._policies.tell(self._doorbells.set_policy)
+        if config.daemon.hypercall_socket is not None:
+            await nursery.start(self._serve_qemu_doorbells, config.daemon.hypercall_socket)
         if config.daemon.control is not None:
-            await nursery.start(serve_control, config.daemon.control, self.snapshot)
+            await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies)
         if config.daemon.metrics_address is not None:
             host, port = await stack.enter_async_context(serve_metrics(*config.daemon.metrics_address, self.snapshot))
             self._metrics_url = metrics_url(host, port)
         await self._serve_devices(nursery)
+
+    async def _serve_qemu_doorbells(
+        self, path: Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Where QEMUs with the preload library report. Never connected to by a guest."""
+        daemon = self._config.daemon
+        mode = int(daemon.hypercall_socket_mode, 8)
+        try:
+            file = SocketFile(Listen(path, mode, daemon.hypercall_socket_group, socket.SOCK_SEQPACKET))
+        except HostError as error:
+            raise HostError(f"[daemon] hypercall_socket: {error}", errno=error.errno) from error
+        try:
+            await serve_qemu_doorbells(file.socket, self._doorbells, task_status)
+        finally:
+            file.close()
 
     async def _serve_devices(self, nursery: trio.Nursery) -> None:
         """Start every device's server, say that all are ready, and stop the daemon when none is left."""
@@ -151,13 +185,25 @@ class App:
             self._log_choice.apply(new)
             for change in changes(self._config, new):
                 self._report(change)
+            self._reload_policies(new)
             self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
             self._assembly.refresh_devices()
             self._log.info("reloaded")
         self._notifier.ready(self._status())
 
+    def _reload_policies(self, new: Config) -> None:
+        """What an operator has changed by the control socket stays, unless the file says something new."""
+        devices = dict(self._config.devices)
+        for name, device in devices.items():
+            policy = new.devices[name].common.hypercall if name in new.devices else device.common.hypercall
+            if policy != device.common.hypercall:
+                self._policies.set(name, policy)
+                devices[name] = replace(device, common=device.common.model_copy(update={"hypercall": policy}))
+        self._config = replace(self._config, devices=devices)
+
     def _report(self, change: Change) -> None:
-        if (change.table, change.key) in RELOADABLE:
+        is_policy = change.table.startswith("devices.") and change.key == "hypercall"
+        if is_policy or (change.table, change.key) in RELOADABLE:
             self._log.info("changed", table=change.table, key=change.key, old=change.old, new=change.new)
         elif change.key:
             self._log.warning(

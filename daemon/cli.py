@@ -21,8 +21,10 @@ from daemon import log
 from daemon.app import App, LogChoice
 from daemon.catalogue import device_types
 from daemon.control import ask
+from daemon.policies import POLICIES
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
-from daemon.qemu_args import libvirt_xml, pasteable, qemu_arguments, why_not
+from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
+from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu
 from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
@@ -129,10 +131,34 @@ def qemu_args(arguments: argparse.Namespace) -> int:
     possible = [device for device in wanted if not why_not(device)]
     if not possible:
         return EXIT_FAILURE
-    if arguments.libvirt:
-        print(libvirt_xml(possible, _mebibytes(arguments.memory)))
-    else:
-        print(pasteable(qemu_arguments(possible, arguments.memory, arguments.machine or "")))
+    if arguments.hypercall:
+        for note in hypercall_notes(config, q35=arguments.machine != "pc"):
+            print(f"note: {note}", file=sys.stderr)
+    if not arguments.libvirt:
+        machine = arguments.machine or ""
+        print(pasteable(qemu_arguments(possible, arguments.memory, machine, hypercall=arguments.hypercall)))
+        return EXIT_OK
+    environment = None
+    if arguments.hypercall:
+        key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
+        environment = preload_environment(hypercall_socket(config), key, arguments.name)
+    print(libvirt_xml(possible, _mebibytes(arguments.memory), environment))
+    return EXIT_OK
+
+
+def qemu(arguments: argparse.Namespace) -> int:
+    """Become QEMU, with the preload library."""
+    socket = arguments.socket
+    if socket is None:
+        socket = hypercall_socket(load_config(arguments.config))
+    key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
+    run_qemu(arguments.command, preload_environment(socket, key, arguments.name))
+
+
+def hypercall(arguments: argparse.Namespace) -> int:
+    """Change who may ring by hypercall, in the running daemon."""
+    answer = ask(_control_of(arguments), "hypercall", device=arguments.device, policy=arguments.policy)
+    print(f"{arguments.device}: {arguments.policy}{'' if answer['changed'] else ' (as before)'}")
     return EXIT_OK
 
 
@@ -144,17 +170,22 @@ def schema(arguments: argparse.Namespace) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """Print what a running daemon does."""
-    control = arguments.control
-    if control is None:
-        config = load_config(arguments.file)
-        control = config.daemon.control
-        if control is None:
-            raise HostError(
-                f'{config.path} has no control socket; add to [daemon]: control = "/run/hyperbell/control.sock"'
-            )
-    stats = ask(control, "stats")
+    stats = ask(_control_of(arguments), "stats")
     print(json.dumps(stats, indent=2) if arguments.json else render(stats))
     return EXIT_OK
+
+
+def _control_of(arguments: argparse.Namespace) -> Path:
+    """The control socket that the command line gives, or the configuration that it names."""
+    if arguments.control is not None:
+        path: Path = arguments.control
+        return path
+    config = load_config(arguments.file)
+    if config.daemon.control is None:
+        raise HostError(
+            f'{config.path} has no control socket; add to [daemon]: control = "/run/hyperbell/control.sock"'
+        )
+    return config.daemon.control
 
 
 def leaves(group: BaseExceptionGroup[HostError]) -> Iterator[HostError]:
@@ -200,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_file(add("serve", serve, "run the daemon in the foreground", _SERVE_EPILOG))
     _add_file(add("check", check, "print every mistake in a configuration", _CHECK_EPILOG))
     _add_qemu_options(add("qemu-args", qemu_args, "print the QEMU options that attach the devices", _QEMU_EPILOG))
+    _add_start_options(add("qemu", qemu, "start QEMU so that its guest can ring by hypercall", _START_EPILOG))
+    _add_hypercall_options(add("hypercall", hypercall, "change who may ring by hypercall", _HYPERCALL_EPILOG))
     add("schema", schema, "print the JSON schema (2020-12) of the configuration")
     _add_show_options(add("show", show, "print what a running daemon serves and counts", _SHOW_EPILOG))
     return parser
@@ -224,8 +257,31 @@ examples:
   hyperbell qemu-args disk.toml disk --memory 4G      one of them, and a guest with 4 GiB
   eval "qemu-system-x86_64 -accel kvm $(hyperbell qemu-args disk.toml)"
   hyperbell qemu-args disk.toml --libvirt             XML for virsh edit
+  hyperbell qemu-args disk.toml --hypercall           with what the hypercall doorbell needs; see hyperbell qemu
 
 The guest's memory is shared with the daemon, so -m and the memory backend belong to the options.
+"""
+_START_EPILOG: Final = """\
+The daemon must run with [daemon] hypercall_socket, and the guest needs -accel kvm, -cpu host,hv-relaxed and
+modern-pio-notify=on on its devices (hyperbell qemu-args --hypercall prints them) and a driver that rings by hypercall.
+Without any of them, or without the daemon, the guest rings as ever.
+
+A VM that is migrated, saved or restored needs a key that stays the same: --secret and --uuid, or --key.
+
+examples:
+  hyperbell qemu --config disk.toml -- qemu-system-x86_64 -accel kvm -cpu host,hv-relaxed ...
+  hyperbell qemu --socket /run/hyperbell/hypercall.sock --name web1 \\
+      --secret /etc/hyperbell/secret --uuid 8a1f... -- qemu-system-x86_64 ...
+"""
+_HYPERCALL_EPILOG: Final = """\
+offer     the device's queues get connection ids in every VM that has the platform key
+withhold  they get none; ids that are there are taken away, and the guest's next ring falls back to the plain doorbell
+auto      as offer, but not for a guest that is shown VMX or SVM, that is, one that can itself be a hypervisor
+
+The change lasts until the daemon ends; the key hypercall of [devices.NAME] is what it starts with.
+
+example:
+  hyperbell hypercall disk withhold --control /run/hyperbell/control.sock
 """
 _SHOW_EPILOG: Final = """\
 The configuration must have a control socket, and the daemon that serves it must run:
@@ -264,13 +320,41 @@ def _add_qemu_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--libvirt", action="store_true", help="print the XML of a libvirt domain instead")
     parser.add_argument("--memory", metavar="SIZE", type=_memory, default="256M", help="the guest's RAM (256M)")
     parser.add_argument("--machine", choices=("q35", "pc"), help="also choose the machine type")
+    parser.add_argument("--hypercall", action="store_true", help="with what the hypercall doorbell needs")
+    _add_vm_options(parser)
+
+
+def _add_vm_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the VM, for the hypercall doorbell")
+    group.add_argument("--name", metavar="NAME", help="its name in metrics and logs (default: vm0, vm1, ...)")
+    group.add_argument("--key", metavar="HEX", help="its key, 24 bits; drawn at every start if nothing gives one")
+    group.add_argument("--secret", metavar="FILE", type=Path, help="the file with the secret to derive its key from")
+    group.add_argument("--uuid", metavar="UUID", help="with --secret: the VM's UUID")
+
+
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", metavar="FILE", type=Path, help="configuration that names the hypercall socket")
+    which.add_argument("--socket", metavar="PATH", type=Path, help="the hypercall socket itself")
+    _add_vm_options(parser)
+    parser.add_argument("command", metavar="QEMU", nargs="+", help="QEMU and its arguments, after --")
+
+
+def _add_hypercall_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="the device's name in the configuration")
+    parser.add_argument("policy", choices=POLICIES, help="see below")
+    _add_control(parser)
 
 
 def _add_show_options(parser: argparse.ArgumentParser) -> None:
+    _add_control(parser)
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("file", metavar="FILE", type=Path, nargs="?", help="configuration that names the control socket")
     which.add_argument("--control", metavar="PATH", type=Path, help="the control socket itself")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
 
 
 def _memory(text: str) -> str:

@@ -1,7 +1,9 @@
 """The control socket: one JSON object a line in, one a line out. ``hyperbell show`` is its client.
 
-Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter. An answer has
-``"ok"``; when it is false, ``"error"`` says why. The socket has mode 0600: its user is the daemon's user (or root).
+Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter, and
+``{"command": "hypercall", "device": NAME, "policy": "offer"}`` (or withhold, auto) changes who may ring by hypercall.
+An answer has ``"ok"``; when it is false, ``"error"`` says why. The socket has mode 0600: its user is the daemon's
+user (or root).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Final
 import structlog
 import trio
 
+from daemon.policies import POLICIES, Policies
 from daemon.state import DaemonState, DeviceState, version
 from transports.vhost_user.endpoint import Listen, SocketFile
 from virtio.errors import HostError
@@ -30,7 +33,10 @@ Answer = dict[str, Any]
 
 
 async def serve_control(
-    path: Path, snapshot: Callable[[], DaemonState], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    path: Path,
+    snapshot: Callable[[], DaemonState],
+    policies: Policies | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the Unix socket ``path`` until cancelled, and remove it then; started once it listens.
 
@@ -43,12 +49,14 @@ async def serve_control(
     try:
         listener = trio.socket.from_stdlib_socket(socket_file.socket)
         task_status.started()
-        await _accept(listener, snapshot)
+        await _accept(listener, snapshot, policies)
     finally:
         socket_file.close()
 
 
-async def _accept(listener: trio.socket.SocketType, snapshot: Callable[[], DaemonState]) -> None:
+async def _accept(
+    listener: trio.socket.SocketType, snapshot: Callable[[], DaemonState], policies: Policies | None
+) -> None:
     clients = trio.CapacityLimiter(CLIENTS_MAX)
     async with trio.open_nursery() as nursery:
         while True:
@@ -58,17 +66,20 @@ async def _accept(listener: trio.socket.SocketType, snapshot: Callable[[], Daemo
                 structlog.get_logger().warning("the control socket cannot accept", error=str(error))
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_serve_client, connection, clients, snapshot)
+            nursery.start_soon(_serve_client, connection, clients, snapshot, policies)
 
 
 async def _serve_client(
-    connection: trio.socket.SocketType, clients: trio.CapacityLimiter, snapshot: Callable[[], DaemonState]
+    connection: trio.socket.SocketType,
+    clients: trio.CapacityLimiter,
+    snapshot: Callable[[], DaemonState],
+    policies: Policies | None,
 ) -> None:
     stream = trio.SocketStream(connection)
     async with stream, clients:
         with contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
             async for line in _lines(stream):
-                answer = respond(line, snapshot())
+                answer = respond(line, snapshot(), policies)
                 with trio.fail_after(IDLE_SECONDS):
                     await stream.send_all(json.dumps(answer, default=str).encode() + b"\n")
 
@@ -90,8 +101,8 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
     yield buffer
 
 
-def respond(line: bytes, state: DaemonState) -> Answer:
-    """The answer to one request line; pure, so that it is tested without a socket."""
+def respond(line: bytes, state: DaemonState, policies: Policies | None = None) -> Answer:
+    """The answer to one request line, which may change ``policies``; no I/O, so it is tested without a socket."""
     try:
         request = json.loads(line) if len(line) <= LINE_MAX else None
     except (ValueError, RecursionError):
@@ -103,7 +114,24 @@ def respond(line: bytes, state: DaemonState) -> Answer:
         return {"ok": True, "version": version(), "devices": [_summary(device) for device in state.devices]}
     if command == "stats":
         return {"ok": True, "version": version(), **asdict(state)}
-    return {"ok": False, "error": f"there is no command {json.dumps(command)}; there are: list, stats"}
+    if command == "hypercall" and policies is not None:
+        return _change_policy(request, policies)
+    commands = "list, stats" if policies is None else "list, stats, hypercall"
+    return {"ok": False, "error": f"there is no command {json.dumps(command)}; there are: {commands}"}
+
+
+def _change_policy(request: Mapping[str, Any], policies: Policies) -> Answer:
+    device, wanted = request.get("device"), request.get("policy")
+    policy = next((one for one in POLICIES if one == wanted), None)
+    if not isinstance(device, str) or policy is None:
+        example = '{"command": "hypercall", "device": "disk", "policy": "offer"}'
+        return {"ok": False, "error": f"a policy is {', '.join(POLICIES)}, for instance: {example}"}
+    try:
+        changed = policies.set(device, policy)
+    except HostError as error:
+        return {"ok": False, "error": str(error)}
+    structlog.get_logger().info("who may ring by hypercall", device=device, policy=policy, changed=changed)
+    return {"ok": True, "device": device, "policy": policy, "changed": changed}
 
 
 def _summary(device: DeviceState) -> Answer:
@@ -117,7 +145,7 @@ def _summary(device: DeviceState) -> Answer:
     }
 
 
-def ask(path: Path, command: str) -> Answer:
+def ask(path: Path, command: str, **arguments: str) -> Answer:
     """Send one command to the daemon at ``path`` and give its answer; blocks up to ``ANSWER_SECONDS``.
 
     Raises ``HostError`` when nothing answers, or when what answers refuses.
@@ -126,7 +154,7 @@ def ask(path: Path, command: str) -> Answer:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(ANSWER_SECONDS)
             client.connect(str(path))
-            client.sendall(json.dumps({"command": command}).encode() + b"\n")
+            client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with client.makefile("rb") as reader:
                 answer = json.loads(reader.readline())
     except (ConnectionRefusedError, FileNotFoundError) as error:

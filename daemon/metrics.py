@@ -82,6 +82,7 @@ class StateCollector(Collector):
         yield from _queue_metrics(state.devices)
         yield from _connection_metrics(state.devices)
         yield from _worker_metrics(state.workers)
+        yield from _hypercall_metrics(state)
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
@@ -176,3 +177,31 @@ def _worker_metrics(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
     for worker in rows:
         info.add_metric((worker.name, worker.reactor), 1)
     yield info
+
+
+def _hypercall_metrics(state: DaemonState) -> Iterator[Metric]:
+    registered = {(bell.device, bell.queue) for vm in state.vms for bell in vm.bells if bell.registered}
+    gauge = GaugeMetricFamily(
+        "hyperbell_hypercall_doorbells",
+        "1 while a guest of stock QEMU can ring the queue by hypercall: its connection id is in KVM.",
+        labels=("device", "queue"),
+    )
+    for device in state.devices:
+        for queue in device.backend.queues:
+            key = (device.backend.device, queue.queue)
+            gauge.add_metric((key[0], str(key[1])), key in registered)
+    yield gauge
+    hypercalls = CounterMetricFamily(
+        "hyperbell_vm_hypercalls", "Hypercalls of all kinds, as KVM counts them.", labels=("vm",)
+    )
+    for vm in state.vms:
+        hypercalls.add_metric((vm.name,), vm.hypercalls)
+    yield hypercalls
+    refusals = CounterMetricFamily(
+        "hyperbell_hypercall_refusals",
+        "Times the hypercall doorbell was not to be had: KVM's error, or what the VM lacks.",
+        labels=("reason",),
+    )
+    for reason, count in state.refusals.items():
+        refusals.add_metric((reason,), count)
+    yield refusals

@@ -29,16 +29,14 @@ def host_notes(config: Config) -> Iterator[Problem]:
             message = f"this host has no CPU {', '.join(map(str, absent))} for the daemon"
             yield config.problem(("workers", name, "cpus"), message, f"it has: {_ranges(usable)}")
     yield from _folder_notes(config)
+    yield from _group_notes(config, ("daemon", "hypercall_socket_group"), config.daemon.hypercall_socket_group)
     for device in config.devices.values():
         yield from _device_notes(config, device)
 
 
 def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
     path = ("devices", device.name)
-    group = device.common.socket_group
-    if group is not None and not _group_exists(group):
-        hint = f"create it (groupadd --system {group}), or name another"
-        yield config.problem((*path, "socket_group"), f'this host has no group "{group}"', hint)
+    yield from _group_notes(config, (*path, "socket_group"), device.common.socket_group)
     if isinstance(device.options, BlkOptions) and device.options.path is not None:
         image = device.options.path
         if not image.exists():
@@ -46,13 +44,20 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
             yield config.problem((*path, "path"), f"{image} does not exist", hint)
 
 
+def _group_notes(config: Config, path: KeyPath, group: str | None) -> Iterator[Problem]:
+    if group is not None and not _group_exists(group):
+        hint = f"create it (groupadd --system {group}), or name another"
+        yield config.problem(path, f'this host has no group "{group}"', hint)
+
+
 def _folder_notes(config: Config) -> Iterator[Problem]:
     """Each folder a socket is to be made in that is not there, once."""
     sockets: dict[KeyPath, Path] = {
         ("devices", name, "socket"): device.common.socket for name, device in config.devices.items()
     }
-    if config.daemon.control is not None:
-        sockets["daemon", "control"] = config.daemon.control
+    for key, socket in (("control", config.daemon.control), ("hypercall_socket", config.daemon.hypercall_socket)):
+        if socket is not None:
+            sockets["daemon", key] = socket
     missing = {socket.parent: path for path, socket in reversed(sockets.items()) if not socket.parent.is_dir()}
     for folder, path in missing.items():
         yield config.problem(path, f"the folder {folder} does not exist", f"create it: mkdir -p {folder}")

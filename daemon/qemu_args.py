@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
 
-from config.loader import Device
+from config.loader import Config, Device
 from virtio.devices.net import NetOptions
 
 QEMU_QUEUE_SIZE_MAX: Final = 1024  # QEMU's VIRTQUEUE_MAX_SIZE: it refuses to start with more
+PORT_NOTIFY: Final = "modern-pio-notify"  # QEMU's property that gives a device a notify port: bells are ports
+HYPERCALL_CPU: Final = "host,hv-relaxed"  # the least that makes KVM take Hyper-V's hypercalls from this guest
+NO_HYPERCALL_SOCKET: Final = (
+    'there is no socket where QEMU could report; add to [daemon]: hypercall_socket = "/run/hyperbell/hypercall.sock"'
+)
 _QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
-
-
 QEMU_NET_QUEUE_SIZE_MIN: Final = 256  # smaller ones it refuses for a network interface
 
 
@@ -49,8 +52,10 @@ def why_not(device: Device) -> str:
     )
 
 
-def qemu_arguments(devices: Iterable[Device], memory: str, machine: str) -> list[list[str]]:
+def qemu_arguments(devices: Iterable[Device], memory: str, machine: str, *, hypercall: bool) -> list[list[str]]:
     """QEMU's options for ``devices``, each an option and its argument.
+
+    ``hypercall``: with what the guest needs in order to ring by hypercall.
 
     ``memory`` is the guest's RAM as QEMU writes sizes; it has to be shared memory, for the daemon maps it.
     ``machine`` "" leaves the machine type to the rest of the command line.
@@ -60,9 +65,26 @@ def qemu_arguments(devices: Iterable[Device], memory: str, machine: str) -> list
         ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on"],
         ["-machine", ",".join(filter(None, (machine, "memory-backend=mem")))],
     ]
+    if hypercall:
+        options.append(["-cpu", HYPERCALL_CPU])
     for device in devices:
-        options += _device_options(device)
+        options += _device_options(device, hypercall)
     return options
+
+
+def hypercall_notes(config: Config, *, q35: bool) -> Iterator[str]:
+    """What no option of QEMU says about the hypercall doorbell."""
+    if config.daemon.hypercall_socket is None:
+        yield NO_HYPERCALL_SOCKET
+    file = shlex.quote(str(config.path))
+    yield f"start QEMU through: hyperbell qemu --config {file} -- qemu-system-x86_64 -accel kvm ..."
+    yield "a VM that migrates or is saved needs a stable key there: --secret FILE --uuid UUID, or --key"
+    yield "the guest loses KVM's paravirtual spinlocks, IPIs and yield, and ptp_kvm: their hypercalls would go astray"
+    if q35:
+        yield (
+            "on q35 every PCI Express root port takes 4096 of the 65536 I/O ports: some 10 to 15 devices get a port "
+            "doorbell and with it the hypercall, the others ring by memory write only"
+        )
 
 
 def pasteable(options: Iterable[list[str]]) -> str:
@@ -70,13 +92,14 @@ def pasteable(options: Iterable[list[str]]) -> str:
     return " \\\n".join(shlex.join(option) for option in options)
 
 
-def _device_options(device: Device) -> list[list[str]]:
+def _device_options(device: Device, hypercall: bool) -> list[list[str]]:
     front_end = FRONT_ENDS[device.common.type]
     chardev = f"char-{device.name}"
     # A comma ends a value in QEMU's option syntax; two of them stand for one.
     channel = f"socket,id={chardev},path={str(device.common.socket).replace(',', ',,')}"
     if device.common.mode == "connect":
         channel += ",server=on"
+    notify = f",{PORT_NOTIFY}=on" if hypercall else ""
     if device.common.type == "net":
         # QEMU shows the guest a config space of its own, so it has to be told the address.
         size = _queue_size(device)
@@ -84,12 +107,12 @@ def _device_options(device: Device) -> list[list[str]]:
         return [
             ["-chardev", channel],
             ["-netdev", f"vhost-user,id=net-{device.name},chardev={chardev}"],
-            ["-device", f"{interface},rx_queue_size={size},tx_queue_size={size}"],
+            ["-device", f"{interface},rx_queue_size={size},tx_queue_size={size}{notify}"],
         ]
     driver = f"{front_end.driver},chardev={chardev}"
     if front_end.queue_options:
         driver += f",num-queues={device.queues},queue-size={_queue_size(device)}"
-    return [["-chardev", channel], ["-device", driver]]
+    return [["-chardev", channel], ["-device", driver + notify]]
 
 
 def _mac(device: Device) -> str:
@@ -101,12 +124,14 @@ def _queue_size(device: Device) -> int:
     return min(device.common.queue_size, QEMU_QUEUE_SIZE_MAX)
 
 
-def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
+def libvirt_xml(devices: Sequence[Device], memory_mib: int, environment: Mapping[str, str] | None = None) -> str:
     """The parts of a libvirt domain that attach ``devices``; one well-formed document.
 
     Disks are ``<disk type='vhostuser'>``, network interfaces ``<interface type='vhostuser'>``. libvirt has no element
     for the others, so they go in as QEMU options.
+    With ``environment`` (what the preload library needs) the guest can ring by hypercall.
     """
+    hypercall = environment is not None
     domain = ElementTree.Element("domain", {"type": "kvm"})
     domain.append(
         ElementTree.Comment(
@@ -123,12 +148,16 @@ def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
     if disks or interfaces:
         parts = ElementTree.SubElement(domain, "devices")
         for index, disk in enumerate(disks):
-            parts.append(_disk(disk, index))
+            parts.append(_disk(disk, index, hypercall))
         for interface in interfaces:
-            parts.append(_interface(interface))
+            parts.append(_interface(interface, hypercall))
     others = [device for device in devices if device not in disks and device not in interfaces]
-    if others:
+    if others or environment:
         domain.set("xmlns:qemu", _QEMU_NAMESPACE)
+    command_line: ElementTree.Element | None = None
+    if environment is not None:
+        command_line = _libvirt_hypercall(domain, [*disks, *interfaces], environment)
+    if others:
         domain.append(
             ElementTree.Comment(" libvirt has no element for these devices: QEMU's own options stand for them. ")
         )
@@ -137,8 +166,10 @@ def libvirt_xml(devices: Sequence[Device], memory_mib: int) -> str:
                 " With AppArmor or SELinux, libvirt does not label their sockets: allow QEMU to connect to them. "
             )
         )
-        command_line = ElementTree.SubElement(domain, "qemu:commandline")
-        for argument in (argument for device in others for option in _device_options(device) for argument in option):
+        if command_line is None:
+            command_line = ElementTree.SubElement(domain, "qemu:commandline")
+        options = [option for device in others for option in _device_options(device, hypercall)]
+        for argument in (argument for option in options for argument in option):
             ElementTree.SubElement(command_line, "qemu:arg", {"value": argument})
     ElementTree.indent(domain)
     return ElementTree.tostring(domain, encoding="unicode")
@@ -149,7 +180,36 @@ def _is_libvirt_disk(device: Device) -> bool:
     return device.common.type == "blk" and device.common.mode == "listen"
 
 
-def _disk(device: Device, index: int) -> ElementTree.Element:
+def _libvirt_hypercall(
+    domain: ElementTree.Element, devices: Iterable[Device], environment: Mapping[str, str]
+) -> ElementTree.Element:
+    """What the hypercall doorbell needs in a domain; its <qemu:commandline>, for more to be put in."""
+    hyperv = ElementTree.SubElement(ElementTree.SubElement(domain, "features"), "hyperv")
+    ElementTree.SubElement(hyperv, "relaxed", {"state": "on"})
+    domain.append(ElementTree.Comment(" Ports as doorbells (libvirt 8.2): a bell number is a port and a queue. "))
+    override = ElementTree.SubElement(domain, "qemu:override")
+    for device in devices:
+        overridden = ElementTree.SubElement(override, "qemu:device", {"alias": _alias(device)})
+        front_end = ElementTree.SubElement(overridden, "qemu:frontend")
+        ElementTree.SubElement(front_end, "qemu:property", {"name": PORT_NOTIFY, "type": "bool", "value": "true"})
+    domain.append(
+        ElementTree.Comment(
+            " The library that QEMU is started with. AppArmor or SELinux must allow QEMU to map it and to connect to "
+            "the socket. It takes itself out of the environment of QEMU's children. "
+        )
+    )
+    command_line = ElementTree.SubElement(domain, "qemu:commandline")
+    for name, value in environment.items():
+        ElementTree.SubElement(command_line, "qemu:env", {"name": name, "value": value})
+    return command_line
+
+
+def _alias(device: Device) -> str:
+    """libvirt keeps an alias of the user's own that begins so."""
+    return f"ua-{device.name}"
+
+
+def _disk(device: Device, index: int, hypercall: bool) -> ElementTree.Element:
     disk = ElementTree.Element("disk", {"type": "vhostuser", "device": "disk"})
     driver = {
         "name": "qemu",
@@ -160,10 +220,12 @@ def _disk(device: Device, index: int) -> ElementTree.Element:
     ElementTree.SubElement(disk, "driver", driver)
     ElementTree.SubElement(disk, "source", {"type": "unix", "path": str(device.common.socket)})
     ElementTree.SubElement(disk, "target", {"dev": f"vd{_letters(index)}", "bus": "virtio"})
+    if hypercall:
+        ElementTree.SubElement(disk, "alias", {"name": _alias(device)})
     return disk
 
 
-def _interface(device: Device) -> ElementTree.Element:
+def _interface(device: Device, hypercall: bool) -> ElementTree.Element:
     interface = ElementTree.Element("interface", {"type": "vhostuser"})
     ElementTree.SubElement(interface, "mac", {"address": _mac(device)})
     # libvirt names the role of QEMU here.
@@ -172,6 +234,8 @@ def _interface(device: Device) -> ElementTree.Element:
     ElementTree.SubElement(interface, "model", {"type": "virtio"})
     size = str(_queue_size(device))
     ElementTree.SubElement(interface, "driver", {"rx_queue_size": size, "tx_queue_size": size})
+    if hypercall:
+        ElementTree.SubElement(interface, "alias", {"name": _alias(device)})
     return interface
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
+_VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
+_BELL_COLUMNS: Final = ("DEVICE", "QUEUE", "VM", "BELL", "POLICY", "HYPERCALL")
 _DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "REFUSED", "ERRORS", "SOCKET")
 
 
@@ -21,7 +23,41 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     queues = [_queue_row(device["backend"]["device"], queue) for device in devices for queue in _queues(device)]
     if queues:
         text += "\n\n" + table(_QUEUE_COLUMNS, queues)
+    if stats["vms"]:
+        text += "\n\n" + table(_VM_COLUMNS, [_vm_row(vm, now) for vm in stats["vms"]])
+        text += "\n\n" + table(_BELL_COLUMNS, _bell_rows(stats["vms"], stats["policies"]))
     return text
+
+
+def _vm_row(vm: Mapping[str, Any], now: float) -> Sequence[str]:
+    key = "none" if not vm["key_shown"] else "stable" if vm["key_stable"] else "drawn"
+    return (
+        vm["name"],
+        str(vm["pid"]),
+        duration(now - vm["since"]),
+        key,
+        str(vm["hypercalls"]),
+        vm["reason"] or "-",
+    )
+
+
+def _bell_rows(vms: Iterable[Mapping[str, Any]], policies: Mapping[str, str]) -> Iterable[Sequence[str]]:
+    """Every doorbell that is a queue's, and a line for each device that has none."""
+    rows = [
+        (
+            bell["device"],
+            str(bell["queue"]),
+            vm["name"],
+            f"{bell['bell']:06x}",
+            policies[bell["device"]],
+            "registered" if bell["registered"] else f"refused: {bell['error']}" if bell["error"] else "no",
+        )
+        for vm in vms
+        for bell in vm["bells"]
+    ]
+    known = {row[0] for row in rows}
+    rows += [(device, "-", "-", "-", policy, "no") for device, policy in policies.items() if device not in known]
+    return sorted(rows)
 
 
 def _queues(device: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
+from transports.hypercall import Policy
+from transports.qemu_doorbells.state import VmState
 from transports.vhost_user.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats
 
@@ -56,10 +58,17 @@ class DeviceState:
 
 @dataclass(frozen=True, slots=True)
 class DaemonState:
-    """Everything at this moment."""
+    """Everything at this moment.
+
+    ``vms`` are those of stock QEMU that report their doorbells; ``policies`` say by device who may ring by hypercall,
+    ``refusals`` count by reason what was asked for and not to be had.
+    """
 
     devices: tuple[DeviceState, ...]
     workers: tuple[WorkerStats, ...]
+    vms: tuple[VmState, ...] = ()
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
 
 def version() -> str:

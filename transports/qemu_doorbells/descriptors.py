@@ -7,18 +7,16 @@ unknown kind could block the daemon.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Final
 
 from construct import Int16sl, Int16ul, Int32ul, Struct
 
 from virtio.errors import PeerError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, eventfd_id
 
 _EVENTFD: Final = "anon_inode:[eventfd]"
 _STATISTICS: Final = "anon_inode:kvm-vcpu-stats"
-_EVENTFD_ID: Final = re.compile(r"^eventfd-id:\s*(\d+)$", re.MULTILINE)
 
 # struct kvm_stats_header and kvm_stats_desc (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD)
 _HEADER: Final = Struct(
@@ -39,15 +37,14 @@ _DESCRIPTORS_MAX: Final = 4096  # KVM has about 60
 _HYPERCALLS: Final = b"hypercalls"
 
 
-def eventfd_id(fd: OwnedFd) -> int | None:
-    """The kernel's number of the eventfd behind ``fd``: equal numbers of two that are open are one eventfd.
+def doorbell_id(fd: OwnedFd) -> int | None:
+    """The kernel's number of the eventfd behind ``fd``; ``PeerError`` if it is no eventfd.
 
-    ``PeerError`` if it is no eventfd; ``None`` on a kernel that does not tell (before 5.2).
+    ``None`` on a kernel that does not tell (before 5.2): then no doorbell is known to be a queue's.
     """
     if _name(fd) != _EVENTFD:
         raise PeerError(f"a doorbell that is no eventfd: {_name(fd)}")
-    match = _EVENTFD_ID.search(Path(f"/proc/self/fdinfo/{fd.fileno()}").read_text(encoding="ascii"))
-    return None if match is None else int(match[1])
+    return eventfd_id(fd.fileno())
 
 
 def _name(fd: OwnedFd) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 import trio
 
-from transports.qemu_doorbells.descriptors import VcpuStatistics, eventfd_id
+from transports.qemu_doorbells.descriptors import VcpuStatistics, doorbell_id
 from transports.qemu_doorbells.messages import WIRE_SIZE, Message, Type, parse_message
 from transports.qemu_doorbells.vms import QemuDoorbells, Vm
 from virtio.errors import PeerError
@@ -109,7 +109,7 @@ class _Connection:
             if message.type == Type.VCPU:
                 self._add_vcpu(message, fds[0])
             else:
-                self._doorbells.receive(self._vm, message, eventfd_id(fds[0]) if fds else None)
+                self._doorbells.receive(self._vm, message, doorbell_id(fds[0]) if fds else None)
             return True
         finally:
             for fd in fds:

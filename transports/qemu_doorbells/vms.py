@@ -11,7 +11,7 @@ import errno
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -90,8 +90,8 @@ class Vm:
 class QemuDoorbells:
     """All VMs, all kick fds, all policies. Everything in one thread, nothing waits."""
 
-    def __init__(self, policies: Mapping[str, Policy]) -> None:
-        self._policies: dict[str, Policy] = dict(policies)
+    def __init__(self) -> None:
+        self._policies: dict[str, Policy] = {}
         self._vms: list[Vm] = []
         self._kicks: dict[Queue, int] = {}
         self._queues: dict[int, set[Queue]] = {}  # by eventfd

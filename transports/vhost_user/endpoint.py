@@ -20,11 +20,15 @@ _PATH_MAX: Final = 107  # struct sockaddr_un, less the terminating zero
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Create a socket at ``path`` and wait there. ``mode`` are its permission bits, ``group`` a name or None."""
+    """Create a socket at ``path`` and wait there. ``mode`` are its permission bits, ``group`` a name or None.
+
+    ``kind`` is another one than a stream's where whole messages travel.
+    """
 
     path: Path
     mode: int = 0o600
     group: str | None = None
+    kind: socket.SocketKind = socket.SOCK_STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class SocketFile:
         group_id = -1 if listen.group is None else _group_id(listen.group)
         check_path(self.path)
         _remove_stale(self.path)
-        self.socket: Final = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.socket: Final = socket.socket(socket.AF_UNIX, listen.kind | socket.SOCK_CLOEXEC)
         self._identity: tuple[int, int] | None = None
         try:
             self.socket.bind(os.fspath(self.path))
