@@ -98,7 +98,7 @@ class Backend:
                     vq = Virtqueue(index, event_fd.fileno())
                     driver: QueueDriver
                     if self._device.native:
-                        worker = self._workers[index % len(self._workers)]
+                        worker = self._workers[self._device.worker_of(index, len(self._workers))]
                         driver = WorkerQueue(vq, worker, self._device.native_device)
                     else:
                         driver = PumpedQueue(vq, self._device, nursery)

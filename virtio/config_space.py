@@ -43,5 +43,7 @@ VIRTIO_CONSOLE_CONFIG = Struct(
 VIRTIO_NET_CONFIG = Struct(
     "mac" / Bytes(6),
     "status" / Int16ul,
+    "max_virtqueue_pairs" / Int16ul,
+    "mtu" / Int16ul,
 )
-"""Section 5.1.4, struct virtio_net_config up to status: what comes after belongs to features that are not offered."""
+"""Section 5.1.4, struct virtio_net_config up to mtu: what comes after belongs to features that are not offered."""

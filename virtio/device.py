@@ -58,6 +58,10 @@ class Device:
         """The C device of a native one."""
         raise TypeError(f"{self.type_name} is not a native device")
 
+    def worker_of(self, queue_index: int, workers: int) -> int:
+        """Of a native device: which of its workers drives the queue."""
+        return queue_index % workers
+
     def features(self) -> int:
         """The feature bits this instance offers, as a mask."""
         return sum(1 << bit for bit in self.feature_bits.values())

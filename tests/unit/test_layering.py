@@ -21,13 +21,13 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "virtio": frozenset({"virtio"}),
 }
 A_DEVICE_MAY_IMPORT: Final = frozenset(
-    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk")
+    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk", "nic")
 )
 MAY_USE_THE_MACHINE: Final = frozenset(
     f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells")
 )
 MAY_USE_THE_DATA_PLANE: Final = frozenset(
-    f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt")
+    f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt", "nic")
 )
 
 

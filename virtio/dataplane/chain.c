@@ -1,5 +1,6 @@
 /* How the Python pump drives a queue: the same pops and pushes as a worker's, chain by chain as opaque handles. */
 #include "dataplane.h"
+#include "pieces.h"
 
 #include <stdlib.h>
 
@@ -72,42 +73,20 @@ void chain_info(const struct chain *c, struct chain_info *info)
 	info->head = c->view.head;
 }
 
-/* Copy between `buffer` and the pieces `iov`, from `offset` of them on; returns the bytes copied. */
-static int64_t pieces_copy(const struct iovec *iov, uint32_t count, uint64_t offset, uint8_t *buffer, uint64_t length,
-			   bool to_guest)
-{
-	uint64_t done = 0;
-
-	for (uint32_t i = 0; i < count && done < length; i++) {
-		uint64_t n;
-
-		if (offset >= iov[i].iov_len) {
-			offset -= iov[i].iov_len;
-			continue;
-		}
-		n = iov[i].iov_len - offset;
-		if (n > length - done)
-			n = length - done;
-		if (to_guest)
-			memcpy((uint8_t *)iov[i].iov_base + offset, buffer + done, n);
-		else
-			memcpy(buffer + done, (uint8_t *)iov[i].iov_base + offset, n);
-		done += n;
-		offset = 0;
-	}
-	return (int64_t)done;
-}
-
 int64_t chain_read(const struct chain *c, uint64_t offset, void *buffer, uint64_t length)
 {
-	return pieces_copy(c->iov, c->view.readable_count, offset, buffer, length, false);
+	struct pieces from = pieces_of(c->iov, c->view.readable_count);
+
+	pieces_skip(&from, offset);
+	return (int64_t)pieces_read(&from, buffer, length);
 }
 
 int64_t chain_write(struct chain *c, uint64_t offset, const void *buffer, uint64_t length)
 {
-	/* Not written to: `buffer` loses its const only to share the loop. */
-	return pieces_copy(c->iov + c->view.readable_count, c->view.writable_count, offset, (uint8_t *)(uintptr_t)buffer,
-			   length, true);
+	struct pieces to = pieces_of(c->iov + c->view.readable_count, c->view.writable_count);
+
+	pieces_skip(&to, offset);
+	return (int64_t)pieces_write(&to, buffer, length);
 }
 
 void chain_time(struct chain *c, uint32_t op, uint32_t failed)

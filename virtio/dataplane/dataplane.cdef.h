@@ -240,6 +240,46 @@ void native_device_unref(struct native_device *device);
 void blk_set_capacity(struct native_device *device, uint64_t sectors);
 void blk_set_writeback(struct native_device *device, uint32_t on);
 
+/* ---- native network device: net_device.c, net_frame.c, net_offload.c, net_switch.c, net_fd.c ---- */
+
+#define NET_OP_RECEIVE 0  /* to the guest */
+#define NET_OP_TRANSMIT 1 /* from the guest */
+
+#define NET_BACKEND_DROP 0
+#define NET_BACKEND_REFLECT 1
+#define NET_BACKEND_SWITCH 2
+#define NET_BACKEND_TAP 3      /* fds of one tap interface, a queue each, with a virtio header of 12 bytes */
+#define NET_BACKEND_DATAGRAM 4 /* a socket with one frame a message */
+
+#define NET_PAIRS_MAX 16
+#define NET_SWITCH_PORTS_MAX 64
+
+struct net_switch; /* refcounted; its ports are driven by one worker */
+
+struct net_setup {
+	uint32_t backend;       /* NET_BACKEND_* */
+	uint32_t pairs;
+	int fds[NET_PAIRS_MAX]; /* TAP and DATAGRAM: non-blocking; duplicates are made */
+};
+
+struct net_counters { /* frames lost, by reason; written by the worker, relaxed; read by anyone */
+	uint64_t malformed;  /* from the guest, with a header that lies, or no frame */
+	uint64_t no_buffers; /* for the guest, which had no receive buffers */
+	uint64_t refused;    /* ... larger than its buffers, or its link is down */
+	uint64_t dropped;    /* from the guest: nobody there to take it */
+	uint64_t flooded;    /* by a switch, to all its ports; not lost */
+};
+
+struct net_switch *net_switch_new(void);
+void net_switch_unref(struct net_switch *lan);
+/* `lan` for NET_BACKEND_SWITCH, else NULL; takes a reference. */
+struct native_device *net_new(const struct net_setup *setup, struct net_switch *lan, int *error);
+/* Any thread, at any time. */
+void net_set_features(struct native_device *device, uint64_t features);
+void net_set_link(struct native_device *device, uint32_t up);
+void net_set_active_pairs(struct native_device *device, uint32_t pairs);
+const struct net_counters *net_counters(struct native_device *device);
+
 /* ---- workers: worker.c, reactor_uring.c, reactor_epoll.c ---- */
 
 #define WORKER_ATTACH 1     /* drive the queue for the device; look at the ring once */

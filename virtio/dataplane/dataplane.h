@@ -220,6 +220,8 @@ int chain_add(struct virtqueue *vq, struct chain_view *chain, const struct desc 
  */
 int chain_add_indirect(struct virtqueue *vq, struct chain_view *chain, const struct desc *table, uint32_t head,
 		       bool packed);
+/* Give back to the ring, unused, the last `count` chains popped: the next pop finds them again. */
+void virtqueue_unpop(struct virtqueue *vq, const uint32_t *heads, uint32_t count, uint32_t slots);
 /* Break the queue with this reason; always returns VQ_BROKEN. */
 int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
 /* Contiguous bytes at *hva (> 0), or VQ_MISS (now parked), or VQ_BROKEN (outside memory; nothing broken yet). */
@@ -312,7 +314,39 @@ struct native_device {
 	int refs; /* atomic */
 };
 
+/*
+ * Something beside the queues that a device waits for (a tap, a socket); worker thread. It is edge-triggered: `ready`
+ * says what came since it was last cleared, and whoever clears it goes on until EAGAIN.
+ */
+struct source {
+	int fd;                 /* its owner's */
+	uint32_t events;        /* what to watch for; fixed */
+	uint32_t ready;         /* POLLIN, POLLOUT */
+	bool wanted;            /* its owner wants to hear of it */
+	bool watched;           /* the reactor has it; it may be wanted no more */
+	struct native_device *device; /* a reference while watched */
+};
+
+void source_add(struct worker *w, struct source *source, struct native_device *device);
+void source_remove(struct worker *w, struct source *source);
+/* Called by a reactor: these events came / it is no longer looked at. */
+void source_rang(struct source *source, uint32_t events);
+void source_removed(struct worker *w, struct source *source);
+
+/* For a device that does not simply serve chains as they come (a NIC's receive queues). Worker thread. */
+struct queue_ops {
+	void (*attached)(struct native_device *device, struct worker *w, struct virtqueue *vq);
+	void (*detached)(struct native_device *device, struct worker *w, struct virtqueue *vq);
+	/* Is there something to do now? */
+	bool (*ready)(struct native_device *device, struct virtqueue *vq);
+	/* Do a bounded part of it; true: something was done. */
+	bool (*turn)(struct native_device *device, struct worker *w, struct virtqueue *vq);
+	/* The worker is about to sleep: ask for the kicks that are of interest. False: there is work after all. */
+	bool (*arm)(struct native_device *device, struct virtqueue *vq);
+};
+
 struct native_ops {
+	const struct queue_ops *queue; /* NULL: chains are served as they come, by `serve` */
 	/* Worker thread. Bytes written to the guest (>= 0) when done at once, or SERVE_*. */
 	int64_t (*serve)(struct native_device *device, struct worker *w, struct virtqueue *vq,
 			 struct chain_view *chain, uint64_t start_ns);
@@ -339,6 +373,9 @@ struct reactor_ops {
 	/* Watch a doorbell / stop: worker_doorbell_removed is called, now or later, when it is no longer looked at. */
 	int (*add_doorbell)(struct worker *w, struct virtqueue *vq, uint32_t kind);
 	void (*remove_doorbell)(struct worker *w, struct virtqueue *vq, uint32_t kind);
+	/* The same for a source, with source_removed. */
+	int (*add_source)(struct worker *w, struct source *source);
+	void (*remove_source)(struct worker *w, struct source *source);
 	/* Start r's I/O, which ends in native_ops.io_done from a later turn. */
 	void (*submit)(struct worker *w, struct request *r);
 	/* Hand over what is gathered and take what is done; true: something was. timeout_ns: 0 don't wait. */

@@ -13,12 +13,16 @@
 
 struct reactor_state {
 	int epoll_fd;
+	uint32_t sources;
 	struct request *done, **done_tail; /* I/O that is over, in order; told in the next turn, as with io_uring */
 };
 
-static int watch(struct worker *w, int fd, void *what)
+/* What an event belongs to: a virtqueue, a source (its address with this bit), or NULL for the wake-up eventfd. */
+#define SOURCE_BIT 1u
+
+static int watch(struct worker *w, int fd, uint32_t events, void *what)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.ptr = what };
+	struct epoll_event event = { .events = events, .data.ptr = what };
 
 	return epoll_ctl(w->state->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0 ? -errno : 0;
 }
@@ -32,7 +36,7 @@ static int epoll_open(struct worker *w)
 		return -ENOMEM;
 	w->state->done_tail = &w->state->done;
 	w->state->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	rc = w->state->epoll_fd < 0 ? -errno : watch(w, w->wake_fd, NULL);
+	rc = w->state->epoll_fd < 0 ? -errno : watch(w, w->wake_fd, EPOLLIN, NULL);
 	if (rc < 0) {
 		if (w->state->epoll_fd >= 0)
 			close(w->state->epoll_fd);
@@ -49,13 +53,29 @@ static void epoll_close(struct worker *w)
 
 static int epoll_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
-	return watch(w, vq->doorbell_fds[kind], vq);
+	return watch(w, vq->doorbell_fds[kind], EPOLLIN, vq);
 }
 
 static void epoll_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
 	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, vq->doorbell_fds[kind], NULL);
 	worker_doorbell_removed(vq, kind);
+}
+
+static int epoll_add_source(struct worker *w, struct source *source)
+{
+	int rc = watch(w, source->fd, source->events | EPOLLET, (uint8_t *)source + SOURCE_BIT);
+
+	if (rc == 0)
+		w->state->sources++;
+	return rc;
+}
+
+static void epoll_remove_source(struct worker *w, struct source *source)
+{
+	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
+	w->state->sources--;
+	source_removed(w, source);
 }
 
 static ssize_t perform(const struct request *r)
@@ -106,14 +126,19 @@ static bool epoll_turn(struct worker *w, uint64_t timeout_ns)
 	int timeout_ms = timeout_ns == WAIT_FOREVER ? -1 : (int)((timeout_ns + 999999) / 1000000), n;
 	bool any = complete_done(w);
 
-	/* While it polls the worker sees the rings themselves; the kernel is only asked where it may also wait. */
-	if (timeout_ns == 0 || any)
+	/*
+	 * While it polls the worker sees the rings themselves; the kernel is only asked where it may also wait, or for
+	 * what is not in a ring.
+	 */
+	if ((timeout_ns == 0 && !w->state->sources) || any)
 		return any;
 	n = epoll_wait(w->state->epoll_fd, events, EVENTS_A_TURN, timeout_ms);
 	for (int i = 0; i < n; i++) {
 		uint64_t count;
 
-		if (events[i].data.ptr)
+		if (events[i].data.u64 & SOURCE_BIT)
+			source_rang((struct source *)((uint8_t *)events[i].data.ptr - SOURCE_BIT), events[i].events);
+		else if (events[i].data.ptr)
 			worker_kicked(events[i].data.ptr);
 		else if (read(w->wake_fd, &count, sizeof(count)) < 0)
 			continue;
@@ -126,6 +151,8 @@ const struct reactor_ops epoll_ops = {
 	.close = epoll_close,
 	.add_doorbell = epoll_add_doorbell,
 	.remove_doorbell = epoll_remove_doorbell,
+	.add_source = epoll_add_source,
+	.remove_source = epoll_remove_source,
 	.submit = epoll_submit,
 	.turn = epoll_turn,
 };

@@ -19,6 +19,7 @@
 #define TAG_REQUEST 0
 #define TAG_WAKE 1
 #define TAG_REMOVED 2
+#define TAG_SOURCE 3
 #define TAG_DOORBELL 4 /* + DOORBELL_* */
 _Static_assert(TAG_DOORBELL + DOORBELL_KINDS - 1 <= TAG_MASK, "a tag for each kind of doorbell");
 
@@ -42,11 +43,11 @@ static struct io_uring_sqe *sqe_get(struct io_uring *ring)
 	return sqe;
 }
 
-static void poll_fd(struct io_uring *ring, int fd, uint64_t user_data)
+static void poll_fd(struct io_uring *ring, int fd, uint32_t events, uint64_t user_data)
 {
 	struct io_uring_sqe *sqe = sqe_get(ring);
 
-	io_uring_prep_poll_multishot(sqe, fd, POLLIN);
+	io_uring_prep_poll_multishot(sqe, fd, events);
 	io_uring_sqe_set_data64(sqe, user_data);
 }
 
@@ -87,7 +88,7 @@ static int uring_open(struct worker *w)
 		return rc;
 	}
 	w->state = state;
-	poll_fd(&state->ring, w->wake_fd, TAG_WAKE);
+	poll_fd(&state->ring, w->wake_fd, POLLIN, TAG_WAKE);
 	return 0;
 }
 
@@ -104,17 +105,33 @@ static uint64_t doorbell_data(struct virtqueue *vq, uint32_t kind)
 
 static int uring_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
-	poll_fd(&w->state->ring, vq->doorbell_fds[kind], doorbell_data(vq, kind));
+	poll_fd(&w->state->ring, vq->doorbell_fds[kind], POLLIN, doorbell_data(vq, kind));
 	return 0;
 }
 
-static void uring_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
+static void cancel(struct worker *w, uint64_t user_data)
 {
 	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
 
 	/* A cancel, not POLL_REMOVE: that answers EALREADY, and leaves the poll, when a kick is just on its way. */
-	io_uring_prep_cancel64(sqe, doorbell_data(vq, kind), 0);
+	io_uring_prep_cancel64(sqe, user_data, 0);
 	io_uring_sqe_set_data64(sqe, TAG_REMOVED);
+}
+
+static void uring_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
+{
+	cancel(w, doorbell_data(vq, kind));
+}
+
+static int uring_add_source(struct worker *w, struct source *source)
+{
+	poll_fd(&w->state->ring, source->fd, source->events, (uint64_t)(uintptr_t)source | TAG_SOURCE);
+	return 0;
+}
+
+static void uring_remove_source(struct worker *w, struct source *source)
+{
+	cancel(w, (uint64_t)(uintptr_t)source | TAG_SOURCE);
 }
 
 static void uring_submit(struct worker *w, struct request *r)
@@ -159,7 +176,19 @@ static void doorbell_rang(struct worker *w, const struct io_uring_cqe *cqe, bool
 	if (vq->detaching)
 		worker_doorbell_removed(vq, kind);
 	else
-		poll_fd(&w->state->ring, vq->doorbell_fds[kind], cqe->user_data);
+		poll_fd(&w->state->ring, vq->doorbell_fds[kind], POLLIN, cqe->user_data);
+}
+
+static void source_completed(struct worker *w, const struct io_uring_cqe *cqe, bool last)
+{
+	struct source *source = (struct source *)(uintptr_t)(cqe->user_data & ~TAG_MASK);
+
+	if (cqe->res > 0)
+		source_rang(source, (uint32_t)cqe->res);
+	else if (cqe->res < 0 && cqe->res != -ECANCELED)
+		source->wanted = false; /* nothing that can be waited for */
+	if (last)
+		source_removed(w, source);
 }
 
 static void complete(struct worker *w, const struct io_uring_cqe *cqe)
@@ -176,7 +205,10 @@ static void complete(struct worker *w, const struct io_uring_cqe *cqe)
 	case TAG_WAKE:
 		wake_drain(w);
 		if (last)
-			poll_fd(&w->state->ring, w->wake_fd, TAG_WAKE);
+			poll_fd(&w->state->ring, w->wake_fd, POLLIN, TAG_WAKE);
+		break;
+	case TAG_SOURCE:
+		source_completed(w, cqe, last);
 		break;
 	case TAG_REMOVED: /* what counts is the end of the poll itself */
 		break;
@@ -215,6 +247,8 @@ const struct reactor_ops uring_ops = {
 	.close = uring_close,
 	.add_doorbell = uring_add_doorbell,
 	.remove_doorbell = uring_remove_doorbell,
+	.add_source = uring_add_source,
+	.remove_source = uring_remove_source,
 	.submit = uring_submit,
 	.turn = uring_turn,
 };

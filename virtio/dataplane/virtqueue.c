@@ -292,6 +292,15 @@ int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain)
 	return VQ_CHAIN;
 }
 
+void virtqueue_unpop(struct virtqueue *vq, const uint32_t *heads, uint32_t count, uint32_t slots)
+{
+	for (uint32_t i = 0; i < count; i++)
+		vq->inflight_heads[heads[i] / 64] &= ~(1ull << (heads[i] & 63));
+	vq->inflight -= count;
+	if (count)
+		vq->ops->rewind(vq, count, slots);
+}
+
 void virtqueue_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written)
 {
 	vq->inflight_heads[head / 64] &= ~(1ull << (head & 63));

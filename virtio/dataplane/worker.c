@@ -42,7 +42,17 @@ static void publish_touched(struct worker *w)
 	w->touched_count = 0;
 }
 
-static bool serve_queue(struct worker *w, struct virtqueue *vq)
+static const struct queue_ops *queue_ops(const struct virtqueue *vq)
+{
+	return vq->device->ops->queue;
+}
+
+static bool queue_ready(struct virtqueue *vq)
+{
+	return queue_ops(vq) ? queue_ops(vq)->ready(vq->device, vq) : virtqueue_has_work(vq);
+}
+
+static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 {
 	struct chain_view chain = { .iov = w->scratch };
 	uint64_t start_ns = 0, batch_ns = 0;
@@ -72,13 +82,20 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 			}
 		}
 	}
+	return served;
+}
+
+static bool serve_queue(struct worker *w, struct virtqueue *vq)
+{
+	bool served = queue_ops(vq) ? queue_ops(vq)->turn(vq->device, w, vq) : serve_chains(w, vq) > 0;
+
 	if (vq->kicked) {
 		/* A queue that now waits for a translation was not called in vain. */
-		if (virtqueue_take_kicks(vq) && served == 0 && !vq->parked)
+		if (virtqueue_take_kicks(vq) && !served && !vq->parked)
 			stat_add(&vq->stats.empty_wakeups, 1);
 		vq->kicked = false;
 	}
-	return served > 0;
+	return served;
 }
 
 static bool serve_queues(struct worker *w)
@@ -86,7 +103,7 @@ static bool serve_queues(struct worker *w)
 	bool served = false;
 
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
-		if (!vq->detaching && (vq->kicked || virtqueue_has_work(vq)))
+		if (!vq->detaching && (vq->kicked || queue_ready(vq)))
 			served |= serve_queue(w, vq);
 	publish_touched(w);
 	return served;
@@ -109,6 +126,8 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	*at = vq->worker_next;
 	if (vq->doorbell_fds[DOORBELL_KICK] < 0)
 		w->kickless--;
+	if (queue_ops(vq))
+		queue_ops(vq)->detached(vq->device, w, vq);
 	native_device_unref(vq->device);
 	vq->device = NULL;
 	vq->detaching = NULL;
@@ -156,6 +175,8 @@ static int attach(struct worker *w, struct virtqueue *vq, struct native_device *
 	w->queues = vq;
 	/* A front-end that kicked before we watched, or whose notifier is new, left its work in the ring. */
 	virtqueue_disarm(vq);
+	if (queue_ops(vq))
+		queue_ops(vq)->attached(device, w, vq);
 	return 0;
 }
 
@@ -250,13 +271,18 @@ static bool poll_for_work(struct worker *w)
 	return false;
 }
 
+static bool queue_arm(struct virtqueue *vq)
+{
+	return queue_ops(vq) ? queue_ops(vq)->arm(vq->device, vq) : virtqueue_arm(vq);
+}
+
 static void worker_sleep(struct worker *w)
 {
 	uint64_t start = now_ns(), slept;
 	bool ready = false;
 
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
-		if (!vq->detaching && !virtqueue_arm(vq) && w->free_requests)
+		if (!vq->detaching && !queue_arm(vq) && w->free_requests)
 			ready = true;
 	store_relaxed(&w->sleeping, 1);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);

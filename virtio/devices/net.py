@@ -1,57 +1,82 @@
-"""The network device (section 5.1) with nothing behind it: frames are dropped, or come back to whoever sent them.
+"""The network device (section 5.1): frames between a guest's queues and a tap, a switch, a socket, or nothing at all.
 
-One pair of queues (5.1.2): 0 receive, 1 transmit; "receive" is the driver's word. No offloads: a frame is what follows
-the header, and the header of what comes back is our own.
+Queues (5.1.2): receive and transmit by turns, a pair for each of ``queues``. "Receive" is the driver's word. Served
+by native workers; a pair stays on one worker.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections import deque
-from typing import ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
+from weakref import WeakValueDictionary
 
-import structlog
-import trio
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
-from virtio.device import Chain, Device, DeviceOptions, Queue
+from virtio.device import Device, DeviceOptions
+from virtio.nic import OPS, PAIRS_MAX, NativeNic, NativeSwitch, NicBackend
 
+VIRTIO_NET_F_CSUM: Final = 0
+VIRTIO_NET_F_GUEST_CSUM: Final = 1
+VIRTIO_NET_F_MTU: Final = 3
 VIRTIO_NET_F_MAC: Final = 5
+VIRTIO_NET_F_GUEST_TSO4: Final = 7
+VIRTIO_NET_F_GUEST_TSO6: Final = 8
+VIRTIO_NET_F_GUEST_ECN: Final = 9
+VIRTIO_NET_F_HOST_TSO4: Final = 11
+VIRTIO_NET_F_HOST_TSO6: Final = 12
+VIRTIO_NET_F_HOST_ECN: Final = 13
+VIRTIO_NET_F_MRG_RXBUF: Final = 15
 VIRTIO_NET_F_STATUS: Final = 16
+VIRTIO_NET_F_MQ: Final = 22
+VIRTIO_NET_F_GUEST_USO4: Final = 54
+VIRTIO_NET_F_GUEST_USO6: Final = 55
+VIRTIO_NET_F_HOST_USO: Final = 56
+
 VIRTIO_NET_S_LINK_UP: Final = 1
 
-RECEIVE: Final = 0
-TRANSMIT: Final = 1
-
-_HEADER: Final = struct.Struct("<BBHHHHH")
-"""5.1.6: struct virtio_net_hdr; flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers."""
-LEGACY_HEADER_SIZE: Final = 10
-"""5.1.6.1: without VIRTIO_F_VERSION_1 there is no num_buffers (a legacy driver behind a front-end that allows it)."""
-
-FRAME_MIN: Final = 14
-"""Two addresses and a type: less is no Ethernet frame."""
-FRAME_MAX: Final = 14 + 0xFFFF
-"""Whatever the driver claims, no more than this is read of one frame."""
-BACKLOG: Final = 64
-"""Frames kept for a receive queue that does not run at the moment."""
-
-log = structlog.get_logger()
+_FROM_GUEST: Final = {
+    "VIRTIO_NET_F_CSUM": VIRTIO_NET_F_CSUM,
+    "VIRTIO_NET_F_HOST_TSO4": VIRTIO_NET_F_HOST_TSO4,
+    "VIRTIO_NET_F_HOST_TSO6": VIRTIO_NET_F_HOST_TSO6,
+    "VIRTIO_NET_F_HOST_ECN": VIRTIO_NET_F_HOST_ECN,
+    "VIRTIO_NET_F_HOST_USO": VIRTIO_NET_F_HOST_USO,
+}
+_TO_GUEST: Final = {
+    "VIRTIO_NET_F_GUEST_CSUM": VIRTIO_NET_F_GUEST_CSUM,
+    "VIRTIO_NET_F_GUEST_TSO4": VIRTIO_NET_F_GUEST_TSO4,
+    "VIRTIO_NET_F_GUEST_TSO6": VIRTIO_NET_F_GUEST_TSO6,
+    "VIRTIO_NET_F_GUEST_ECN": VIRTIO_NET_F_GUEST_ECN,
+    "VIRTIO_NET_F_GUEST_USO4": VIRTIO_NET_F_GUEST_USO4,
+    "VIRTIO_NET_F_GUEST_USO6": VIRTIO_NET_F_GUEST_USO6,
+}
+_OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.values()))
 
 
 class NetOptions(DeviceOptions):
     """Options of ``type = "net"``."""
 
-    backend: Literal["null"] = Field("null", description='"null": no network behind it.')
+    backend: Literal["null", "switch"] = Field(
+        "null", description='"null": no network behind it; "switch": the other guests of this daemon on that switch.'
+    )
     frames: Literal["drop", "reflect"] = Field(
-        "drop", description='"drop": nothing comes back; "reflect": each frame comes back to the guest that sent it.'
+        "drop",
+        description='With "null": "drop": nothing comes back; "reflect": each frame returns to the guest that sent it.',
+    )
+    switch: str | None = Field(
+        None,
+        min_length=1,
+        max_length=63,
+        description='Name of the switch, with backend = "switch"; devices that name the same one are joined.',
     )
     mac: str | None = Field(
         None,
         pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$",
         description="The guest's address. Default: a locally administered one made from the device's name.",
+    )
+    mtu: int | None = Field(
+        None, ge=68, le=65535, description="The MTU the guest is told to use. Default: none is told."
     )
 
     @field_validator("mac")
@@ -60,6 +85,14 @@ class NetOptions(DeviceOptions):
         if mac is not None and (int(mac[:2], 16) & 1 or not any(parse_mac(mac))):
             raise ValueError(f"{mac} is not the address of a single station")
         return mac
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> NetOptions:
+        if self.backend == "switch" and self.switch is None:
+            raise ValueError('switch is missing: name it, for instance switch = "lan"')
+        if self.backend != "switch" and self.switch is not None:
+            raise ValueError(f'switch has no meaning with backend = "{self.backend}"')
+        return self
 
     def address(self, name: str) -> bytes:
         """The address of the device called ``name``."""
@@ -76,90 +109,92 @@ def mac_from_name(name: str) -> bytes:
     return bytes([digest[0] & 0xFC | 2]) + digest[1:6]
 
 
+_SWITCHES: Final[WeakValueDictionary[str, NativeSwitch]] = WeakValueDictionary()
+"""The switches of this process by name; each lives as long as a port of it."""
+
+
+def switch_named(name: str) -> NativeSwitch:
+    """The switch of that name, which its ports share."""
+    switch = _SWITCHES.get(name)
+    if switch is None:
+        switch = _SWITCHES[name] = NativeSwitch()
+    return switch
+
+
 class Net(Device):
-    """A network interface whose other end is itself, or nobody."""
+    """One network interface."""
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_NET
     type_name = "net"
-    ops = ("receive", "transmit")
+    native = True
+    ops = OPS
     Options = NetOptions
-    feature_bits = {"VIRTIO_NET_F_MAC": VIRTIO_NET_F_MAC, "VIRTIO_NET_F_STATUS": VIRTIO_NET_F_STATUS}
-    queue_counts = (1, 1)
+    feature_bits = {
+        **_FROM_GUEST,
+        **_TO_GUEST,
+        "VIRTIO_NET_F_MTU": VIRTIO_NET_F_MTU,
+        "VIRTIO_NET_F_MAC": VIRTIO_NET_F_MAC,
+        "VIRTIO_NET_F_MRG_RXBUF": VIRTIO_NET_F_MRG_RXBUF,
+        "VIRTIO_NET_F_STATUS": VIRTIO_NET_F_STATUS,
+        "VIRTIO_NET_F_MQ": VIRTIO_NET_F_MQ,
+    }
+    queue_counts = (1, PAIRS_MAX)
 
     def __init__(self, name: str, options: NetOptions, queues: int, queue_size: int) -> None:
         # In the configuration it is pairs that are counted.
-        super().__init__(name, options, 2, queue_size)
+        super().__init__(name, options, 2 * queues, queue_size)
         self.mac: Final = options.address(name)
-        self._reflects = options.frames == "reflect"
-        self._receive: Queue | None = None  # while the receive queue runs
-        self._waiting: deque[bytes] = deque()
-        self._told: set[str] = set()
+        self._options = options
+        self._pairs = queues
+        self._link_up = True
+        self._switch = switch_named(options.switch) if options.switch is not None else None
+        self._nic = NativeNic(self._native_backend(), queues, switch=self._switch)
 
-    def config_space(self) -> bytes:
-        return bytes(VIRTIO_NET_CONFIG.build({"mac": self.mac, "status": VIRTIO_NET_S_LINK_UP}))
-
-    def reset(self) -> None:
-        self._waiting.clear()
-
-    # ---- queues ----
+    def _native_backend(self) -> NicBackend:
+        if self._switch is not None:
+            return NicBackend.SWITCH
+        return NicBackend.REFLECT if self._options.frames == "reflect" else NicBackend.DROP
 
     @property
-    def _header_size(self) -> int:
-        return _HEADER.size if self.driver_features >> spec.VIRTIO_F_VERSION_1 & 1 else LEGACY_HEADER_SIZE
+    def native_device(self) -> NativeNic:
+        return self._nic
 
-    async def run_queue(self, queue: Queue) -> None:
-        if queue.index == TRANSMIT:
-            await queue.serve(self.handle)
-            return
-        # Its buffers are taken when there is a frame for them, so its doorbells say nothing.
-        self._receive = queue
-        try:
-            while self._waiting:
-                self._deliver(queue, self._waiting.popleft())
-            await trio.sleep_forever()
-        finally:
-            self._receive = None
+    def worker_of(self, queue_index: int, workers: int) -> int:
+        """Both queues of a pair are one worker's."""
+        return queue_index // 2 % workers
 
-    async def handle(self, queue: Queue, chain: Chain) -> None:
-        """One frame from the driver; ``failed`` when it got no further though it should have."""
-        chain.op = TRANSMIT
-        header = chain.read(self._header_size)
-        frame = chain.read(FRAME_MAX + 1)
-        if len(header) < self._header_size or len(frame) < FRAME_MIN:
-            chain.failed = self._lost("it is shorter than a header and an Ethernet header")
-        elif len(frame) > FRAME_MAX:
-            chain.failed = self._lost("it is too long")
-        elif self._reflects:
-            chain.failed = self._reflect(frame)
+    def features(self) -> int:
+        bits = super().features()
+        if self._options.mtu is None:
+            bits &= ~(1 << VIRTIO_NET_F_MTU)
+        if self._pairs == 1:
+            bits &= ~(1 << VIRTIO_NET_F_MQ)
+        if self._switch is None:
+            # Nobody is there to send segments, and a frame that comes back comes back as it is.
+            bits &= ~_OFFLOADS
+        return bits
 
-    # What follows answers whether the frame was lost.
+    def set_driver_features(self, bits: int) -> None:
+        super().set_driver_features(bits)
+        self._nic.set_features(bits)
+        # vhost-user: which pairs are in use shows in which queues are enabled, and the front-end spreads over all.
+        self._nic.set_active_pairs(self._pairs if bits >> VIRTIO_NET_F_MQ & 1 else 1)
 
-    def _reflect(self, frame: bytes) -> bool:
-        if self._receive is not None:
-            return self._deliver(self._receive, frame)
-        if len(self._waiting) == BACKLOG:
-            return self._lost("the receive queue does not run")
-        self._waiting.append(frame)
-        return False
+    def config_space(self) -> bytes:
+        fields: dict[str, Any] = {
+            "mac": self.mac,
+            "status": VIRTIO_NET_S_LINK_UP if self._link_up else 0,
+            "max_virtqueue_pairs": self._pairs,
+            "mtu": self._options.mtu or 0,
+        }
+        return bytes(VIRTIO_NET_CONFIG.build(fields))
 
-    def _deliver(self, queue: Queue, frame: bytes) -> bool:
-        chain = queue.chain_at_hand()
-        if chain is None:
-            return self._lost("the driver gave no buffer for it")
-        chain.op = RECEIVE
-        if chain.writable_length >= self._header_size + len(frame):
-            # 5.1.6.4.1: no offloads were negotiated, so all else is 0; one buffer, as there are no mergeable ones.
-            chain.write(_HEADER.pack(0, 0, 0, 0, 0, 0, 1)[: self._header_size])
-            chain.write(frame)
-        else:  # it goes back empty
-            chain.failed = self._lost("the driver's buffer for it is too small")
-        lost = chain.failed
-        chain.complete()
-        return lost
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or out; the driver is told (5.1.4)."""
+        if up != self._link_up:
+            self._link_up = up
+            self._nic.set_link(up)
+            self.config_changed()
 
-    def _lost(self, why: str) -> bool:
-        """Every lost frame is an error in the metrics; each cause is told once."""
-        if why not in self._told:
-            self._told.add(why)
-            log.warning(f"a frame was dropped: {why}", device=self.name)
-        return True
+    def close(self) -> None:
+        self._nic.close()

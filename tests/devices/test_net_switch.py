@@ -1,0 +1,309 @@
+"""A switch between guests: who gets a frame, and what is done for a guest that did not offer to do it itself."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+from blk_driver import pattern
+from frontend import REACTORS, RINGS, Guest
+from links import WaistLink
+
+from virtio.backend import Backend
+from virtio.devices.net import Net, NetOptions
+from virtio.worker import Worker
+
+RECEIVE, TRANSMIT = 0, 1
+PLAIN = bytes(12)
+BROADCAST = b"\xff" * 6
+F_CSUM, F_GUEST_CSUM, F_MRG_RXBUF = 1 << 0, 1 << 1, 1 << 15
+F_GUEST_TSO = 1 << 7 | 1 << 8
+F_GUEST_USO = 1 << 54 | 1 << 55
+GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO | F_GUEST_USO | 1 << 9
+
+every_switch = pytest.mark.parametrize(("reactor", "ring"), [(r, f) for r in REACTORS for f in RINGS])
+
+
+class Station:
+    """One guest on the switch."""
+
+    def __init__(self, guest: Guest, device: Net) -> None:
+        self.guest = guest
+        self.device = device
+        self.mac = device.mac
+
+    async def send(self, to: bytes, payload: bytes, header: bytes = PLAIN) -> None:
+        await self.guest.queues[TRANSMIT].request([header + to + self.mac, payload], [])
+
+    def listen(self, count: int = 8, size: int = 1600) -> None:
+        for _ in range(count):
+            self.guest.queues[RECEIVE].driver.add([], [size])
+
+    async def frames(self, count: int = 1) -> list[tuple[bytes, bytes]]:
+        """(header, frame) of each that came, put together from its buffers."""
+        found: list[tuple[bytes, bytes]] = []
+        waiting: list[bytes] = []
+        needed = 1
+        while len(found) < count:
+            for used in await self.guest.queues[RECEIVE].used():
+                waiting.append(b"".join(used.buffers)[: used.written])
+                needed = struct.unpack_from("<H", waiting[0], 10)[0]
+                if len(waiting) == needed:
+                    whole = b"".join(waiting)
+                    found.append((whole[:12], whole[12:]))
+                    waiting = []
+        return found
+
+    def heard_nothing(self) -> bool:
+        return not self.guest.queues[RECEIVE].driver.has_used()
+
+
+@contextlib.asynccontextmanager
+async def lan(reactor: str, ring: str, *without: int) -> AsyncIterator[list[Station]]:
+    """As many stations on one switch as there are ``without``: the feature bits that each one's driver declines."""
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(Worker("lan", reactor=reactor))
+        stations = []
+        for number, bits in enumerate(without):
+            device = Net(f"port{number}", NetOptions(backend="switch", switch="lan"), 1, 256)
+            stack.callback(device.close)
+            backend = await stack.enter_async_context(Backend(device, workers=[worker]))
+            guest = Guest(WaistLink(backend), ring)
+            stack.callback(guest.close)
+            await guest.start(without=bits)
+            stations.append(Station(guest, device))
+        yield stations
+
+
+# ---- who gets it ----
+
+
+@every_switch
+async def test_a_frame_for_a_station_that_spoke_goes_to_it_alone(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0, 0) as (one, two, three):
+        for station in (one, two, three):
+            station.listen()
+        await two.send(BROADCAST, b"hello")
+        for station in (one, three):
+            assert await station.frames() == [(bytes(10) + b"\1\0", BROADCAST + two.mac + b"hello")]
+        await one.send(two.mac, b"to you")
+        assert (await two.frames())[0][1] == two.mac + one.mac + b"to you"
+        await two.send(one.mac, b"and back")
+        assert (await one.frames())[0][1] == one.mac + two.mac + b"and back"
+        assert three.heard_nothing()
+
+
+@every_switch
+async def test_a_frame_for_nobody_known_and_one_for_a_group_go_to_all_others(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0, 0) as (one, two, three):
+        for to in (bytes.fromhex("02aabbccddee"), bytes.fromhex("01005e000001")):
+            for station in (one, two, three):
+                station.listen(1)
+            await one.send(to, b"??")
+            for station in (two, three):
+                assert (await station.frames())[0][1] == to + one.mac + b"??"
+            assert one.heard_nothing()
+        assert one.device.native_device.counters().flooded == 2
+
+
+@every_switch
+async def test_a_station_is_never_given_its_own_frame(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0) as (one, two):
+        one.listen()
+        two.listen()
+        await one.send(one.mac, b"to myself")
+        await one.send(one.mac, b"again")
+        await one.send(two.mac, b"last")
+        assert (await two.frames())[0][1].endswith(b"last")
+        assert one.heard_nothing()
+
+
+@every_switch
+async def test_a_station_that_left_is_forgotten(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0, 0) as (one, two, three):
+        for station in (one, two, three):
+            station.listen()
+        await two.send(BROADCAST, b"here I am")
+        await one.frames()
+        await three.frames()
+        await two.guest.link.reset()
+        await one.send(two.mac, b"are you there?")
+        assert (await three.frames())[0][1].endswith(b"there?")  # not known any more: everybody is asked
+
+
+@every_switch
+async def test_a_guest_that_makes_up_addresses_by_the_thousand_harms_nobody(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0) as (one, two):
+        queue = one.guest.queues[TRANSMIT]
+        for first in range(0, 4096, 32):
+            for number in range(first, first + 32):
+                queue.driver.add([PLAIN + two.mac + b"\2\0" + struct.pack(">I", number) + b"flood"], [])
+            queue.kick()
+            await queue.used(32)
+        one.listen()
+        two.listen()
+        await two.send(BROADCAST, b"hello")
+        await one.frames()
+        await one.send(two.mac, b"fine")
+        assert (await two.frames())[0][1].endswith(b"fine")
+
+
+# ---- what the receiver does not do itself ----
+
+
+def internet_sum(data: bytes) -> int:
+    words = struct.unpack(f">{len(data) // 2}H", data[: len(data) & ~1])
+    total = sum(words) + (data[-1] << 8 if len(data) & 1 else 0)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def packet(kind: str, payload: bytes, *, vlan: bool = False) -> tuple[bytes, int, int]:
+    """What follows the addresses: type, IP and TCP or UDP headers with the pseudo header's sum where the checksum
+    goes, and payload. With the frame's offsets of the transport header and its checksum in that header."""
+    six, udp = "6" in kind, "udp" in kind
+    transport_size = 8 if udp else 20
+    length = transport_size + len(payload)
+    protocol = 17 if udp else 6
+    if six:
+        source, target = bytes(range(16)), bytes(range(16, 32))
+        ip = struct.pack(">IHBB", 6 << 28, length, protocol, 64) + source + target
+        pseudo = source + target + struct.pack(">II", length, protocol)
+    else:
+        source, target = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
+        ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 7, 0x4000, 64, protocol, 0) + source + target
+        ip = ip[:10] + struct.pack(">H", 0xFFFF - internet_sum(ip)) + ip[12:]
+        pseudo = source + target + struct.pack(">HH", protocol, length)
+    partial = internet_sum(pseudo)
+    if udp:
+        transport = struct.pack(">HHHH", 1000, 2000, length, partial)
+    else:
+        transport = struct.pack(">HHIIBBHHH", 1000, 2000, 5000, 1, 0x50, 0x99, 512, partial, 0)  # CWR ACK PSH FIN
+    ether = (b"\x81\x00\x00\x05" if vlan else b"") + (b"\x86\xdd" if six else b"\x08\x00")
+    return ether + ip + transport + payload, 12 + len(ether) + len(ip), 6 if udp else 16
+
+
+def check_sums(frame: bytes) -> bytes:
+    """The transport's payload, once lengths and checksums of the frame were found right."""
+    at = 14
+    kind = frame[12:14]
+    if kind == b"\x81\x00":
+        at, kind = 18, frame[16:18]
+    if kind == b"\x08\x00":
+        assert internet_sum(frame[at : at + 20]) == 0xFFFF
+        total, protocol = struct.unpack_from(">2xH5xB", frame, at)
+        transport = frame[at + 20 : at + total]
+        pseudo = frame[at + 12 : at + 20] + struct.pack(">HH", protocol, len(transport))
+    else:
+        length, protocol = struct.unpack_from(">4xHB", frame, at)
+        transport = frame[at + 40 : at + 40 + length]
+        pseudo = frame[at + 8 : at + 40] + struct.pack(">II", length, protocol)
+    assert at + (20 if kind == b"\x08\x00" else 40) + len(transport) == len(frame)
+    assert internet_sum(pseudo + transport) == 0xFFFF
+    if protocol == 17:
+        assert struct.unpack_from(">H", transport, 4)[0] == len(transport)
+    return transport[8 if protocol == 17 else 20 :]
+
+
+KINDS = ("tcp4", "tcp6", "udp4", "udp6")
+GSO = {"tcp4": 1, "tcp6": 4, "udp4": 5, "udp6": 5}
+
+
+@every_switch
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [0, 1, 777])
+async def test_a_checksum_is_completed_for_a_guest_that_does_not_do_it(
+    reactor: str, ring: str, kind: str, size: int
+) -> None:
+    async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
+        two.listen()
+        body, start, offset = packet(kind, pattern(size, 3))
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0))
+        ((header, frame),) = await two.frames()
+        assert header == bytes(10) + b"\1\0"
+        assert check_sums(frame) == pattern(size, 3)
+
+
+@every_switch
+async def test_an_unfinished_checksum_is_passed_on_to_a_guest_that_offered_to_do_it(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, 0) as (one, two):
+        two.listen()
+        body, start, offset = packet("tcp4", b"data")
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 99, 0, start, offset, 77))
+        ((header, frame),) = await two.frames()
+        assert struct.unpack("<BBHHHHH", header) == (1, 0, 0, 0, start, offset, 1)
+        assert frame == BROADCAST + one.mac + body
+
+
+@every_switch
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vlan", [False, True], ids=["", "vlan"])
+async def test_a_large_packet_is_cut_for_a_guest_that_takes_none(
+    reactor: str, ring: str, kind: str, vlan: bool
+) -> None:
+    payload = pattern(5000, 9)
+    async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
+        two.listen(16)
+        body, start, offset = packet(kind, payload, vlan=vlan)
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, GSO[kind], 0, 1400, start, offset, 0))
+        frames = [frame for _, frame in await two.frames(4)]
+        assert [len(check_sums(frame)) for frame in frames] == [1400, 1400, 1400, 800]
+        assert b"".join(check_sums(frame) for frame in frames) == payload
+        if "tcp" in kind:
+            headers = [struct.unpack_from(">4xI5xB", frame, start) for frame in frames]
+            assert [sequence for sequence, _ in headers] == [5000, 6400, 7800, 9200]
+            # CWR in the first only, PSH and FIN in the last only.
+            assert [flags for _, flags in headers] == [0x90, 0x10, 0x10, 0x19]
+        if "4" in kind:
+            identities = [struct.unpack_from(">4xH", frame, start - 20)[0] for frame in frames]
+            assert identities == [7, 8, 9, 10]
+
+
+@every_switch
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_large_packet_is_passed_on_whole_to_a_guest_that_takes_it(reactor: str, ring: str, kind: str) -> None:
+    payload = pattern(9000, 9)
+    async with lan(reactor, ring, 0, 0) as (one, two):
+        two.listen(16)
+        body, start, offset = packet(kind, payload)
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, GSO[kind], 0, 1400, start, offset, 0))
+        ((header, frame),) = await two.frames()
+        assert struct.unpack("<BBHHHHH", header)[:6] == (1, GSO[kind], 0, 1400, start, offset)
+        assert frame == BROADCAST + one.mac + body
+
+
+@every_switch
+@pytest.mark.parametrize(
+    "lie",
+    [
+        (1, 1, 0, 0, 34, 16, 0),  # segments of no bytes
+        (1, 1, 0, 1, 34, 16, 0),  # as many segments as bytes: honest, and slow for nobody but the sender
+        (0, 1, 0, 1400, 34, 16, 0),  # segments without a checksum
+        (1, 1, 0, 1400, 0xFFFF, 16, 0),
+        (1, 1, 0, 1400, 34, 0xFFFF, 0),
+        (1, 1, 0, 1400, 13, 16, 0),
+        (1, 1, 0, 1400, 20, 16, 0),  # the transport inside the IP header
+        (1, 1, 0, 1400, 34, 6, 0),
+        (1, 4, 0, 1400, 34, 16, 0),  # version 6, it says
+        (1, 5, 0, 1400, 34, 16, 0),
+        (1, 3, 0, 1400, 34, 16, 0),  # UFO, which nobody offered
+        (1, 0x81, 0, 1400, 34, 16, 0),  # ECN
+        (0xFF, 0xFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF),
+    ],
+    ids=str,
+)
+async def test_a_header_that_lies_costs_nobody_but_its_frame(
+    reactor: str, ring: str, lie: tuple[int, int, int, int, int, int, int]
+) -> None:
+    async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
+        body, _, _ = packet("tcp4", pattern(1300, 5))
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", *lie))
+        two.listen(2)
+        # Nothing of it, whatever it was, is in the way of what comes after.
+        body, start, offset = packet("udp4", b"honest")
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0))
+        ((_, frame),) = await two.frames()
+        assert check_sums(frame) == b"honest"

@@ -1,0 +1,141 @@
+/*
+ * The native network device (section 5.1): net_device.c drives its queues, net_frame.c reads frames from and writes
+ * them to rings, net_offload.c does in software what a receiver cannot, net_switch.c and net_fd.c are back ends.
+ *
+ * All of it runs on worker threads, and both queues of a pair on the same one. The ports of a switch share one worker.
+ */
+#ifndef HYPERBELL_NET_H
+#define HYPERBELL_NET_H
+
+#include "dataplane.h"
+#include "pieces.h"
+
+/* 5.1.3, feature bits that the data path looks at. */
+#define VIRTIO_NET_F_CSUM 0
+#define VIRTIO_NET_F_GUEST_CSUM 1
+#define VIRTIO_NET_F_GUEST_TSO4 7
+#define VIRTIO_NET_F_GUEST_TSO6 8
+#define VIRTIO_NET_F_GUEST_ECN 9
+#define VIRTIO_NET_F_HOST_TSO4 11
+#define VIRTIO_NET_F_HOST_TSO6 12
+#define VIRTIO_NET_F_HOST_ECN 13
+#define VIRTIO_NET_F_MRG_RXBUF 15
+#define VIRTIO_NET_F_CTRL_VQ 17
+#define VIRTIO_NET_F_MQ 22
+#define VIRTIO_F_VERSION_1 32
+#define VIRTIO_NET_F_GUEST_USO4 54
+#define VIRTIO_NET_F_GUEST_USO6 55
+#define VIRTIO_NET_F_HOST_USO 56
+
+/* 5.1.6: struct virtio_net_hdr, always with num_buffers (VERSION_1). */
+#define VIRTIO_NET_HDR_F_NEEDS_CSUM 1
+#define VIRTIO_NET_HDR_F_DATA_VALID 2
+#define VIRTIO_NET_HDR_GSO_NONE 0
+#define VIRTIO_NET_HDR_GSO_TCPV4 1
+#define VIRTIO_NET_HDR_GSO_TCPV6 4
+#define VIRTIO_NET_HDR_GSO_UDP_L4 5
+#define VIRTIO_NET_HDR_GSO_ECN 0x80
+
+struct net_header {
+	uint8_t flags;
+	uint8_t gso_type;
+	uint16_t hdr_len;
+	uint16_t gso_size;
+	uint16_t csum_start;
+	uint16_t csum_offset;
+	uint16_t num_buffers;
+};
+
+#define NET_HEADER_SIZE 12
+#define NET_LEGACY_HEADER_SIZE 10 /* 5.1.6.1: without num_buffers */
+#define ETHERNET_SIZE 14
+/* Ethernet, two VLAN tags, and the most that the length of an IP packet can say. */
+#define NET_FRAME_MAX (ETHERNET_SIZE + 8 + 65535)
+#define NET_TURN 64 /* frames a queue may move in one turn */
+
+struct net_frame { /* one frame on its way; the pieces are a guest's memory, or ours */
+	struct net_header header; /* checked: all it claims lies inside the frame */
+	const struct iovec *iov;
+	uint32_t count;
+	uint32_t length; /* without the header */
+};
+
+struct net_device;
+
+struct net_pair { /* one receive and one transmit queue; worker thread */
+	struct net_device *net;
+	struct virtqueue *rx, *tx;  /* while a worker drives them */
+	struct source source;       /* fd back ends */
+	uint8_t *frame;             /* fd back ends: room for what was read, which may wait for buffers */
+	uint8_t *work;              /* room for a frame that is summed or segmented on its way to the guest */
+	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
+	struct net_header pending_header;
+};
+
+struct net_backend {
+	/* Take a frame from the guest, or drop and count it. False: not now, keep it until the source is ready again. */
+	bool (*send)(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+	/* The next frame for the guest into pair->frame: its length, 0: none now. NULL: none comes from a source. */
+	uint32_t (*receive)(struct net_pair *pair, struct net_header *header);
+};
+
+struct net_switch;
+
+struct net_device {
+	struct native_device native; /* first */
+	struct net_setup setup;      /* immutable; its fds are ours */
+	const struct net_backend *backend;
+	struct net_switch *lan;      /* NET_BACKEND_SWITCH; a reference */
+	uint32_t lan_port;           /* worker: where it is plugged in; NET_NO_PORT: nowhere */
+	uint32_t attached;           /* worker: how many of its queues are driven */
+	uint64_t features;           /* atomic: what the driver accepted */
+	uint32_t link_up;            /* atomic */
+	uint32_t active_pairs;       /* atomic: receive queues that frames are spread over (5.1.6.5.5) */
+	struct net_counters counters; /* worker, relaxed */
+	struct net_pair pairs[NET_PAIRS_MAX];
+};
+
+#define NET_NO_PORT UINT32_MAX
+
+static inline bool net_has(const struct net_device *net, uint32_t bit)
+{
+	return load_relaxed(&net->features) >> bit & 1;
+}
+
+static inline uint32_t net_header_size(const struct net_device *net)
+{
+	uint64_t features = load_relaxed(&net->features);
+
+	return features >> VIRTIO_F_VERSION_1 & 1 || features >> VIRTIO_NET_F_MRG_RXBUF & 1 ? NET_HEADER_SIZE
+											    : NET_LEGACY_HEADER_SIZE;
+}
+
+/* ---- net_frame.c ---- */
+
+/*
+ * A popped transmit chain as a frame. `iov` has room for the chain's pieces. False: the header lies, or there is no
+ * frame in it; nothing but that frame is lost.
+ */
+bool net_frame_read(struct net_device *net, const struct chain_view *chain, struct iovec *iov, struct net_frame *frame);
+
+enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED };
+/* Write a frame to the guest as it is: NET_NO_BUFFERS may go better later, NET_REFUSED never. */
+enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+
+/* ---- net_offload.c ---- */
+
+/* Write a frame to the guest, doing in software what its driver did not offer to. Counts what is dropped. */
+enum net_result net_deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+
+/* ---- net_switch.c ---- */
+
+extern const struct net_backend net_switch_backend;
+struct net_switch *net_switch_ref(struct net_switch *lan);
+void net_switch_plug(struct net_device *net);
+void net_switch_unplug(struct net_device *net);
+
+/* ---- net_fd.c ---- */
+
+extern const struct net_backend net_tap_backend, net_datagram_backend;
+
+#endif

@@ -1,0 +1,89 @@
+/*
+ * Back ends behind a descriptor: a tap device with its virtio header kept, so that offloads are passed on, and a
+ * datagram socket with one bare frame a message.
+ */
+#include "net.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define SEND_PIECES_MAX 1024 /* IOV_MAX */
+
+static bool not_now(struct net_pair *pair)
+{
+	pair->source.ready &= ~(uint32_t)POLLOUT;
+	return false;
+}
+
+/* What became of a send that returned `n`. */
+static bool sent(struct net_pair *pair, ssize_t n)
+{
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS))
+		return not_now(pair);
+	if (n < 0)
+		stat_add(&pair->net->counters.dropped, 1); /* the tap is down, nobody is at the other end, ... */
+	return true;
+}
+
+static bool tap_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct net_header header = frame->header;
+	struct iovec iov[SEND_PIECES_MAX];
+
+	(void)w;
+	if (frame->count >= SEND_PIECES_MAX) {
+		stat_add(&pair->net->counters.dropped, 1);
+		return true;
+	}
+	iov[0] = (struct iovec){ &header, NET_HEADER_SIZE };
+	memcpy(&iov[1], frame->iov, frame->count * sizeof(iov[0]));
+	return sent(pair, writev(pair->source.fd, iov, (int)frame->count + 1));
+}
+
+static uint32_t nothing_more(struct net_pair *pair)
+{
+	pair->source.ready &= ~(uint32_t)POLLIN;
+	return 0;
+}
+
+static uint32_t tap_receive(struct net_pair *pair, struct net_header *header)
+{
+	struct iovec iov[2] = { { header, NET_HEADER_SIZE }, { pair->frame, NET_FRAME_MAX } };
+	ssize_t n = readv(pair->source.fd, iov, 2);
+
+	if (n < NET_HEADER_SIZE + ETHERNET_SIZE)
+		return nothing_more(pair);
+	return (uint32_t)n - NET_HEADER_SIZE;
+}
+
+static bool datagram_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct msghdr message = { .msg_iov = (struct iovec *)(uintptr_t)frame->iov, .msg_iovlen = frame->count };
+
+	(void)w;
+	if (frame->count > SEND_PIECES_MAX) {
+		stat_add(&pair->net->counters.dropped, 1);
+		return true;
+	}
+	return sent(pair, sendmsg(pair->source.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL));
+}
+
+static uint32_t datagram_receive(struct net_pair *pair, struct net_header *header)
+{
+	ssize_t n;
+
+	memset(header, 0, sizeof(*header));
+	do {
+		n = recv(pair->source.fd, pair->frame, NET_FRAME_MAX, MSG_DONTWAIT | MSG_TRUNC);
+		if (n <= 0)
+			return nothing_more(pair);
+		/* No frame at all, or one that was cut: the peer's affair, and lost. */
+		if (n < ETHERNET_SIZE || n > NET_FRAME_MAX)
+			stat_add(&pair->net->counters.malformed, 1);
+	} while (n < ETHERNET_SIZE || n > NET_FRAME_MAX);
+	return (uint32_t)n;
+}
+
+const struct net_backend net_tap_backend = { .send = tap_send, .receive = tap_receive };
+const struct net_backend net_datagram_backend = { .send = datagram_send, .receive = datagram_receive };

@@ -1,0 +1,144 @@
+/*
+ * A learning switch between the guests of this daemon: frames go from ring to ring. Its ports share one worker, which
+ * the configuration sees to, so there is no lock.
+ */
+#include "net.h"
+
+#include <stdlib.h>
+
+#define SETS 256 /* a power of two */
+#define WAYS 4
+
+struct station {
+	uint8_t mac[6];
+	uint16_t port; /* + 1; 0: the place is free */
+};
+
+struct net_switch {
+	int refs; /* atomic */
+	struct net_device *ports[NET_SWITCH_PORTS_MAX];
+	struct station stations[SETS][WAYS];
+	uint8_t victim[SETS]; /* who makes room next */
+};
+
+struct net_switch *net_switch_new(void)
+{
+	struct net_switch *lan = calloc(1, sizeof(*lan));
+
+	if (lan)
+		lan->refs = 1;
+	return lan;
+}
+
+struct net_switch *net_switch_ref(struct net_switch *lan)
+{
+	__atomic_add_fetch(&lan->refs, 1, __ATOMIC_RELAXED);
+	return lan;
+}
+
+void net_switch_unref(struct net_switch *lan)
+{
+	if (lan && __atomic_sub_fetch(&lan->refs, 1, __ATOMIC_ACQ_REL) == 0)
+		free(lan);
+}
+
+void net_switch_plug(struct net_device *net)
+{
+	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++) {
+		if (net->lan->ports[port])
+			continue;
+		net->lan->ports[port] = net;
+		net->lan_port = port;
+		return;
+	}
+}
+
+void net_switch_unplug(struct net_device *net)
+{
+	if (net->lan_port == NET_NO_PORT)
+		return;
+	net->lan->ports[net->lan_port] = NULL;
+	for (uint32_t set = 0; set < SETS; set++)
+		for (uint32_t way = 0; way < WAYS; way++)
+			if (net->lan->stations[set][way].port == net->lan_port + 1)
+				net->lan->stations[set][way].port = 0;
+	net->lan_port = NET_NO_PORT;
+}
+
+/* ---- who is where ---- */
+
+static uint32_t set_of(const uint8_t mac[6])
+{
+	uint32_t hash = 2166136261u; /* FNV-1a */
+
+	for (int i = 0; i < 6; i++)
+		hash = (hash ^ mac[i]) * 16777619u;
+	return (hash ^ hash >> 16) & (SETS - 1);
+}
+
+static struct station *station_find(struct net_switch *lan, const uint8_t mac[6])
+{
+	struct station *set = lan->stations[set_of(mac)];
+
+	for (uint32_t way = 0; way < WAYS; way++)
+		if (set[way].port && memcmp(set[way].mac, mac, 6) == 0)
+			return &set[way];
+	return NULL;
+}
+
+static void station_learn(struct net_switch *lan, const uint8_t mac[6], uint32_t port)
+{
+	struct station *station = station_find(lan, mac);
+	uint32_t set = set_of(mac);
+
+	if (!station) {
+		/* A guest that makes up addresses only makes others' frames be flooded until they speak again. */
+		station = &lan->stations[set][lan->victim[set]++ % WAYS];
+		memcpy(station->mac, mac, 6);
+	}
+	station->port = (uint16_t)(port + 1);
+}
+
+/* ---- frames ---- */
+
+static bool is_group(const uint8_t mac[6])
+{
+	return mac[0] & 1;
+}
+
+static void hand_over(struct net_device *to, uint32_t pair, struct worker *w, const struct net_frame *frame)
+{
+	/* Frames of one queue stay in order: they all go to the same queue of the other side. */
+	net_deliver(&to->pairs[pair % load_relaxed(&to->active_pairs)], w, frame);
+}
+
+static bool switch_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct net_device *net = pair->net;
+	struct net_switch *lan = net->lan;
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	uint32_t index = (uint32_t)(pair - net->pairs);
+	uint8_t macs[12]; /* destination, source */
+	const struct station *station;
+
+	if (net->lan_port == NET_NO_PORT) {
+		stat_add(&net->counters.dropped, 1);
+		return true;
+	}
+	pieces_read(&from, macs, sizeof(macs));
+	if (!is_group(macs + 6))
+		station_learn(lan, macs + 6, net->lan_port);
+	station = is_group(macs) ? NULL : station_find(lan, macs);
+	if (station) {
+		if (station->port != net->lan_port + 1)
+			hand_over(lan->ports[station->port - 1], index, w, frame);
+		return true;
+	}
+	stat_add(&net->counters.flooded, 1);
+	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++)
+		if (lan->ports[port] && port != net->lan_port)
+			hand_over(lan->ports[port], index, w, frame);
+	return true;
+}
+
+const struct net_backend net_switch_backend = { .send = switch_send };

@@ -1,0 +1,92 @@
+"""The Python face of the native network device and of the switch between several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from virtio.dataplane import check, ffi, lib
+from virtio.disk import NativeDevice
+from virtio.errors import HostError
+from virtio.fd import OwnedFd
+
+PAIRS_MAX: Final[int] = lib.NET_PAIRS_MAX
+PORTS_MAX: Final[int] = lib.NET_SWITCH_PORTS_MAX
+OPS: Final = ("receive", "transmit")
+
+
+class NicBackend(IntEnum):
+    """Where frames go."""
+
+    DROP = lib.NET_BACKEND_DROP
+    REFLECT = lib.NET_BACKEND_REFLECT
+    SWITCH = lib.NET_BACKEND_SWITCH
+    TAP = lib.NET_BACKEND_TAP
+    DATAGRAM = lib.NET_BACKEND_DATAGRAM
+
+
+@dataclass(frozen=True, slots=True)
+class NicCounters:
+    """Frames by what became of them, since the device was made: ``flooded`` ones went to all ports of a switch, the
+    others were lost."""
+
+    malformed: int
+    no_buffers: int
+    refused: int
+    dropped: int
+    flooded: int
+
+
+class NativeSwitch:
+    """A learning switch. All its ports must be driven by one worker."""
+
+    def __init__(self) -> None:
+        pointer = lib.net_switch_new()
+        if pointer == ffi.NULL:
+            raise HostError("no memory for a switch")
+        self.pointer: Any = ffi.gc(pointer, lib.net_switch_unref)
+
+
+class NativeNic(NativeDevice):
+    """A network device in the data plane. It keeps duplicates of ``fds``: a queue each of a tap, or one socket."""
+
+    def __init__(
+        self, backend: NicBackend, pairs: int, *, fds: Sequence[OwnedFd] = (), switch: NativeSwitch | None = None
+    ) -> None:
+        raw = ffi.new("struct net_setup *")
+        raw.backend, raw.pairs = int(backend), pairs
+        for index, fd in enumerate(fds):
+            raw.fds[index] = fd.fileno()
+        error = ffi.new("int *")
+        pointer = lib.net_new(raw, switch.pointer if switch is not None else ffi.NULL, error)
+        if pointer == ffi.NULL:
+            check(error[0], "making a network device")
+            raise HostError("making a network device failed")
+        self.pointer = ffi.gc(pointer, lib.native_device_unref)
+
+    def _alive(self) -> Any:
+        if self.pointer == ffi.NULL:
+            raise ValueError("the network device is closed")
+        return self.pointer
+
+    def set_features(self, bits: int) -> None:
+        """What the driver accepted: it decides what a header may say, and what is done in software."""
+        lib.net_set_features(self._alive(), bits)
+
+    def set_link(self, up: bool) -> None:
+        """Down: whatever is sent either way is lost."""
+        lib.net_set_link(self._alive(), up)
+
+    def set_active_pairs(self, pairs: int) -> None:
+        """How many receive queues the driver uses (5.1.6.5.5)."""
+        lib.net_set_active_pairs(self._alive(), pairs)
+
+    def counters(self) -> NicCounters:
+        raw = lib.net_counters(self._alive())
+        return NicCounters(raw.malformed, raw.no_buffers, raw.refused, raw.dropped, raw.flooded)
+
+    def close(self) -> None:
+        """Let go of the device; a worker in the middle of a turn does so later."""
+        self.pointer = ffi.NULL
