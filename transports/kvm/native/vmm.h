@@ -50,7 +50,7 @@ void handover_abandon(struct handover *h);
 
 /* ---- output.c: bytes of all vCPUs to Python, bounded ---- */
 
-#define OUTPUT_BYTES (256 * 1024)
+#define OUTPUT_BYTES (64 * 1024) /* all that Linux says while it boots */
 
 struct output {
 	pthread_mutex_t lock;
