@@ -33,3 +33,11 @@ class InterruptStatus:
     def raise_config(self) -> None:
         """Set bit 1: the configuration changed. Before the interrupt is raised, as with bit 0."""
         lib.interrupt_status_raise(self.pointer, lib.INTERRUPT_CONFIG_CHANGE)
+
+    def acknowledge(self, bits: int) -> None:
+        """Clear ``bits``, as a write to InterruptACK does."""
+        lib.interrupt_status_acknowledge(self.pointer, bits)
+
+    def clear(self) -> None:
+        """4.2.2.1: a reset clears all bits."""
+        self.acknowledge(0xFFFF_FFFF)

@@ -138,6 +138,10 @@ async def test_interrupt_status_is_set_before_the_call_eventfd_is_written(driven
         await check_it_works(queue)
         assert status.value == 3
         assert status.address != 0
+        status.acknowledge(1)
+        assert status.value == 2
+        status.clear()
+        assert status.value == 0
 
 
 async def test_whoever_watches_is_told_which_eventfd_kicks_which_queue() -> None:

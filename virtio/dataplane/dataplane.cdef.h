@@ -63,6 +63,7 @@ void interrupt_status_unref(struct interrupt_status *status);
 uint32_t *interrupt_status_word(struct interrupt_status *status);
 /* Any thread. */
 void interrupt_status_raise(struct interrupt_status *status, uint32_t bits);
+void interrupt_status_acknowledge(struct interrupt_status *status, uint32_t bits);
 uint32_t interrupt_status_value(struct interrupt_status *status);
 
 /* ---- virtqueues: virtqueue.c, split.c, packed.c, notify.c ---- */

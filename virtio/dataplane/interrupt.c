@@ -43,6 +43,11 @@ void interrupt_status_raise(struct interrupt_status *status, uint32_t bits)
 	__atomic_fetch_or(&status->word, bits, __ATOMIC_RELEASE);
 }
 
+void interrupt_status_acknowledge(struct interrupt_status *status, uint32_t bits)
+{
+	__atomic_fetch_and(&status->word, ~bits, __ATOMIC_ACQ_REL);
+}
+
 uint32_t interrupt_status_value(struct interrupt_status *status)
 {
 	return load_acquire(&status->word);

@@ -1,0 +1,214 @@
+"""The hypercall doorbell on our own virtio-mmio: offered, accepted, withheld, and withdrawn while it is used.
+
+KVM_HYPERV_EVENTFD is played by a double here (``kvm_scene.FakeHypercalls``); the real one is rung in the nested tests.
+"""
+
+from __future__ import annotations
+
+import select
+from typing import Any
+
+import mmio_guest as regs
+import pytest
+from driven import Scripted
+from kvm_scene import KEY, Scene, scene
+from recording_backend import RecordingBackend
+from structlog.testing import capture_logs
+from vhost_user_wire import no_fd_leaks
+
+from transports.hypercall import connection_id
+from virtio.backend import Backend
+from virtio.device import DeviceOptions
+from virtio.devices.rng import Rng
+from virtio.waist import Doorbell
+
+FEATURES = regs.F_VERSION_1 | regs.F_HYPERCALL_NOTIFY
+ID = connection_id(0x100, KEY)
+
+
+def rng() -> Backend:
+    return Backend(Rng("entropy", DeviceOptions(), 1, 64))
+
+
+async def request(s: Scene, ring: str) -> None:
+    s.rings[0].add([], [32])
+    if ring == "hypercall":
+        assert s.hypercalls.ring(ID) == 0
+    else:
+        s.ring_mmio(0)
+    (used,) = await s.used(0)
+    assert used.written == 32
+
+
+async def accept(s: Scene, index: int = 0) -> None:
+    await s.write(regs.QUEUE_SEL, index)
+    await s.write(regs.BELL, 1)
+
+
+async def test_a_driver_that_negotiated_it_rings_by_hypercall_and_is_counted_by_kind() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        assert await s.ids() == [ID]
+        assert s.device.rung_by_hypercall == (0,)
+        for _ in range(3):
+            await request(s, "hypercall")
+        await request(s, "plain")
+        await s.rung(hypercall=3, kick=1)
+
+
+async def test_a_driver_may_accept_it_without_the_feature() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start()
+        assert s.hypercalls.registered == {}
+        assert s.hypercalls.ring(ID) == 3
+        await accept(s)
+        await request(s, "hypercall")
+
+
+async def test_each_device_and_queue_has_an_id_of_its_own() -> None:
+    backend = RecordingBackend(queue_count=2, features=regs.F_VERSION_1)
+    async with scene(backend, number=5) as s:
+        await s.start(FEATURES)
+        assert sorted(s.hypercalls.registered) == sorted([0x600 ^ KEY, 0x601 ^ KEY])
+    backend.close()
+
+
+@pytest.mark.parametrize("policy", ["withhold", "auto"])
+async def test_a_policy_that_withholds_shows_nothing_and_registers_nothing(policy: Any) -> None:
+    async with rng() as backend, scene(backend, policy=policy) as s:
+        if policy == "auto":
+            assert await s.read(regs.KEY) == KEY  # this guest is shown neither VMX nor SVM
+            return
+        assert await s.read(regs.KEY) == 0
+        await s.start()
+        await accept(s)
+        assert await s.ids() == [0]
+        assert s.hypercalls.calls == []
+        await request(s, "plain")
+
+
+@pytest.mark.parametrize("lacking", ["key", "capability"])
+async def test_without_a_key_or_without_the_capability_nothing_is_offered(lacking: str) -> None:
+    async with rng() as backend, scene(backend, key=None if lacking == "key" else KEY, policy="withhold") as s:
+        s.hypercalls.why_not = "no KVM_CAP_HYPERV_EVENTFD" if lacking == "capability" else None
+        await s.device.set_policy("offer")
+        assert await s.read(regs.KEY) == 0
+        await s.start()
+        await request(s, "plain")
+        assert s.hypercalls.calls == []
+
+
+async def test_an_id_that_is_taken_costs_one_line_and_the_plain_doorbells_go_on() -> None:
+    async with rng() as backend, scene(backend) as s:
+        s.hypercalls.taken.add(ID)
+        with capture_logs() as logs:
+            await s.start(FEATURES)
+        lines = [line for line in logs if line["log_level"] == "warning"]
+        assert [(line["event"], line["error"]) for line in lines] == [
+            ("no hypercall doorbell, the plain ones go on", f"connection id {ID:#x} is already taken")
+        ]
+        assert s.device.rung_by_hypercall == ()
+        assert not await s.read(regs.STATUS) & regs.NEEDS_RESET
+        await request(s, "plain")
+
+
+async def test_withdrawn_id_leaves_the_plain_doorbell_working_and_can_come_back() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        for _ in range(3):
+            await request(s, "hypercall")
+            await s.device.set_policy("withhold")
+            assert await s.ids() == [0]
+            assert s.hypercalls.ring(ID) != 0
+            await request(s, "plain")
+            await s.device.set_policy("offer")
+            assert await s.ids() == [ID]
+        await request(s, "hypercall")
+        await s.rung(hypercall=4, kick=6)  # each withdrawal rings the plain one once
+
+
+async def test_a_withdrawal_is_done_in_the_order_that_loses_no_ring() -> None:
+    """First KVM lets go, then the plain doorbell is rung, only then does the queue stop to look."""
+    backend = RecordingBackend(queue_count=1, features=regs.F_VERSION_1)
+    async with scene(backend) as s:
+        await s.start(FEATURES)
+        backend.calls.clear()
+        kick = backend.fds["kick", 0]
+        seen: list[object] = []
+        withdraw, set_doorbell = s.hypercalls.withdraw, backend.set_doorbell
+
+        def withdrawn(connection: int) -> None:
+            seen.append(("withdraw", connection, is_rung(kick.fileno())))
+            withdraw(connection)
+
+        async def taken_away(index: int, kind: Doorbell, fd: Any) -> None:
+            seen.append(("set_doorbell", index, kind, fd, is_rung(kick.fileno())))
+            await set_doorbell(index, kind, fd)
+
+        s.hypercalls.withdraw = withdrawn  # type: ignore[method-assign]
+        backend.set_doorbell = taken_away  # type: ignore[method-assign]
+        await s.device.set_policy("withhold")
+        assert seen == [("withdraw", ID, False), ("set_doorbell", 0, Doorbell.HYPERCALL, None, True)]
+    backend.close()
+
+
+def is_rung(eventfd: int) -> bool:
+    poll = select.poll()
+    poll.register(eventfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def test_a_ring_just_before_the_withdrawal_is_served() -> None:
+    """The driver was told 0, so it will not ring again: the buffer must come back all the same."""
+    device = Scripted()
+    async with Backend(device) as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        for number in range(50):
+            s.rings[0].add([b"%d" % number], [8])
+            assert s.hypercalls.ring(ID) == 0
+            await s.device.set_policy("withhold")
+            (used,) = await s.used(0)
+            assert used.buffers[0][: used.written] == b"%d" % number
+            await s.device.set_policy("offer")
+
+
+async def test_an_id_that_kvm_does_not_let_go_is_listened_to_further_on() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        s.hypercalls.refuses_to_withdraw = True
+        with capture_logs() as logs:
+            await s.device.set_policy("withhold")
+        assert [line["error"] for line in logs if line["log_level"] == "error"] == ["KVM does not let go"]
+        await request(s, "hypercall")
+
+
+async def test_a_reset_takes_the_ids_away_until_the_driver_accepts_anew() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        await s.write(regs.STATUS, 0)
+        assert s.hypercalls.ring(ID) != 0
+        await s.start()
+        assert s.hypercalls.registered == {}
+        await s.start(FEATURES)
+        await request(s, "hypercall")
+        await s.write(regs.QUEUE_SEL, 0)
+        await s.write(regs.QUEUE_READY, 0)
+        assert s.hypercalls.registered == {}
+
+
+async def test_a_policy_is_changed_while_nobody_drives_the_device() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.device.set_policy("withhold")
+        await s.device.set_policy("withhold")
+        await s.device.set_policy("offer")
+        assert s.hypercalls.calls == []
+        await s.start(FEATURES)
+        await request(s, "hypercall")
+
+
+async def test_no_id_and_no_descriptor_is_left_at_the_end() -> None:
+    with no_fd_leaks():
+        async with rng() as backend, scene(backend) as s:
+            await s.start(FEATURES)
+            hypercalls = s.hypercalls
+        assert hypercalls.registered == {}

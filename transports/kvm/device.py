@@ -1,0 +1,320 @@
+"""One device of our own VM: its register file on one side, the waist on the other, KVM's eventfds between them.
+
+Doorbells and the interrupt are registered once, for the life of the device, and each has an eventfd of its own; the
+back end gets duplicates while a queue runs. A doorbell rung while it does not is counted in its eventfd and read later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import trio
+
+from transports.base import BackendLike
+from transports.hypercall import HypercallKind, Policy, connection_id, offers
+from transports.kvm.ram import GuestRam
+from transports.kvm.slots import Slot
+from transports.kvm.vmm import Access, Vm
+from virtio import spec
+from virtio.errors import GuestError, HostError, PeerError
+from virtio.fd import OwnedFd
+from virtio.interrupt import InterruptStatus
+from virtio.mmio import RegisterFile
+from virtio.mmio_queues import Bells
+from virtio.mmio_registers import (
+    OFFSETS,
+    WINDOW_SIZE,
+    AcceptBell,
+    AcknowledgeInterrupt,
+    EnableQueue,
+    Notify,
+    Operation,
+    Reset,
+    SetDriverFeatures,
+    SetStatus,
+    StartQueue,
+    StopQueue,
+    WriteConfig,
+)
+from virtio.waist import ConfigChanged, Doorbell, MemoryRegion, QueueBroken, QueueSetup
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+LINES_MAX: Final = 32
+"""Lines of the log that one device's guest can cause by breaking its queues, which it may do for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class HypercallOffer:
+    """What a VM has for hypercall doorbells. ``key`` None: it has no platform key, and no device offers any."""
+
+    kind: HypercallKind
+    key: int | None
+    guest_may_nest: bool
+
+
+class _QueueFds:
+    """One queue's eventfds, one for each kind of doorbell, and whether its connection id is registered."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.kick = _eventfd(stack)
+        self.pio = _eventfd(stack)
+        self.hypercall = _eventfd(stack)
+        self.connection: int | None = None
+
+
+class MmioDevice:
+    """A context manager; ``serve`` passes on what the device has to say, ``answer`` is for ``Vm.run``."""
+
+    def __init__(
+        self, vm: Vm, ram: GuestRam, slot: Slot, backend: BackendLike, hypercalls: HypercallOffer, policy: Policy
+    ) -> None:
+        self.slot = slot
+        self.backend = backend
+        self.interrupt = InterruptStatus()
+        self._vm = vm
+        self._ram = ram
+        self._hypercalls = hypercalls
+        self._policy: Policy = policy
+        self._lines = 0
+        self._lock = trio.Lock()  # operations come from the guest, and from whoever changes the policy
+        self._log: FilteringBoundLogger = structlog.get_logger().bind(device=backend.name)
+        self.registers = RegisterFile(
+            device_id=backend.device_id,
+            device_features=backend.device_features(),
+            queue_count=backend.queue_count,
+            queue_size_max=backend.queue_size_max,
+            config_space=lambda: backend.read_config(0, spec.CONFIG_SPACE_MAX),
+            interrupt_status=lambda: self.interrupt.value,
+        )
+        with ExitStack() as stack:
+            self._irq = _eventfd(stack)
+            self._queues = [_QueueFds(stack) for _ in range(backend.queue_count)]
+            stack.callback(backend.set_interrupt_status, None)
+            backend.set_interrupt_status(self.interrupt)
+            self.window = vm.add_window(
+                slot.gpa, WINDOW_SIZE, interrupt_status=self.interrupt, notify_port=slot.port or None
+            )
+            self._register_doorbells(stack)
+            self._stack = stack.pop_all()
+        if self._offered:
+            self.registers.offer_bells(self._bells)
+
+    def _register_doorbells(self, stack: ExitStack) -> None:
+        stack.callback(self._vm.irqfd(self.slot.gsi, self._irq).remove)
+        notify = self.slot.gpa + OFFSETS["QueueNotify"]
+        for index, fds in enumerate(self._queues):
+            # With one queue there is nothing to tell apart, and KVM finds a wildcard faster.
+            one = len(self._queues) == 1
+            length, match = (0, None) if one else (4, index)
+            stack.callback(self._vm.ioeventfd_mmio(notify, length, match, fds.kick).remove)
+            # What comes out of the guest all the same rings too.
+            self.window.set_kick(index, fds.kick)
+            if self.slot.port:
+                stack.callback(self._vm.ioeventfd_pio(self.slot.port, 2, index, fds.pio).remove)
+
+    async def __aenter__(self) -> MmioDevice:
+        await self._give_memory()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """The VM does not run any more."""
+        with trio.CancelScope(shield=True):
+            try:
+                for index in range(len(self._queues)):
+                    self._withdraw_id(index)
+                await self.backend.reset()
+            finally:
+                self._stack.close()
+
+    async def _give_memory(self) -> None:
+        ram = self._ram
+        await self.backend.set_memory([MemoryRegion(0, ram.size, 0, 0, ram.fd.duplicate())])
+
+    # ---- what the guest does ----
+
+    async def answer(self, access: Access) -> int:
+        """One access to a register; a write is answered when what it asks for is done."""
+        if access.is_write:
+            await self._perform(self.registers.write(access.offset, access.length, access.data))
+            value = 0
+        else:
+            value = self.registers.read(access.offset, access.length)
+        for complaint in self.registers.take_complaints():
+            self._log.warning(f"the guest's access to a register does nothing: {complaint}")
+        return value
+
+    async def _perform(self, operations: Sequence[Operation]) -> None:
+        if not operations:
+            return
+        async with self._lock:
+            for operation in operations:
+                try:
+                    await self._do(operation)
+                except (GuestError, PeerError, HostError) as error:
+                    self._warn("the driver's request failed", request=type(operation).__name__, error=str(error))
+                    self.registers.failed(operation)
+                    self._tell_if_reset_is_needed()
+                    return
+                self.registers.finished(operation)
+
+    async def _do(self, operation: Operation) -> None:
+        match operation:
+            case SetDriverFeatures(bits=bits):
+                self.backend.set_driver_features(bits)
+            case SetStatus(status=status):
+                self.backend.set_status(status)
+            case StartQueue(index=index, setup=setup):
+                await self._start_queue(index, setup)
+            case EnableQueue(index=index):
+                # Not earlier: a new call fd is signalled at once, and 2.1.2 allows no interrupt before DRIVER_OK.
+                await self.backend.set_call(index, self._irq.duplicate())
+                await self.backend.enable_queue(index, True)
+            case StopQueue(index=index):
+                self._withdraw_id(index)
+                await self._stop_queue(index)
+            case Reset():
+                for index in range(len(self._queues)):
+                    self._withdraw_id(index)
+                await self.backend.reset()
+                self.interrupt.clear()
+                await self._give_memory()
+            case WriteConfig(offset=offset, data=data):
+                self.backend.write_config(offset, data)
+            case AcceptBell(index=index):
+                await self._register_id(index)
+            case Notify(index=index):
+                os.eventfd_write(self._queues[index].kick.fileno(), 1)
+            case AcknowledgeInterrupt(bits=bits):
+                self.interrupt.acknowledge(bits)
+
+    async def _start_queue(self, index: int, setup: QueueSetup) -> None:
+        fds = self._queues[index]
+        await self.backend.configure_queue(index, setup)
+        try:
+            await self.backend.set_kick(index, fds.kick.duplicate())
+            if self.slot.port:
+                await self.backend.set_doorbell(index, Doorbell.PIO, fds.pio.duplicate())
+        except BaseException:
+            await self._stop_queue(index)
+            raise
+
+    async def _stop_queue(self, index: int) -> None:
+        await self.backend.enable_queue(index, False)
+        await self.backend.stop_queue(index)
+
+    # ---- what the device says ----
+
+    async def serve(self) -> None:
+        """Pass on the device's events, until cancelled."""
+        while True:
+            event = await self.backend.next_event()
+            if isinstance(event, ConfigChanged):
+                self._raise_config()
+            elif isinstance(event, QueueBroken):
+                self._warn("queue broken by the driver", queue=event.index, error=str(event.error))
+                if self.backend.status & spec.VIRTIO_CONFIG_S_NEEDS_RESET:  # unless there was one in the meantime
+                    self.registers.needs_reset()
+                    self._tell_if_reset_is_needed()
+
+    def _tell_if_reset_is_needed(self) -> None:
+        """2.1.2: DEVICE_NEEDS_RESET comes with a configuration change notification."""
+        if self.registers.status & spec.VIRTIO_CONFIG_S_NEEDS_RESET:
+            self._raise_config()
+
+    def _raise_config(self) -> None:
+        if self.registers.driver_ok:
+            self.interrupt.raise_config()
+            os.eventfd_write(self._irq.fileno(), 1)
+
+    def _warn(self, event: str, **details: object) -> None:
+        """A line about what the driver did, as long as it does not do it too often."""
+        self._lines += 1
+        if self._lines <= LINES_MAX:
+            self._log.warning(event, **details)
+        if self._lines == LINES_MAX:
+            self._log.warning("the driver goes on like this: no more lines about it")
+
+    # ---- the hypercall doorbell ----
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def rung_by_hypercall(self) -> tuple[int, ...]:
+        """The queues whose connection id is registered."""
+        return tuple(index for index, fds in enumerate(self._queues) if fds.connection is not None)
+
+    @property
+    def _offered(self) -> bool:
+        offer = self._hypercalls
+        if offer.key is None or offer.kind.why_not is not None:
+            return False
+        return offers(self._policy, guest_may_nest=offer.guest_may_nest)
+
+    @property
+    def _bells(self) -> Bells:
+        assert self._hypercalls.key is not None
+        return Bells(self._hypercalls.key, tuple(self.slot.bell(index) for index in range(len(self._queues))))
+
+    async def set_policy(self, policy: Policy) -> None:
+        """Offer or withhold the hypercall doorbell from now on, also while the guest uses it: nothing is lost."""
+        async with self._lock:
+            self._policy = policy
+            if self._offered:
+                operations = self.registers.offer_bells(self._bells)
+                for operation in operations:
+                    await self._do(operation)
+            else:
+                self.registers.withhold_bells()
+                for index in self.rung_by_hypercall:
+                    await self._withdraw(index)
+        self._log.info("hypercall doorbell", policy=policy, offered=self._offered)
+
+    async def _register_id(self, index: int) -> None:
+        fds = self._queues[index]
+        if fds.connection is not None or not self._offered:
+            return
+        # The queue listens before anybody can ring.
+        await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
+        connection = connection_id(self._bells.numbers[index], self._bells.key)
+        try:
+            self._hypercalls.kind.register(connection, fds.hypercall)
+        except HostError as error:
+            self._log.warning("no hypercall doorbell, the plain ones go on", queue=index, error=str(error))
+            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+            return
+        fds.connection = connection
+
+    def _withdraw_id(self, index: int) -> bool:
+        """KVM signals the hypercall's eventfd no more; False when KVM refused to let go."""
+        fds = self._queues[index]
+        connection, fds.connection = fds.connection, None
+        if connection is not None:
+            try:
+                self._hypercalls.kind.withdraw(connection)
+            except HostError as error:
+                self._log.error("a connection id could not be withdrawn", queue=index, error=str(error))
+                return False
+        return True
+
+    async def _withdraw(self, index: int) -> None:
+        """DOORBELLS.md: status 0 tells the driver that an eventfd was signalled, so no count may be lost.
+
+        First KVM lets go, so that no more can come; then the plain doorbell is rung for what may have come; only then
+        does the queue stop to look at the eventfd. If KVM does not let go, the queue goes on looking.
+        """
+        if self._withdraw_id(index):
+            os.eventfd_write(self._queues[index].kick.fileno(), 1)
+            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+
+
+def _eventfd(stack: ExitStack) -> OwnedFd:
+    return stack.enter_context(OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
