@@ -21,6 +21,7 @@ from daemon import log
 from daemon.app import App, LogChoice
 from daemon.catalogue import device_types
 from daemon.control import ask
+from daemon.doorbells import run as run_doorbells
 from daemon.policies import POLICIES
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
 from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
@@ -188,6 +189,11 @@ def _control_of(arguments: argparse.Namespace) -> Path:
     return config.daemon.control
 
 
+def doorbells(arguments: argparse.Namespace) -> int:
+    """Measure the doorbells of this host."""
+    return EXIT_OK if run_doorbells(as_json=arguments.json, save_to=arguments.save) else EXIT_FAILURE
+
+
 def leaves(group: BaseExceptionGroup[HostError]) -> Iterator[HostError]:
     """The errors inside ``group``, however deep, each once."""
     for error in group.exceptions:
@@ -235,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_hypercall_options(add("hypercall", hypercall, "change who may ring by hypercall", _HYPERCALL_EPILOG))
     add("schema", schema, "print the JSON schema (2020-12) of the configuration")
     _add_show_options(add("show", show, "print what a running daemon serves and counts", _SHOW_EPILOG))
+    _add_doorbell_options(add("doorbells", doorbells, "measure what each kind of doorbell costs", _DOORBELLS_EPILOG))
     return parser
 
 
@@ -291,6 +298,18 @@ The configuration must have a control socket, and the daemon that serves it must
 examples:
   hyperbell show /etc/hyperbell/hyperbell.toml
   hyperbell show --control /run/hyperbell/control.sock --json
+"""
+_DOORBELLS_EPILOG: Final = """\
+Needs /dev/kvm. A guest of its own rings every kind of doorbell that works here, for about three seconds; the other
+kinds are named with the reason. Exit status 1: nothing could be measured.
+
+With the file that --save writes, the daemon turns rates into shares of a CPU (metrics, hyperbell show):
+  [daemon]
+  doorbell_costs = "/var/lib/hyperbell/doorbells.json"
+
+examples:
+  hyperbell doorbells
+  hyperbell doorbells --json --save /var/lib/hyperbell/doorbells.json
 """
 
 
@@ -355,6 +374,11 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("file", metavar="FILE", type=Path, nargs="?", help="configuration that names the control socket")
     which.add_argument("--control", metavar="PATH", type=Path, help="the control socket itself")
+
+
+def _add_doorbell_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument("--save", metavar="PATH", type=Path, help="also write the JSON there, for the daemon")
 
 
 def _memory(text: str) -> str:

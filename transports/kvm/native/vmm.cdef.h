@@ -169,3 +169,48 @@ struct vm_stats {
 
 void vm_read_end(struct vm *vm, struct vm_end *out);
 void vm_read_stats(struct vm *vm, struct vm_stats *out);
+
+/* ---- what a doorbell costs: ring_guest.c, acknowledger.c ---- */
+
+#define RING_NOTHING 0 /* between the two time stamps: what measuring itself takes */
+#define RING_CPUID 1
+#define RING_OUT 2     /* a 16-bit `out` of `value` to the port `address` */
+#define RING_STORE 3   /* a 32-bit store of `value` to `address` */
+#define RING_VMCALL 4  /* HvCallSignalEvent with the connection id `address`, as Intel has it */
+#define RING_VMMCALL 5 /* ... as AMD has it */
+#define RING_WRMSR 6   /* `value` to the register `address`: no doorbell, but needed for hypercalls */
+#define RING_LOOP 7    /* a loop of `address` rounds: how fast plain instructions are */
+
+/* What the measuring guest does next: it lies in guest memory, and the guest writes its second half. */
+struct ring_step {
+	uint64_t kind;
+	uint64_t count;
+	uint64_t address;
+	uint64_t value;
+	uint64_t samples_gpa; /* room for `count` numbers: the cycles of each ring that was not refused */
+	uint64_t ack_gpa;     /* 0: nobody waits; else two numbers: rings that the waiter saw, and that the guest made */
+	uint64_t pause;       /* cycles before each ring of a waiter, so that it sleeps */
+	uint64_t patience;    /* cycles after which a ring is unanswered, which ends the step */
+	uint64_t done;
+	uint64_t refused;
+	uint64_t status;      /* of the last that was refused */
+	uint64_t unanswered;
+	uint64_t begin, end;  /* by the guest's time stamp counter */
+};
+
+/* The code, entered in long mode with interrupts off: rdi = the first step, rsi = how many. Ends by the exit port. */
+const uint8_t *ring_guest_code(void);
+uint64_t ring_guest_size(void);
+/* The guest's RING_LOOP in this process, in cycles. */
+uint64_t host_loop(uint64_t iterations);
+/* What CPUID says to this process: flags stays 0. */
+void host_cpuid(uint32_t leaf, uint32_t subleaf, struct cpuid_entry *out);
+
+struct acknowledger;
+
+/*
+ * A thread that reads `event_fd` whenever it is rung and stores the sum at `gpa` (page-aligned) of the memory file; C
+ * has duplicates. It runs where the caller may run at this moment. NULL: *error.
+ */
+struct acknowledger *acknowledger_new(int event_fd, int ram_fd, uint64_t gpa, int *error);
+void acknowledger_free(struct acknowledger *a);
