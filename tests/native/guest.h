@@ -4,17 +4,7 @@
 
 #include "dataplane.h" /* first: it asks for the GNU interfaces */
 
-#include <stdio.h>
-#include <stdlib.h>
-
-/* Not assert(): these hold in every build, and the message says what was promised. */
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			fprintf(stderr, "%s:%d: %s: does not hold: %s\n", __FILE__, __LINE__, __func__, #what);        \
-			abort();                                                                                       \
-		}                                                                                                      \
-	} while (0)
+#include "check.h"
 
 #define GUEST_GPA 0x40000000ull
 #define GUEST_UVA 0x7f0000000000ull

@@ -1,6 +1,7 @@
-"""The C data plane without Python, under AddressSanitizer with UBSan and under ThreadSanitizer.
+"""The C of the data plane and of the virtual machine, without Python, under ASan with UBSan and under TSan.
 
-Each ``test_*.c`` here is a program that ends with 0 when all its promises held; ``make -C tests/native check`` runs
+Each ``test_*.c`` here is a program that ends with 0 when all its promises held, or with 77 when the machine lacks what
+it needs; ``make -C tests/native check`` runs
 the same. Objects are kept in the tree's cache, so only what changed is compiled again.
 """
 
@@ -14,6 +15,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent.parent / ".cache" / "native"
+SKIPPED = 77  # check.h
 PROGRAMS = sorted(path.stem for path in HERE.glob("test_*.c"))
 # No suppressions, in either of them.
 OPTIONS = {
@@ -32,7 +34,7 @@ def built() -> Path:
 
 @pytest.mark.parametrize("sanitizer", sorted(OPTIONS))
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_data_plane_keeps_its_promises_under_the_sanitizers(built: Path, program: str, sanitizer: str) -> None:
+def test_our_c_keeps_its_promises_under_the_sanitizers(built: Path, program: str, sanitizer: str) -> None:
     folder = built / sanitizer
     ran = subprocess.run(
         [folder / program],
@@ -43,4 +45,6 @@ def test_data_plane_keeps_its_promises_under_the_sanitizers(built: Path, program
         text=True,
         timeout=150,
     )
+    if ran.returncode == SKIPPED:
+        pytest.skip(ran.stdout.strip().splitlines()[-1])
     assert ran.returncode == 0, ran.stdout
