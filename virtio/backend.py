@@ -353,6 +353,7 @@ class Backend:
             return
         await queue.driver.start()
         queue.running = True
+        self._device.queue_running(queue.vq.index, True)
         self._log.debug("queue runs", queue=queue.vq.index)
 
     async def _halt(self, queue: _QueueState) -> None:
@@ -364,6 +365,7 @@ class Backend:
                 await queue.driver.stop()
                 nursery.cancel_scope.cancel()
         queue.running = False
+        self._device.queue_running(queue.vq.index, False)
         self._log.debug("queue stopped", queue=queue.vq.index)
 
     async def _warn_while_draining(self, queue: _QueueState) -> None:

@@ -93,6 +93,9 @@ class Device:
         """Serve one chain. ``GuestError`` breaks the queue, as does any other exception (which is our mistake)."""
         raise TypeError(f"{self.type_name} has no handle()")
 
+    def queue_running(self, queue_index: int, running: bool) -> None:
+        """A queue runs now, or does no more."""
+
     async def queue_stopping(self, queue: Queue) -> None:
         """The queue is about to stop: give back the chains that were taken from it."""
 

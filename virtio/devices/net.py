@@ -15,6 +15,19 @@ from pydantic import Field, field_validator, model_validator
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device, DeviceOptions
+from virtio.devices.tap import (
+    NAME_MAX as TAP_NAME_MAX,
+)
+from virtio.devices.tap import (
+    TUN_F_CSUM,
+    TUN_F_TSO4,
+    TUN_F_TSO6,
+    TUN_F_TSO_ECN,
+    TUN_F_USO4,
+    TUN_F_USO6,
+    Tap,
+)
+from virtio.errors import HostError
 from virtio.nic import OPS, PAIRS_MAX, NativeNic, NativeSwitch, NicBackend
 
 VIRTIO_NET_F_CSUM: Final = 0
@@ -51,14 +64,25 @@ _TO_GUEST: Final = {
     "VIRTIO_NET_F_GUEST_USO4": VIRTIO_NET_F_GUEST_USO4,
     "VIRTIO_NET_F_GUEST_USO6": VIRTIO_NET_F_GUEST_USO6,
 }
+_TAP_OFFLOADS: Final = {
+    VIRTIO_NET_F_GUEST_CSUM: TUN_F_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4: TUN_F_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6: TUN_F_TSO6,
+    VIRTIO_NET_F_GUEST_ECN: TUN_F_TSO_ECN,
+    VIRTIO_NET_F_GUEST_USO4: TUN_F_USO4,
+    VIRTIO_NET_F_GUEST_USO6: TUN_F_USO6,
+}
+_UDP_SEGMENTS: Final = 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6
 _OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.values()))
 
 
 class NetOptions(DeviceOptions):
     """Options of ``type = "net"``."""
 
-    backend: Literal["null", "switch"] = Field(
-        "null", description='"null": no network behind it; "switch": the other guests of this daemon on that switch.'
+    backend: Literal["null", "switch", "tap"] = Field(
+        "null",
+        description='"null": no network behind it; "switch": the other guests of this daemon on that switch; '
+        '"tap": an interface of the host.',
     )
     frames: Literal["drop", "reflect"] = Field(
         "drop",
@@ -69,6 +93,27 @@ class NetOptions(DeviceOptions):
         min_length=1,
         max_length=63,
         description='Name of the switch, with backend = "switch"; devices that name the same one are joined.',
+    )
+    tap: str | None = Field(
+        None,
+        min_length=1,
+        max_length=TAP_NAME_MAX,
+        pattern=r"^[^\s/%]+$",
+        description='Name of the interface, with backend = "tap"; made where it does not exist. '
+        "Default: the kernel chooses one.",
+    )
+    tap_fds: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=PAIRS_MAX,
+        description="Instead of tap: the numbers of open taps (with vnet_hdr) that the daemon inherits, one a pair.",
+    )
+    bridge: str | None = Field(
+        None,
+        min_length=1,
+        max_length=TAP_NAME_MAX,
+        pattern=r"^[^\s/%]+$",
+        description="The bridge that the tap joins. Default: none, and somebody else sets it up.",
     )
     mac: str | None = Field(
         None,
@@ -90,8 +135,11 @@ class NetOptions(DeviceOptions):
     def _what_goes_together(self) -> NetOptions:
         if self.backend == "switch" and self.switch is None:
             raise ValueError('switch is missing: name it, for instance switch = "lan"')
-        if self.backend != "switch" and self.switch is not None:
-            raise ValueError(f'switch has no meaning with backend = "{self.backend}"')
+        for key, backend in (("switch", "switch"), ("tap", "tap"), ("tap_fds", "tap"), ("bridge", "tap")):
+            if getattr(self, key) is not None and self.backend != backend:
+                raise ValueError(f'{key} has no meaning with backend = "{self.backend}"')
+        if self.tap_fds is not None and (self.tap is not None or self.bridge is not None):
+            raise ValueError("tap_fds stands beside tap or bridge: whoever opened the tap sets it up too")
         return self
 
     def address(self, name: str) -> bytes:
@@ -147,13 +195,40 @@ class Net(Device):
         self._options = options
         self._pairs = queues
         self._link_up = True
+        self._running: set[int] = set()  # queues
         self._switch = switch_named(options.switch) if options.switch is not None else None
-        self._nic = NativeNic(self._native_backend(), queues, switch=self._switch)
+        self._tap = self._open_tap() if options.backend == "tap" else None
+        try:
+            fds = self._tap.fds if self._tap is not None else ()
+            self._nic = NativeNic(self._native_backend(), queues, fds=fds, switch=self._switch)
+        except BaseException:
+            self._close_tap()
+            raise
 
     def _native_backend(self) -> NicBackend:
+        if self._tap is not None:
+            return NicBackend.TAP
         if self._switch is not None:
             return NicBackend.SWITCH
         return NicBackend.REFLECT if self._options.frames == "reflect" else NicBackend.DROP
+
+    def _open_tap(self) -> Tap:
+        options = self._options
+        if options.tap_fds is not None:
+            if len(options.tap_fds) != self._pairs:
+                raise HostError(f"tap_fds has {len(options.tap_fds)} numbers for queues = {self._pairs}")
+            return Tap.of_fds(options.tap_fds)
+        tap = Tap(options.tap or "", self._pairs)
+        try:
+            tap.raise_up(options.bridge, options.mtu)
+        except BaseException:
+            tap.close()
+            raise
+        return tap
+
+    def _close_tap(self) -> None:
+        if self._tap is not None:
+            self._tap.close()
 
     @property
     def native_device(self) -> NativeNic:
@@ -169,16 +244,31 @@ class Net(Device):
             bits &= ~(1 << VIRTIO_NET_F_MTU)
         if self._pairs == 1:
             bits &= ~(1 << VIRTIO_NET_F_MQ)
-        if self._switch is None:
+        if self._options.backend == "null":
             # Nobody is there to send segments, and a frame that comes back comes back as it is.
             bits &= ~_OFFLOADS
+        if self._tap is not None and not self._tap.segments_udp:
+            bits &= ~_UDP_SEGMENTS
         return bits
 
     def set_driver_features(self, bits: int) -> None:
         super().set_driver_features(bits)
         self._nic.set_features(bits)
-        # vhost-user: which pairs are in use shows in which queues are enabled, and the front-end spreads over all.
-        self._nic.set_active_pairs(self._pairs if bits >> VIRTIO_NET_F_MQ & 1 else 1)
+        if self._tap is not None:
+            self._tap.set_offloads(sum(tun for bit, tun in _TAP_OFFLOADS.items() if bits >> bit & 1))
+
+    def queue_running(self, queue_index: int, running: bool) -> None:
+        """Which pairs are in use shows in which receive queues run: frames are spread over those (5.1.6.5.5)."""
+        (self._running.add if running else self._running.discard)(queue_index)
+        pair, is_transmit = divmod(queue_index, 2)
+        if is_transmit:
+            return
+        pairs = 0
+        while 2 * pairs in self._running:
+            pairs += 1
+        self._nic.set_active_pairs(max(pairs, 1))
+        if self._tap is not None:
+            self._tap.use_queue(pair, running or not self._running)
 
     def config_space(self) -> bytes:
         fields: dict[str, Any] = {
@@ -198,3 +288,4 @@ class Net(Device):
 
     def close(self) -> None:
         self._nic.close()
+        self._close_tap()

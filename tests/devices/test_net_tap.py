@@ -1,0 +1,219 @@
+"""The network device on a tap: frames to and from the host, offloads passed on, queues, and what can go wrong."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+import trio
+from blk_driver import pattern
+from frontend import GUARD, REACTORS, RINGS, Guest, Plugged, Setting, plugged
+from own_network import own_network
+from packets import GSO, KINDS, packet
+from pydantic import ValidationError
+
+from virtio.devices.net import Net, NetOptions
+from virtio.errors import HostError
+
+RECEIVE, TRANSMIT = 0, 1
+PLAIN = bytes(12)
+HOST = bytes.fromhex("020000000001")
+ETHERTYPE = 0x88B5  # for local experiments
+SIOCGIFMTU = 0x8921
+VNET_HEADER = 10  # what a packet socket shows of the virtio header
+PACKET_VNET_HDR = 15
+SOL_PACKET = 263
+
+every_tap = pytest.mark.parametrize("setting", [Setting("waist", ring, r) for r in REACTORS for ring in RINGS], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def network() -> Iterator[None]:
+    with own_network():
+        yield
+
+
+def on_tap(queues: int = 1, **options: object) -> Net:
+    return Net("lan", NetOptions(backend="tap", tap="hb0", **options), queues, 256)  # type: ignore[arg-type]
+
+
+class Host:
+    """The host's end of the tap: a packet socket on it."""
+
+    def __init__(self, *, offloads: bool = False) -> None:
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        if offloads:
+            self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        self.socket.bind(("hb0", 3))
+        self.socket.setblocking(False)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.socket.close()
+
+    def send(self, frame: bytes) -> None:
+        self.socket.send(frame)
+
+    async def received(self, ethertype: int = ETHERTYPE, skip: int = 0) -> bytes:
+        """The next frame of that type; the host's own chatter (IPv6) is passed over."""
+        with trio.fail_after(GUARD):
+            while True:
+                await trio.lowlevel.wait_readable(self.socket)
+                data, address = self.socket.recvfrom(70000)
+                if address[2] == socket.PACKET_OUTGOING:
+                    continue
+                if struct.unpack_from(">H", data, skip + 12)[0] == ethertype:
+                    return data
+
+
+def frame(to: bytes, source: bytes, payload: bytes) -> bytes:
+    return to + source + struct.pack(">H", ETHERTYPE) + payload
+
+
+async def send(p: Plugged, data: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
+    await p.guest.queues[2 * pair + TRANSMIT].request([header, data], [])
+
+
+def listen(guest: Guest, count: int = 32, size: int = 2000) -> None:
+    for _ in range(count):
+        guest.queues[RECEIVE].driver.add([], [size])
+    guest.queues[RECEIVE].kick()
+
+
+async def heard(p: Plugged, queue: int = RECEIVE) -> tuple[bytes, bytes]:
+    """Header and frame of the next one of ours that came to the guest."""
+    with trio.fail_after(GUARD):
+        waiting: list[bytes] = []
+        while True:
+            for used in await p.guest.queues[queue].used():
+                waiting.append(b"".join(used.buffers)[: used.written])
+                if len(waiting) < struct.unpack_from("<H", waiting[0], 10)[0]:
+                    continue
+                whole = b"".join(waiting)
+                waiting = []
+                if whole[12 + 6 : 12 + 12] == HOST:
+                    return whole[:12], whole[12:]
+
+
+@every_tap
+async def test_frames_pass_between_the_guest_and_the_host(setting: Setting) -> None:
+    async with plugged(on_tap(), setting) as p:
+        assert isinstance(p.device, Net)
+        with Host() as host:
+            listen(p.guest)
+            for number, size in enumerate((46, 100, 1500)):
+                out = frame(HOST, p.device.mac, pattern(size, number))
+                await send(p, out)
+                assert await host.received() == out
+                back = frame(p.device.mac, HOST, pattern(size, number + 50))
+                host.send(back)
+                assert await heard(p) == (bytes(10) + b"\1\0", back)
+
+
+@every_tap
+async def test_a_frame_waits_for_buffers_in_order_and_without_loss(setting: Setting) -> None:
+    async with plugged(on_tap(), setting) as p:
+        assert isinstance(p.device, Net)
+        with Host() as host:
+            frames = [frame(p.device.mac, HOST, pattern(100, number)) for number in range(20)]
+            for each in frames:
+                host.send(each)
+            for each in frames:
+                listen(p.guest, 1)
+                assert (await heard(p))[1] == each
+
+
+@every_tap
+@pytest.mark.parametrize("kind", KINDS[:2])
+async def test_large_segments_pass_whole_both_ways(setting: Setting, kind: str) -> None:
+    body, start, offset = packet(kind, pattern(9000, 3))
+    async with plugged(on_tap(), setting) as p:
+        assert isinstance(p.device, Net)
+        with Host(offloads=True) as host:
+            listen(p.guest)
+            ethertype = 0x86DD if "6" in kind else 0x0800
+            header = struct.pack("<BBHHHHH", 1, GSO[kind], start + 20, 1400, start, offset, 0)
+            await send(p, HOST + p.device.mac + body, header)
+            whole = await host.received(ethertype, VNET_HEADER)
+            assert struct.unpack_from("<BB2xHHH", whole) == (1, GSO[kind], 1400, start, offset)
+            assert whole[VNET_HEADER:] == HOST + p.device.mac + body
+            host.send(header[:VNET_HEADER] + p.device.mac + HOST + body)
+            got, back = await heard(p)
+            assert struct.unpack_from("<BB2xHHH", got) == (1, GSO[kind], 1400, start, offset)
+            assert back == p.device.mac + HOST + body
+
+
+@pytest.mark.parametrize("reactor", REACTORS)
+async def test_each_pair_has_a_queue_of_the_tap_and_only_those_that_run_get_frames(reactor: str) -> None:
+    device = on_tap(queues=2)
+    async with plugged(device, Setting("waist", "split", reactor), workers=2) as p:
+        with Host() as host:
+            for pair in range(2):
+                out = frame(HOST, device.mac, pattern(60, pair))
+                await send(p, out, pair=pair)
+                assert await host.received() == out
+            await p.guest.link.enable(2, False)  # the second pair's receive queue
+            listen(p.guest, 60)
+            for number in range(40):  # flows that the kernel would spread over both
+                host.send(device.mac + HOST + packet("udp4", struct.pack(">H", number) * 30)[0])
+                assert (await heard(p))[1][-60:] == struct.pack(">H", number) * 30
+
+
+async def test_the_tap_is_up_with_its_mtu_and_gone_when_the_device_is_closed() -> None:
+    device = on_tap(mtu=1300)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        answer = fcntl.ioctl(control, SIOCGIFMTU, struct.pack("=16si20x", b"hb0", 0))
+    assert struct.unpack_from("=i", answer, 16) == (1300,)
+    device.close()
+    assert "hb0" not in [name for _, name in socket.if_nameindex()]
+
+
+async def test_a_tap_that_was_opened_by_somebody_else_is_used_by_its_fd() -> None:
+    owner = on_tap()
+    assert owner._tap is not None
+    number = os.dup(owner._tap.fds[0].fileno())
+    device = Net("lan", NetOptions(backend="tap", tap_fds=(number,)), 1, 256)
+    owner.close()
+    async with plugged(device, Setting("waist", "split", "io_uring")) as p:
+        with Host() as host:
+            out = frame(HOST, device.mac, b"x" * 60)
+            await send(p, out)
+            assert await host.received() == out
+
+
+def test_what_is_in_the_way_of_a_tap_is_said_with_what_to_do() -> None:
+    with pytest.raises(HostError, match="joining br7: No such device"):
+        on_tap(bridge="br7")
+    assert "hb0" not in [name for _, name in socket.if_nameindex()]
+    first = on_tap()
+    with pytest.raises(HostError, match="tap 'hb0': Device or resource busy; somebody else uses it"):
+        on_tap()
+    with pytest.raises(HostError, match="made with other flags"):
+        on_tap(queues=2)
+    first.close()
+    reader, writer = os.pipe()
+    with pytest.raises(HostError, match=f"fd {reader} is not a tap"):
+        Net("lan", NetOptions(backend="tap", tap_fds=(reader,)), 1, 256)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "null", "tap": "hb0"},
+        {"backend": "switch", "switch": "lan", "bridge": "br0"},
+        {"backend": "tap", "tap": "hb0", "tap_fds": (5,)},
+        {"backend": "tap", "tap": "a-name-that-is-too-long"},
+        {"backend": "tap", "tap": "with/slash"},
+    ],
+    ids=str,
+)
+def test_options_of_a_tap_that_do_not_go_together_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        NetOptions(**options)  # type: ignore[arg-type]
