@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,9 @@ from daemon.app import App, LogChoice
 from daemon.catalogue import device_types
 from daemon.control import ask
 from daemon.doorbells import run as run_doorbells
+from daemon.failures import leaves
+from daemon.microvm_options import EPILOG as MICROVM_EPILOG
+from daemon.microvm_options import add_options as add_microvm_options
 from daemon.policies import POLICIES
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
 from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
@@ -163,6 +166,13 @@ def hypercall(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def microvm(arguments: argparse.Namespace) -> int:
+    """Run a Linux guest of our own."""
+    from daemon.microvm import run  # only here: nothing else needs a KVM that can be talked to
+
+    return run(arguments)
+
+
 def schema(arguments: argparse.Namespace) -> int:
     """Print the JSON schema of the configuration."""
     print(json.dumps(json_schema(device_types(), TRANSPORTS), indent=2))
@@ -192,15 +202,6 @@ def _control_of(arguments: argparse.Namespace) -> Path:
 def doorbells(arguments: argparse.Namespace) -> int:
     """Measure the doorbells of this host."""
     return EXIT_OK if run_doorbells(as_json=arguments.json, save_to=arguments.save) else EXIT_FAILURE
-
-
-def leaves(group: BaseExceptionGroup[HostError]) -> Iterator[HostError]:
-    """The errors inside ``group``, however deep, each once."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from leaves(error)
-        else:
-            yield error
 
 
 # Arguments
@@ -239,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_qemu_options(add("qemu-args", qemu_args, "print the QEMU options that attach the devices", _QEMU_EPILOG))
     _add_start_options(add("qemu", qemu, "start QEMU so that its guest can ring by hypercall", _START_EPILOG))
     _add_hypercall_options(add("hypercall", hypercall, "change who may ring by hypercall", _HYPERCALL_EPILOG))
+    text = "run a Linux guest on virtio-mmio devices of ours, without QEMU"
+    add_microvm_options(add("microvm", microvm, text, MICROVM_EPILOG), _memory)
     add("schema", schema, "print the JSON schema (2020-12) of the configuration")
     _add_show_options(add("show", show, "print what a running daemon serves and counts", _SHOW_EPILOG))
     _add_doorbell_options(add("doorbells", doorbells, "measure what each kind of doorbell costs", _DOORBELLS_EPILOG))
