@@ -20,9 +20,10 @@ from pathlib import Path
 import trio
 
 from guest.cache import PrepareError
+from guest.console import ConsoleLine, MachineError
 from guest.initramfs import prepare_initramfs
 from guest.kernel import Kernel, prepare_kernel
-from guest.machine import ConsoleLine, Guest, Hypervisor, Machine, MachineError
+from guest.machine import Guest, Hypervisor, Machine
 from guest.pattern import check_pattern, check_zeroes, sum_generations
 from guest.report import Report
 from guest.service import Daemon, Metrics, ServiceError, free_port, qemu_arguments, serve

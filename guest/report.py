@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from guest.machine import ConsoleLine
+from guest.console import ConsoleLine
 from guest.service import Metrics, log_tail
 from virtio.devices.blk import Blk
 from virtio.spec import RING_FEATURES

@@ -171,6 +171,19 @@ async def test_the_driver_sees_the_mode_and_changes_it_only_when_that_was_negoti
 
 
 @every_native_setting
+@pytest.mark.parametrize("mode", ["writeback", "writethrough"])
+async def test_after_a_reset_the_default_mode_shows_before_anything_is_negotiated(
+    setting: Setting, mode: str, tmp_path: Path
+) -> None:
+    default = b"\1" if mode == "writeback" else b"\0"
+    async with plugged(make_disk("file", tmp_path / "image", write_cache=mode), setting) as p:
+        link = p.guest.link
+        await link.write_config(CONFIG_WRITEBACK, b"\0" if mode == "writeback" else b"\1")
+        await link.reset()
+        assert await link.read_config(CONFIG_WRITEBACK, 1) == default
+
+
+@every_native_setting
 async def test_only_the_writeback_byte_of_the_config_space_can_be_written(setting: Setting, tmp_path: Path) -> None:
     async with plugged(make_disk("file", tmp_path / "image"), setting) as p:
         link = p.guest.link

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from guests.testbed import DISK_SIZE, FROZEN_SEED, FROZEN_WRITTEN, MIB, Site, Testbed, Variant
 
-from guest.machine import Answer, Guest
+from guest.console import Answer
+from guest.machine import Guest
 from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sum_generations
 from guest.service import Daemon, Metrics
 

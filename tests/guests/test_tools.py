@@ -13,8 +13,8 @@ import pytest
 
 from guest import accel, initramfs
 from guest.cache import PrepareError
+from guest.console import MachineError, results_of
 from guest.initramfs import Entry, module_order, newc
-from guest.machine import MachineError, results_of
 from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sector_content, sum_generations
 from guest.report import Report, feature_names, human
 from guest.service import Metrics

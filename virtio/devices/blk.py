@@ -217,6 +217,11 @@ class Blk(Device):
         self.config_changed()
         return True
 
+    def reset(self) -> None:
+        # 5.2.5.2: what the next driver reads before it negotiates is our default. QEMU reads it as it connects, and
+        # shows the driver what it read then; without this, every guest but the first would write through.
+        self._set_writeback(self._options.write_cache == "writeback")
+
     def close(self) -> None:
         self._disk.close()
         self._close_image()

@@ -1,0 +1,213 @@
+"""The images of a machine that runs guests itself: QEMU, Python and this project, as installed here.
+
+Two images, so that a change of the project costs a second: ``base`` holds what changes with the machine (QEMU, its
+firmware, Python, the virtual environment's packages, the guests' kernel and its modules), ``project`` this checkout.
+"""
+
+from __future__ import annotations
+
+import compileall
+import hashlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+from guest.initramfs import prepare_initramfs
+from guest.kernel import Kernel
+from guest.machine import QEMU
+from guest.root import Root
+
+PROJECT = Path(__file__).resolve().parent.parent
+PROJECT_FOLDERS = ("config", "daemon", "guest", "tests", "transports", "virtio")
+SITE_PACKAGES = "/opt/hyperbell/site-packages"
+PACKAGES = ("hyperbell", "pytest", "pytest-trio", "hypothesis")
+FIRMWARE_FOLDERS = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
+FIRMWARE = (
+    *("qboot.rom", "kvmvapic.bin", "linuxboot.bin", "linuxboot_dma.bin", "pvh.bin"),
+    *("bios.bin", "bios-256k.bin", "bios-microvm.bin"),
+)
+KERNEL_MODULES = re.compile(
+    r"(kvm.*|irqbypass|virtio.*|vfio.*|vhost.*|net_failover|failover|tun|loop|overlay|rng-core|vsock.*|.*_virtio_.*)\.ko"
+)
+NOT_OF_PYTHON = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "turtledemo", "pydoc_data", "distutils"}
+    | {"dist-packages", "site-packages", "__phello__"}
+)
+GUEST_MODULES = ("virtio_pci", "virtio_blk", "virtio-rng", "virtio_console")
+WRAPPER = """\
+#!/bin/sh
+# All is compiled already, on read-only disks; Pydantic's search for plug-ins takes a second here.
+export PYTHONPATH=/project:{packages} PYTHONDONTWRITEBYTECODE=1 PYDANTIC_DISABLE_PLUGINS=__all__
+exec {command} "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a machine that runs guests boots from; ``initramfs`` mounts both images where they belong."""
+
+    kernel: Kernel
+    initramfs: Path
+    base: Path
+    project: Path
+
+
+def prepare_images(kernel: Kernel, progress: Progress, built: Mapping[str, bytes] | None = None) -> Images:
+    """The images for ``kernel``, from the cache where nothing changed. Raises ``PrepareError`` with advice.
+
+    ``built`` maps further absolute paths in every guest's initramfs to contents: what a guest needs without images.
+    """
+    setup = (PROJECT / "guest" / "setup").read_bytes()
+    initramfs = prepare_initramfs(kernel, progress, GUEST_MODULES, {"/setup": setup, **(built or {})})
+    return Images(kernel, initramfs, _base(kernel, progress), _project(initramfs, progress))
+
+
+def _base(kernel: Kernel, progress: Progress) -> Path:
+    qemu = shutil.which(QEMU)
+    if qemu is None:
+        raise PrepareError(f"{QEMU} is not installed; install the Debian package 'qemu-system-x86'")
+    key = hashlib.sha256(repr((kernel.package, _stamp(Path(qemu)), sys.version)).encode())
+    for name in _distributions():
+        key.update(f"{name} {importlib.metadata.version(name)}\n".encode())
+    for recipe in ("images.py", "root.py"):
+        key.update((PROJECT / "guest" / recipe).read_bytes())
+    target = cache_folder() / f"base-{key.hexdigest()[:16]}.ext4"
+    if target.exists():
+        return target
+    progress("making the image of a machine that runs guests (QEMU, Python and packages)")
+    with scratch_folder(target.parent) as scratch:
+        root = Root(scratch / "root")
+        root.folder.mkdir()
+        root.add_program(Path(qemu), f"/usr/bin/{QEMU}")
+        _add_firmware(root)
+        _add_python(root)
+        _add_modules(root, kernel)
+        root.add(kernel.image, "/boot/vmlinux")
+        return root.make_image(target)
+
+
+def _stamp(path: Path) -> tuple[str, int, float]:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime
+
+
+def _add_firmware(root: Root) -> None:
+    for name in FIRMWARE:
+        found = [folder / name for folder in FIRMWARE_FOLDERS if (folder / name).exists()]
+        if not found:
+            raise PrepareError(
+                f"QEMU's {name} is not installed; install the Debian packages 'qemu-system-data' and 'seabios'"
+            )
+        root.add(found[0], f"/usr/share/qemu/{name}")
+
+
+def _add_python(root: Root) -> None:
+    """The interpreter of the virtual environment, its library, and the packages of the project and its tests."""
+    paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
+    interpreter = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    root.add_program(interpreter)
+    for name in ("stdlib", "platstdlib"):
+        root.add_tree(Path(paths[name]), keep=_is_wanted_of_python)
+    for name in _distributions():
+        distribution = importlib.metadata.distribution(name)
+        for file in distribution.files or ():
+            source = Path(str(distribution.locate_file(file)))
+            if ".." in file.parts or source.suffix == ".pth" or not source.exists():
+                continue  # scripts in bin/, and what makes our own package editable
+            place = f"{SITE_PACKAGES}/{file}"
+            if ".so" in source.name:
+                root.add_program(source, place)
+            else:
+                root.add(source, place)
+    for folder in {paths["stdlib"], paths["platstdlib"], SITE_PACKAGES}:
+        _compile(root, folder)
+    for command, arguments in (
+        ("python3", ""),
+        ("hyperbell", "-m daemon.cli"),
+        ("pytest", "-m pytest -p no:cacheprovider"),
+    ):
+        text = WRAPPER.format(packages=SITE_PACKAGES, command=f"{interpreter} {arguments}")
+        root.write(f"/opt/bin/{command}", text)
+
+
+def _is_wanted_of_python(path: Path) -> bool:
+    return path.name not in NOT_OF_PYTHON and not path.name.startswith("config-") and path.suffix != ".a"
+
+
+def _distributions() -> list[str]:
+    """The project's installed dependencies and those of its tests, by name, each once."""
+    found: dict[str, None] = {}
+
+    def add(name: str) -> None:
+        if name in found:
+            return
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError as error:
+            raise PrepareError(f"the package {name} is not in this Python's environment; run 'make setup'") from error
+        found[name] = None
+        for requirement in requirements:
+            match = re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)(;.*)?", requirement)
+            # Markers of extras and of other systems: what they ask for is there only if something else needs it.
+            if match is not None and match[3] is None:
+                add(match[1].lower())
+
+    for name in PACKAGES:
+        add(name)
+    return list(found)
+
+
+def _add_modules(root: Root, kernel: Kernel) -> None:
+    release = kernel.package.removeprefix("linux-image-")
+    for path in kernel.modules.rglob("*.ko"):
+        if KERNEL_MODULES.fullmatch(path.name):
+            root.add(path, f"/lib/modules/{release}/kernel/{path.relative_to(kernel.modules)}")
+    try:
+        command = ["depmod", "-b", str(root.folder), release]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+        )
+    except FileNotFoundError as error:
+        raise PrepareError("'depmod' is not installed; install the Debian package 'kmod'") from error
+    if done.returncode != 0:
+        raise PrepareError(f"depmod failed: {done.stderr.strip()}")
+
+
+def _project(initramfs: Path, progress: Progress) -> Path:
+    """The checkout as it is now, compiled, with what its tests have built under it."""
+    key = hashlib.sha256(initramfs.name.encode())
+    files = sorted(_project_files())
+    for path in files:
+        key.update(f"{path.relative_to(PROJECT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    target = cache_folder() / f"project-{key.hexdigest()[:16]}.ext4"
+    if target.exists():
+        return target
+    progress("making the image of the project")
+    with scratch_folder(target.parent) as scratch:
+        root = Root(scratch / "root")
+        for path in files:
+            root.add(path, path.relative_to(PROJECT))
+        root.add(initramfs, "/boot/guest.cpio")
+        for folder in PROJECT_FOLDERS:
+            _compile(root, f"/{folder}", "/project")
+        return root.make_image(target)
+
+
+def _compile(root: Root, folder: str, mounted: str = "") -> None:
+    """Compile what is not compiled yet: an image cannot be written to, and Python without .pyc starts seconds later."""
+    compileall.compile_dir(f"{root.folder}{folder}", quiet=2, stripdir=str(root.folder), prependdir=mounted or "/")
+
+
+def _project_files() -> Iterator[Path]:
+    yield PROJECT / "pyproject.toml"
+    for folder in PROJECT_FOLDERS:
+        for path in (PROJECT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and "seeds" not in path.parts:
+                yield path
