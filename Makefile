@@ -11,7 +11,7 @@ DESTDIR ?=
 C_FOLDERS := virtio/dataplane transports/kvm/native transports/preload
 C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
 
-.PHONY: help setup demo test check lint types c-check bench build stub install clean
+.PHONY: help setup demo test test-nested check lint types c-check bench build stub install clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,9 @@ test: check ## everything: lint, types, unit, devices, integration, sanitizers, 
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage report
+
+test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes some ten minutes)
+	@$(BIN)/python -m pytest tests/nested -m "nested or nested_full"
 
 check: lint types c-check ## lint, strict types, C warnings
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import trio
 
 TAIL_LINES = 25
-READY_SECONDS = 60.0
+READY_SECONDS = 120.0
 
 
 class MachineError(Exception):

@@ -20,8 +20,8 @@ from guest.machine import QEMU
 MEMORY_MIB = 4096
 CPUS = 2
 LINES = 4  # two G1 at a time, each with a G2
-LIFETIME_SECONDS = 1800
-BOOT_SECONDS = 60.0
+LIFETIME_SECONDS = 3600
+BOOT_SECONDS = 120.0
 EXCHANGE_SIZE = 256 * 1024 * 1024
 EXCHANGE_SERIAL = "hyperbell-exchange"
 BLOCK = 65536
@@ -47,10 +47,11 @@ class Host:
                 ours, other = socket.socketpair()
                 theirs.append(stack.enter_context(other))
                 self._lines.append(Line(ours, device, folder / f"{name}.log"))
+            said = stack.enter_context((folder / "qemu.log").open("wb"))
             self._process = subprocess.Popen(
                 self._command(images, [other.fileno() for other in theirs]),
                 stdin=subprocess.DEVNULL,
-                stdout=(folder / "qemu.log").open("wb"),
+                stdout=said,
                 stderr=subprocess.STDOUT,
                 pass_fds=[other.fileno() for other in theirs],
                 start_new_session=True,

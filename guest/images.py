@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
 from guest.initramfs import prepare_initramfs
 from guest.kernel import Kernel
 from guest.machine import QEMU
+from guest.module import prepare_module
 from guest.root import Root
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -59,13 +60,11 @@ class Images:
     project: Path
 
 
-def prepare_images(kernel: Kernel, progress: Progress, built: Mapping[str, bytes] | None = None) -> Images:
-    """The images for ``kernel``, from the cache where nothing changed. Raises ``PrepareError`` with advice.
-
-    ``built`` maps further absolute paths in every guest's initramfs to contents: what a guest needs without images.
-    """
+def prepare_images(kernel: Kernel, progress: Progress) -> Images:
+    """The images for ``kernel``, from the cache where nothing changed. Raises ``PrepareError`` with advice."""
     setup = (PROJECT / "guest" / "setup").read_bytes()
-    initramfs = prepare_initramfs(kernel, progress, GUEST_MODULES, {"/setup": setup, **(built or {})})
+    module = prepare_module(kernel, progress).read_bytes()
+    initramfs = prepare_initramfs(kernel, progress, GUEST_MODULES, {"/setup": setup, "/hyperbell.ko": module})
     return Images(kernel, initramfs, _base(kernel, progress), _project(initramfs, progress))
 
 

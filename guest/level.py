@@ -6,6 +6,7 @@ H is what this machine emulates (``guest/host.py``), G1 runs in H, G2 in G1; all
 from __future__ import annotations
 
 import base64
+import gzip
 import itertools
 import shlex
 from abc import abstractmethod
@@ -22,9 +23,9 @@ from guest.service import Metrics
 
 BASE_SERIAL = "hyperbell-base"
 PROJECT_SERIAL = "hyperbell-project"
-BOOT_SECONDS = 90.0
-LIFETIME_SECONDS = 300  # no guest outlives this, even when nobody looks any more
-SERVE_SECONDS = 60.0
+BOOT_SECONDS = 240.0  # ten times what it takes on an idle machine
+LIFETIME_SECONDS = 900  # no guest outlives this, even when nobody looks any more
+SERVE_SECONDS = 120.0
 CONSOLE_CHUNK = 2400  # of base64: a terminal takes no longer lines than 4,095 characters
 
 
@@ -41,6 +42,7 @@ class NestedMachine:
     memory_mib: int = 256
     cpus: int = 1
     board: str = "pc"
+    bios: str = "qboot.rom"  # with a device passed on by VFIO qboot goes astray: bios-256k.bin then
     append: str = ""
     launcher: str = ""
     huge_pages: bool = False  # fewer page faults at two levels, and larger mappings behind an IOMMU
@@ -49,7 +51,7 @@ class NestedMachine:
     def command(self, console: str, lines: Sequence[str], images: Sequence[str]) -> str:
         """The shell command that runs it, its serial ports on the terminals ``console`` and ``lines``."""
         words = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        words += ["-accel", "kvm", "-machine", f"{self.board},memory-backend=mem", "-bios", "qboot.rom"]
+        words += ["-accel", "kvm", "-machine", f"{self.board},memory-backend=mem", "-bios", self.bios]
         words += ["-cpu", self.cpu, "-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
         huge = ",hugetlb=on,hugetlbsize=2M" if self.huge_pages else ""
         words += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on{huge}"]
@@ -211,8 +213,6 @@ class Guest(Level):
 
     async def read(self, path: str) -> bytes:
         answer = await self.run(f"gzip -c {path} | base64", timeout_seconds=60)
-        import gzip
-
         return gzip.decompress(base64.b64decode("".join(answer.lines)))
 
     async def power_off(self, timeout_seconds: float = 40) -> None:

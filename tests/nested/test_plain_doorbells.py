@@ -1,0 +1,89 @@
+"""The plain doorbells of a real guest on real KVM: every kick ends in an eventfd inside the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+from nested.doorbell_guest import (
+    READS,
+    disk_of,
+    doorbell_guest,
+    image_differs,
+    rings_by_kind,
+    use_disk,
+    vhost_user_disk,
+)
+from nested.laboratory import Laboratory
+
+from guest.level import Level, NestedMachine
+from guest.tracing import Counts, watch_doorbells
+
+pytestmark = pytest.mark.nested
+
+SEEDS = {"mmio": 11, "pio": 12}
+
+
+@dataclass
+class Record:
+    """By the name of the disk: what H's KVM saw while it was used, what the daemon counted, where the image differs."""
+
+    seen: dict[str, Counts]
+    counted: dict[str, Mapping[str, int]]
+    differs: dict[str, str]
+    ports: str
+
+
+async def scenario(host: Level) -> Record:
+    """One G1 with a disk on each plain doorbell, used one after the other."""
+    devices = [*vhost_user_disk("mmio"), *vhost_user_disk("pio", ",modern-pio-notify=on")]
+    record = Record({}, {}, {}, "")
+    async with (
+        doorbell_guest(host, list(SEEDS), NestedMachine(devices)) as (daemon, guest),
+        watch_doorbells(host) as trace,
+    ):
+        for name, seed in SEEDS.items():
+            disk = await disk_of(guest, name)
+            rings, before = await rings_by_kind(daemon, name), await trace.counts()
+            await use_disk(guest, disk, seed)
+            record.seen[name] = (await trace.counts()).since(before)
+            record.counted[name] = await rings_by_kind(daemon, name, rings)
+            record.differs[name] = await image_differs(host, name, seed)
+        record.ports = (await guest.run("result ports $(grep -i virtio-pci /proc/ioports)")).results["ports"]
+    return record
+
+
+@pytest.fixture(scope="module")
+def record(laboratory: Laboratory) -> Record:
+    return laboratory.play(scenario)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_byte_that_the_guest_wrote_is_in_the_image(record: Record, name: str) -> None:
+    assert record.differs[name] == ""
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_all_kicks_of_a_disk_end_in_an_eventfd_at_one_address(record: Record, name: str) -> None:
+    (address,) = record.seen[name].ioeventfds
+    assert (address < 0x10000) == (name == "pio")
+    # A block at a time; only a daemon that is still awake from the last one can do without a kick.
+    assert record.seen[name].ioeventfds[address] >= READS // 4
+    assert record.seen[name].hypercalls == {}
+
+
+def test_pio_doorbell_is_the_port_that_the_guest_found_in_the_devices_bar(record: Record) -> None:
+    (address,) = record.seen["pio"].ioeventfds
+    begin, _, rest = record.ports.partition("-")
+    assert int(begin, 16) <= address <= int(rest.split()[0], 16)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_daemon_counts_exactly_the_kicks_that_kvm_saw(record: Record, name: str) -> None:
+    assert record.counted[name] == {"kick": sum(record.seen[name].ioeventfds.values())}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_answers_come_back_as_interrupts_that_kvm_injects(record: Record, name: str) -> None:
+    assert sum(record.seen[name].interrupts.values()) >= READS
