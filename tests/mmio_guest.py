@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from virtio.mmio import RegisterFile
-from virtio.mmio_registers import AcceptBell, EnableQueue, Operation, Reset, SetDriverFeatures, StartQueue, StopQueue
+from virtio.mmio_registers import EnableQueue, Operation, Reset, SetDriverFeatures, StartQueue, StopQueue
 
 MAGIC: Final = 0x000
 VERSION: Final = 0x004
@@ -102,8 +102,6 @@ class Performer:
                 assert index in self.started
                 self.started.discard(index)
                 self.running.discard(index)
-            case AcceptBell(index=index):
-                assert index in self.started
             case SetDriverFeatures():
                 assert not self.started
             case Reset():

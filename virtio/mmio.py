@@ -25,7 +25,6 @@ from virtio.mmio_registers import (
     VENDOR,
     VERSION,
     WINDOW_SIZE,
-    AcceptBell,
     Access,
     AcknowledgeInterrupt,
     EnableQueue,
@@ -214,14 +213,18 @@ class RegisterFile:
 
     # ---- the hypercall doorbell ----
 
-    def offer_bells(self, bells: Bells) -> Sequence[Operation]:
-        """Offer the hypercall doorbell from now on; what is to be done for queues whose driver accepted it before."""
+    def offer_bells(self, bells: Bells) -> None:
+        """Offer the hypercall doorbell from now on."""
         self._queues.bells = bells
-        return [AcceptBell(index) for index in self._queues.live if self._queues.wants_bell(index)]
 
     def withhold_bells(self) -> None:
         """From now on the registers read 0, and the feature is not offered."""
         self._queues.bells = None
+
+    @property
+    def bells_accepted(self) -> tuple[int, ...]:
+        """The queues whose driver said that it may ring by hypercall. It says so for people; nothing depends on it."""
+        return self._queues.bells_accepted
 
     # ---- features and status ----
 

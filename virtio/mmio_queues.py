@@ -12,7 +12,6 @@ from typing import Final
 
 from virtio import spec
 from virtio.mmio_registers import (
-    AcceptBell,
     EnableQueue,
     Notify,
     Operation,
@@ -182,8 +181,6 @@ class QueueRegisters:
         operations: list[Operation] = [StartQueue(index, setup)]
         if self.driver.ok:  # set up late: otherwise DRIVER_OK enables it
             operations.append(EnableQueue(index))
-        if self.wants_bell(index):
-            operations.append(AcceptBell(index))
         return operations
 
     def _stop(self, name: str) -> Sequence[Operation]:
@@ -225,9 +222,11 @@ class QueueRegisters:
         """The bell of a queue; 0: withheld."""
         return self.bells.numbers[index] if self.bells is not None and index < self.count else 0
 
-    def wants_bell(self, index: int) -> bool:
-        accepted = self.driver.negotiated(VIRTIO_F_HYPERCALL_NOTIFY) or self.queues[index].bell_accepted
-        return accepted and bool(self.bell(index))
+    @property
+    def bells_accepted(self) -> tuple[int, ...]:
+        """The queues whose driver said that it may ring by hypercall, by the feature or one by one."""
+        all_of_them = self.driver.negotiated(VIRTIO_F_HYPERCALL_NOTIFY)
+        return tuple(index for index, queue in enumerate(self.queues) if all_of_them or queue.bell_accepted)
 
     def accept_bell(self, value: int) -> Sequence[Operation]:
         if not self.exists:
@@ -238,5 +237,4 @@ class QueueRegisters:
             self.refusals.add("HypercallBell", Reason.VALUE)
         else:
             self.selected.bell_accepted = True
-            return [AcceptBell(self.selector)] if self.selected.state in _LIVE else []
         return []

@@ -176,13 +176,6 @@ class WriteConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AcceptBell:
-    """The driver wants to ring the queue, which is ready, by hypercall."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
 class Notify:
     """A plain doorbell that no eventfd and no vCPU thread took."""
 
@@ -202,7 +195,6 @@ Operation = (
     | StopQueue
     | Reset
     | WriteConfig
-    | AcceptBell
     | Notify
     | AcknowledgeInterrupt
 )

@@ -29,7 +29,6 @@ from virtio.mmio_queues import Bells
 from virtio.mmio_registers import (
     OFFSETS,
     WINDOW_SIZE,
-    AcceptBell,
     AcknowledgeInterrupt,
     EnableQueue,
     Notify,
@@ -67,6 +66,7 @@ class _QueueFds:
         self.pio = _eventfd(stack)
         self.hypercall = _eventfd(stack)
         self.connection: int | None = None
+        self.started = False
 
 
 class MmioDevice:
@@ -103,8 +103,6 @@ class MmioDevice:
             )
             self._register_doorbells(stack)
             self._stack = stack.pop_all()
-        if self._offered:
-            self.registers.offer_bells(self._bells)
 
     def _register_doorbells(self, stack: ExitStack) -> None:
         stack.callback(self._vm.irqfd(self.slot.gsi, self._irq).remove)
@@ -120,14 +118,20 @@ class MmioDevice:
                 stack.callback(self._vm.ioeventfd_pio(self.slot.port, 2, index, fds.pio).remove)
 
     async def __aenter__(self) -> MmioDevice:
-        await self._give_memory()
+        try:
+            await self._give_memory()
+            if self._offered:
+                await self._offer()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """The VM does not run any more."""
         with trio.CancelScope(shield=True):
             try:
-                for index in range(len(self._queues)):
+                for index in self.rung_by_hypercall:
                     self._withdraw_id(index)
                 await self.backend.reset()
             finally:
@@ -177,18 +181,15 @@ class MmioDevice:
                 await self.backend.set_call(index, self._irq.duplicate())
                 await self.backend.enable_queue(index, True)
             case StopQueue(index=index):
-                self._withdraw_id(index)
                 await self._stop_queue(index)
             case Reset():
-                for index in range(len(self._queues)):
-                    self._withdraw_id(index)
                 await self.backend.reset()
+                for fds in self._queues:
+                    fds.started = False
                 self.interrupt.clear()
                 await self._give_memory()
             case WriteConfig(offset=offset, data=data):
                 self.backend.write_config(offset, data)
-            case AcceptBell(index=index):
-                await self._register_id(index)
             case Notify(index=index):
                 os.eventfd_write(self._queues[index].kick.fileno(), 1)
             case AcknowledgeInterrupt(bits=bits):
@@ -201,11 +202,15 @@ class MmioDevice:
             await self.backend.set_kick(index, fds.kick.duplicate())
             if self.slot.port:
                 await self.backend.set_doorbell(index, Doorbell.PIO, fds.pio.duplicate())
+            if fds.connection is not None:
+                await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
+            fds.started = True
         except BaseException:
             await self._stop_queue(index)
             raise
 
     async def _stop_queue(self, index: int) -> None:
+        self._queues[index].started = False
         await self.backend.enable_queue(index, False)
         await self.backend.stop_queue(index)
 
@@ -249,7 +254,7 @@ class MmioDevice:
 
     @property
     def rung_by_hypercall(self) -> tuple[int, ...]:
-        """The queues whose connection id is registered."""
+        """The queues whose connection id is registered, so that the guest can ring them so."""
         return tuple(index for index, fds in enumerate(self._queues) if fds.connection is not None)
 
     @property
@@ -259,50 +264,55 @@ class MmioDevice:
             return False
         return offers(self._policy, guest_may_nest=offer.guest_may_nest)
 
-    @property
-    def _bells(self) -> Bells:
-        assert self._hypercalls.key is not None
-        return Bells(self._hypercalls.key, tuple(self.slot.bell(index) for index in range(len(self._queues))))
-
     async def set_policy(self, policy: Policy) -> None:
         """Offer or withhold the hypercall doorbell from now on, also while the guest uses it: nothing is lost."""
         async with self._lock:
             self._policy = policy
             if self._offered:
-                operations = self.registers.offer_bells(self._bells)
-                for operation in operations:
-                    await self._do(operation)
+                await self._offer()
             else:
                 self.registers.withhold_bells()
                 for index in self.rung_by_hypercall:
                     await self._withdraw(index)
         self._log.info("hypercall doorbell", policy=policy, offered=self._offered)
 
-    async def _register_id(self, index: int) -> None:
+    async def _offer(self) -> None:
+        """An id is registered for every queue before its bell is shown: what a driver rings is heard."""
+        key = self._hypercalls.key
+        assert key is not None
+        numbers = []
+        for index in range(len(self._queues)):
+            number = self.slot.bell(index)
+            numbers.append(number if number and await self._register(index, connection_id(number, key)) else 0)
+        self.registers.offer_bells(Bells(key, tuple(numbers)))
+
+    async def _register(self, index: int, connection: int) -> bool:
         fds = self._queues[index]
-        if fds.connection is not None or not self._offered:
-            return
-        # The queue listens before anybody can ring.
-        await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
-        connection = connection_id(self._bells.numbers[index], self._bells.key)
+        if fds.connection is not None:
+            return True
+        if fds.started:  # it listens before anybody can ring
+            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
         try:
             self._hypercalls.kind.register(connection, fds.hypercall)
         except HostError as error:
             self._log.warning("no hypercall doorbell, the plain ones go on", queue=index, error=str(error))
-            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
-            return
+            if fds.started:
+                await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+            return False
         fds.connection = connection
+        return True
 
     def _withdraw_id(self, index: int) -> bool:
         """KVM signals the hypercall's eventfd no more; False when KVM refused to let go."""
         fds = self._queues[index]
-        connection, fds.connection = fds.connection, None
-        if connection is not None:
-            try:
-                self._hypercalls.kind.withdraw(connection)
-            except HostError as error:
-                self._log.error("a connection id could not be withdrawn", queue=index, error=str(error))
-                return False
+        if fds.connection is None:
+            return True
+        try:
+            self._hypercalls.kind.withdraw(fds.connection)
+        except HostError as error:
+            self._log.error("a connection id could not be withdrawn", queue=index, error=str(error))
+            return False
+        fds.connection = None
         return True
 
     async def _withdraw(self, index: int) -> None:
@@ -313,7 +323,8 @@ class MmioDevice:
         """
         if self._withdraw_id(index):
             os.eventfd_write(self._queues[index].kick.fileno(), 1)
-            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+            if self._queues[index].started:
+                await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
 
 
 def _eventfd(stack: ExitStack) -> OwnedFd:
