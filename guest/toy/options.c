@@ -170,6 +170,8 @@ int options_parse(uint32_t start_info_gpa)
 		while (!word_ends(*text))
 			text++;
 	}
+	if (!options.every)
+		return report_error("command line: every= cannot be 0");
 	if (!options.device_count)
 		return report_error("command line: no device=ID:BASE:GSI:PORT");
 	return 0;

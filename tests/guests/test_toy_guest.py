@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from guest import toy as toy_module
 from guest.cache import PrepareError
 from guest.machine import QEMU, results_of
 from guest.pattern import SECTOR_SIZE, check_pattern, check_zeroes
@@ -313,7 +314,7 @@ async def test_device_that_is_not_there_is_named(program: Path) -> None:
     assert any(error.startswith("blk: the device says it is id 0") for error in run.errors)
 
 
-@pytest.mark.parametrize("word", ["device=2:0x10", "device=2:0:0:0x", "mode=dance", "requests=many", ""])
+@pytest.mark.parametrize("word", ["device=2:0x10", "device=2:0:0:0x", "mode=dance", "requests=many", "every=0", ""])
 async def test_bad_command_line_is_an_error(toy: Toy, word: str) -> None:
     run = await run_qemu(toy.bits64, [word], [])
     assert run.status == 1
@@ -325,3 +326,32 @@ async def test_lost_interrupt_is_an_error_and_not_a_hang(toy: Toy, disk: Path) -
     run = await run_qemu(toy.bits64, words, blk(disk))
     assert run.status == 1
     assert any("the used ring moved, but no interrupt came" in error for error in run.errors)
+
+
+def test_programs_are_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path))
+    said: list[str] = []
+    first = prepare_toy(said.append)
+    assert said == ["compiling the toy guest for 32 bit", "compiling the toy guest for 64 bit"]
+    assert [program.read_bytes()[:5] for program in (first.bits32, first.bits64)] == [b"\x7fELF\x01", b"\x7fELF\x02"]
+    assert prepare_toy(said.append) == first
+    assert len(said) == 2
+
+
+def test_a_machine_without_gcc_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PrepareError, match="install the Debian package 'gcc'"):
+        prepare_toy(print)
+
+
+def test_a_source_that_does_not_compile_is_shown_with_the_compilers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path / "cache"))
+    sources = tmp_path / "toy"
+    shutil.copytree(toy_module.SOURCES, sources)
+    (sources / "main.c").write_text("int main(void) { return broken; }")
+    monkeypatch.setattr(toy_module, "SOURCES", sources)
+    with pytest.raises(PrepareError, match=r"does not compile for 32 bit:\n[^$]*'broken' undeclared"):
+        prepare_toy(print)
