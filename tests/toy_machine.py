@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from guest.cache import PrepareError
-from guest.machine import results_of
+from guest.console import results_of
 from guest.pattern import SECTOR_SIZE, check_pattern
 from guest.toy import Toy, prepare_toy
 from transports.hypercall import Policy

@@ -13,9 +13,10 @@ import pytest
 from guests.testbed import MIB, SPLIT, Site, Testbed
 
 from guest.cache import PrepareError
+from guest.console import results_of
 from guest.initramfs import module_order, prepare_initramfs
 from guest.kernel import Kernel
-from guest.machine import Guest, results_of
+from guest.machine import Guest
 from guest.module import module_sources, prepare_headers, prepare_module
 from guest.pattern import BLOCK_SIZE, check_pattern, sum_generations
 

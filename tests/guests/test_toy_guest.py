@@ -15,7 +15,8 @@ import trio
 
 from guest import toy as toy_module
 from guest.cache import PrepareError
-from guest.machine import QEMU, results_of
+from guest.console import results_of
+from guest.machine import QEMU
 from guest.pattern import SECTOR_SIZE, check_pattern, check_zeroes
 from guest.toy import Toy, prepare_toy
 
