@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from kvm_guest import DEVICE_GPA, DEVICE_SIZE, machine, vcpu_threads
+from kvm_guest import DEVICE_GPA, DEVICE_SIZE, machine, no_vcpu_thread_is_left, vcpu_threads
 
 from transports.kvm.vmm import Access
 from virtio.errors import HostError
@@ -89,7 +89,7 @@ async def test_a_vcpu_that_goes_its_own_way_is_stopped_every_time(idle: str) -> 
         for _ in range(20):
             end = await m.run(on_output=lambda _chunk: m.vm.stop())
             assert end.kind == "stopped"
-            assert vcpu_threads() == 0
+            assert no_vcpu_thread_is_left()
         assert bytes(m.output) == b"R" * 20
 
 
@@ -97,7 +97,7 @@ async def test_a_cancelled_run_leaves_no_thread_behind() -> None:
     with machine(vcpus=3) as m, trio.CancelScope() as scope:
         await m.run("mov $'R', %al; out %al, $0xe9; 1: jmp 1b", on_output=lambda _chunk: scope.cancel())
     assert scope.cancelled_caught
-    assert vcpu_threads() == 0
+    assert no_vcpu_thread_is_left()
 
 
 async def test_an_error_of_the_device_ends_the_run_and_comes_out() -> None:
@@ -109,7 +109,7 @@ async def test_an_error_of_the_device_ends_the_run_and_comes_out() -> None:
         with pytest.raises(ExceptionGroup) as caught:
             await m.run(f"mov {DEVICE_GPA}, %eax; {EXIT}", on_access=broken)
         assert caught.group_contains(HostError, match="on fire")
-        assert vcpu_threads() == 0
+        assert no_vcpu_thread_is_left()
 
 
 async def test_a_machine_runs_again_after_it_ended_and_after_it_was_stopped() -> None:

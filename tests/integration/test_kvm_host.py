@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,20 +105,20 @@ def test_an_unprivileged_user_is_told_about_the_group() -> None:
         pytest.skip("/dev/kvm is open to everybody here")
     ran = opened_as_nobody("/dev/kvm")
     assert ran.returncode == 1
-    assert ran.stderr.startswith("user nobody may not open /dev/kvm: its ")
+    assert re.match(r"user (nobody|65534) may not open /dev/kvm: its ", ran.stderr)
     assert "group" in ran.stderr
     assert ran.stderr.count("\n") == 1, "one line"
 
 
-@pytest.mark.parametrize(("mode", "advice"), [(0o660, "usermod -a -G root nobody"), (0o600, "its mode is -rw-------")])
-def test_the_advice_fits_the_mode_of_the_device(tmp_path: Path, mode: int, advice: str) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        if parent.owner() == "root" and parent.name.startswith("pytest"):
-            parent.chmod(0o755)
-    device = tmp_path / "kvm"
-    device.touch()
-    device.chmod(mode)
-    ran = opened_as_nobody(str(device))
+@pytest.mark.parametrize(
+    ("mode", "advice"), [(0o660, r"usermod -a -G (root|0) (nobody|65534)"), (0o600, r"its mode is -rw-------: ")]
+)
+def test_the_advice_fits_the_mode_of_the_device(mode: int, advice: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as folder:
+        Path(folder).chmod(0o755)
+        device = Path(folder) / "kvm"
+        device.touch()
+        device.chmod(mode)
+        ran = opened_as_nobody(str(device))
     assert ran.returncode == 1
-    assert advice in ran.stderr
+    assert re.search(advice, ran.stderr)

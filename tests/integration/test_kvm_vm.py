@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import trio
 from kvm_guest import DEVICE_GPA, DEVICE_SIZE, PAGE_TABLES_GPA, count_of, eventfd, machine
 
-from transports.kvm.cpuid import PlatformKey
+from transports.kvm.cpuid import CpuidEntry, PlatformKey
 from transports.kvm.entry import LongModeEntry
+from transports.kvm.host import Kvm
 from transports.kvm.ram import GuestRam
 from transports.kvm.vmm import Access, Vm, VmSetup
 from virtio.errors import HostError
@@ -164,8 +166,8 @@ async def test_output_that_nobody_reads_is_dropped_and_counted() -> None:
             cld
             mov $0xe9, %dx
             1: mov $0x3000, %esi
-            mov $0x1000, %ecx
-            rep outsb
+            mov $0x400, %ecx
+            rep outsl
             cmpb $0, 0x5000
             je 1b
             {EXIT}
@@ -300,6 +302,14 @@ def test_more_vcpus_than_kvm_has_are_refused_by_number() -> None:
         machine(vcpus=1000),
     ):
         pass
+
+
+def test_more_cpuid_than_kvm_has_room_for_is_refused_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    plenty = tuple(CpuidEntry(leaf) for leaf in range(0x10, 0x10 + 5000))
+    monkeypatch.setattr(Kvm, "supported_cpuid", lambda _kvm: plenty)
+    with pytest.raises(HostError, match="no room for the 5000 CPUID entries") as caught, machine():
+        pass
+    assert caught.value.errno == errno.E2BIG
 
 
 def test_windows_do_not_overlap_memory_or_each_other() -> None:
