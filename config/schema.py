@@ -128,6 +128,12 @@ class DaemonConfig(Table):
         description="Group that owns hypercall_socket; the daemon's own when left out.",
         examples=["kvm"],
     )
+    doorbell_costs: FilePath | None = Field(
+        default=None,
+        description="File that hyperbell doorbells --save has written on this host. With it, metrics and hyperbell "
+        "show say what share of a CPU the hypercall doorbell saves each device, or could save; none when left out.",
+        examples=["/var/lib/hyperbell/doorbells.json"],
+    )
     log_level: LogLevel = Field(default="info", description="The least level that is logged.")
     log_format: LogFormat = Field(
         default="auto",

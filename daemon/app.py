@@ -24,6 +24,7 @@ from daemon import log
 from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Service, make_devices
 from daemon.control import serve_control
+from daemon.doorbell_meter import DoorbellMeter, open_meter
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.policies import Policies
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
@@ -63,6 +64,7 @@ class App:
         self._metrics_url = ""
         self._policies = Policies({name: device.common.hypercall for name, device in config.devices.items()})
         self._doorbells = QemuDoorbells()
+        self._meter: DoorbellMeter | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until every device's inherited connection ended.
@@ -95,6 +97,7 @@ class App:
             vms=self._doorbells.snapshot(),
             policies=self._policies.current,
             refusals=dict(self._doorbells.refusals),
+            doorbells=self._meter.state() if self._meter is not None else None,
         )
 
     # The servers
@@ -105,6 +108,9 @@ class App:
             self._services[name] = Service(backend, config.devices[name].common)
             backend.kick_observer = partial(self._doorbells.kick_changed, name)
         self._policies.tell(self._doorbells.set_policy)
+        self._meter = open_meter(config.daemon.doorbell_costs)
+        if self._meter is not None:
+            nursery.start_soon(self._meter.run, self.snapshot)
         if config.daemon.hypercall_socket is not None:
             await nursery.start(self._serve_qemu_doorbells, config.daemon.hypercall_socket)
         if config.daemon.control is not None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import Final
 
+from daemon.amounts import share, span
+from daemon.columns import table
 from daemon.doorbell_report import DOORBELLS, Figure, Kind, Measured, Report, Target
-from daemon.show import table
 
 WIDTH_MIN: Final = 50  # of the columns no terminal can go without
 WIDTH_MAX: Final = 120
@@ -141,24 +142,6 @@ def _verdict(report: Report) -> Iterator[str]:
 def _kernel_figure(report: Report, kind: Kind) -> Figure | None:
     measured = report.find(kind)
     return measured.kernel if measured is not None else None
-
-
-def span(nanoseconds: float) -> str:
-    """A short time for people, in three digits: 0 ns, 85.2 ns, 1.24 us, 310 us, 4.50 ms, 1.20 s."""
-    value, units = nanoseconds, ["ns", "us", "ms"]
-    unit = units.pop(0)
-    while value >= 999.5 and units:
-        value, unit = value / 1000, units.pop(0)
-    if value >= 999.5:
-        value, unit = value / 1000, "s"
-    digits = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"
-
-
-def share(ratio: float) -> str:
-    """A share of one CPU for people: 0.40 %, 12 %, -0.05 %."""
-    percent = ratio * 100
-    return f"{percent:.0f} %" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.2f} %"
 
 
 def _paragraph(text: str, width: int) -> str:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from daemon.doorbell_metrics import doorbell_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
 from virtio.stats import DURATION_BOUNDS, OpStats, QueueStats, WorkerStats
 
@@ -83,6 +84,7 @@ class StateCollector(Collector):
         yield from _connection_metrics(state.devices)
         yield from _worker_metrics(state.workers)
         yield from _hypercall_metrics(state)
+        yield from doorbell_metrics(state.doorbells)
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")

@@ -13,6 +13,7 @@ from typing import Final
 from config.loader import Config, Device
 from config.origins import KeyPath
 from config.problems import Problem
+from daemon.doorbell_report import load
 from virtio.devices.blk import BlkOptions
 from virtio.errors import HostError
 
@@ -30,6 +31,11 @@ def host_notes(config: Config) -> Iterator[Problem]:
             yield config.problem(("workers", name, "cpus"), message, f"it has: {_ranges(usable)}")
     yield from _folder_notes(config)
     yield from _group_notes(config, ("daemon", "hypercall_socket_group"), config.daemon.hypercall_socket_group)
+    if config.daemon.doorbell_costs is not None:
+        try:
+            load(config.daemon.doorbell_costs)
+        except HostError as error:
+            yield config.problem(("daemon", "doorbell_costs"), str(error))
     for device in config.devices.values():
         yield from _device_notes(config, device)
 

@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from daemon.columns import table
+from daemon.worth_table import render_worth
+
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
 _VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
 _BELL_COLUMNS: Final = ("DEVICE", "QUEUE", "VM", "BELL", "POLICY", "HYPERCALL")
@@ -26,6 +29,8 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     if stats["vms"]:
         text += "\n\n" + table(_VM_COLUMNS, [_vm_row(vm, now) for vm in stats["vms"]])
         text += "\n\n" + table(_BELL_COLUMNS, _bell_rows(stats["vms"], stats["policies"]))
+    if stats["doorbells"] is not None:
+        text += "\n\n" + render_worth(stats["doorbells"])
     return text
 
 
@@ -96,15 +101,6 @@ def _queue_row(device: str, queue: Mapping[str, Any]) -> Sequence[str]:
         str(queue["inflight"]),
         str(sum(queue["doorbells"].values())),
         f"{queue['notifications_suppressed'] / notifications:.0%}" if notifications else "-",
-    )
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns, two spaces apart."""
-    lines = [columns, *rows]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 

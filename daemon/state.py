@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
+from daemon.doorbell_worth import DoorbellState
 from transports.hypercall import Policy
 from transports.qemu_doorbells.state import VmState
 from transports.vhost_user.stats import ConnectionStats
@@ -61,7 +62,8 @@ class DaemonState:
     """Everything at this moment.
 
     ``vms`` are those of stock QEMU that report their doorbells; ``policies`` say by device who may ring by hypercall,
-    ``refusals`` count by reason what was asked for and not to be had.
+    ``refusals`` count by reason what was asked for and not to be had. ``doorbells`` are there where the costs of a ring
+    are known.
     """
 
     devices: tuple[DeviceState, ...]
@@ -69,6 +71,7 @@ class DaemonState:
     vms: tuple[VmState, ...] = ()
     policies: Mapping[str, Policy] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)
+    doorbells: DoorbellState | None = None
 
 
 def version() -> str:

@@ -7,7 +7,8 @@ import re
 import pytest
 from doorbell_reports import MEDIANS, measurement
 
-from daemon.doorbell_table import bars, render, share, span
+from daemon.amounts import share, span
+from daemon.doorbell_table import bars, render
 from daemon.doorbells import make_report, report_of
 
 
