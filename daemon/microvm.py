@@ -21,6 +21,7 @@ from daemon import log
 from daemon.assembly import Assembly, assemble
 from daemon.catalogue import make_devices
 from daemon.control import serve_control
+from daemon.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.failures import leaves
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.microvm_options import MicrovmOptions, read_options
@@ -65,6 +66,7 @@ class Microvm:
         self._configured: dict[str, OptionDevice] = {TERMINAL: _terminal_entry(), **options.devices}
         self._assembly = Assembly({}, {}, {})
         self._machine: Machine | None = None
+        self._meter: DoorbellMeter | None = None
         self._printed = False
 
     async def run(self) -> VmEnd:
@@ -106,10 +108,11 @@ class Microvm:
     def snapshot(self) -> DaemonState:
         """The counters now."""
         devices = tuple(
-            DeviceState(backend.stats(), connection=None, transport="kvm", socket=None)
+            DeviceState(backend.stats(), connection=None, transport=OWN_TRANSPORT, socket=None)
             for backend in self._assembly.backends.values()
         )
-        return DaemonState(devices, self._assembly.worker_stats())
+        doorbells = self._meter.state() if self._meter is not None else None
+        return DaemonState(devices, self._assembly.worker_stats(), doorbells=doorbells)
 
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery, machine: Machine) -> None:
         """What others may ask of us while the guest runs."""
@@ -118,6 +121,9 @@ class Microvm:
         send, receive = trio.open_memory_channel[tuple[str, Policy]](math.inf)
         policies.tell(lambda device, policy: send.send_nowait((device, policy)))
         nursery.start_soon(self._change_policies, machine, receive)
+        self._meter = open_meter(daemon.doorbell_costs)
+        if self._meter is not None:
+            nursery.start_soon(self._meter.run, self.snapshot)
         if daemon.control is not None:
             await nursery.start(serve_control, daemon.control, self.snapshot, policies)
         if daemon.metrics_address is not None:

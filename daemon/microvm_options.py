@@ -93,6 +93,9 @@ def add_options(parser: argparse.ArgumentParser, memory: Any) -> None:
     parser.add_argument("--nested", action="store_true", help="the guest may run guests itself")
     parser.add_argument("--metrics", metavar="ADDRESS:PORT", default="off", help="serve /metrics there (off)")
     parser.add_argument("--control", metavar="PATH", type=Path, help="control socket, for hyperbell show and hypercall")
+    parser.add_argument(
+        "--doorbell-costs", metavar="FILE", type=Path, help="what hyperbell doorbells --save has written"
+    )
     parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help=argparse.SUPPRESS)
     group = parser.add_argument_group("the key of the hypercall doorbell; without one there is no such doorbell")
     group.add_argument("--key", metavar="HEX", help="the machine's key, 24 bits")
@@ -132,10 +135,14 @@ def read_options(arguments: argparse.Namespace) -> MicrovmOptions:
 def _daemon(arguments: argparse.Namespace, problems: list[Problem]) -> DaemonConfig:
     """The addresses, by the rules that a configuration file has for them."""
     try:
-        return DaemonConfig(metrics=arguments.metrics, control=arguments.control)
+        return DaemonConfig(
+            metrics=arguments.metrics, control=arguments.control, doorbell_costs=arguments.doorbell_costs
+        )
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            problems.append(_problem(f"--{detail['loc'][0]}", *explain(detail, DaemonConfig, ())))
+            problems.append(
+                _problem(f"--{str(detail['loc'][0]).replace('_', '-')}", *explain(detail, DaemonConfig, ()))
+            )
         return DaemonConfig(metrics="off")
 
 

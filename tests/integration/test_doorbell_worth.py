@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from scene import DaemonProcess, LogBook
 from daemon.control import ask
 from daemon.doorbell_report import save
 from daemon.doorbells import report_of
+from guest.toy import prepare_toy
 
 CONFIGURATION = """
 [daemon]
@@ -70,6 +74,40 @@ async def test_a_daemon_that_knows_the_costs_shows_what_a_device_could_save(fold
     finally:
         status = daemon.stop()
     assert status == 0
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm that this user may open")
+async def test_a_machine_of_our_own_counts_each_kind_and_shows_what_it_could_save(tmp_path: Path) -> None:
+    save(report_of(measurement(), below=""), tmp_path / "costs.json")
+    toy = await trio.to_thread.run_sync(lambda: prepare_toy(lambda text: None).program(64))
+    words = ["--memory", "4M", "--kernel", str(toy), "--device", "rng,name=entropy"]
+    words += ["--append", "device=4:0xd0001000:17:0x1002 doorbell=pio mode=loop requests=100000000"]
+    words += ["--control", str(tmp_path / "control.sock"), "--doorbell-costs", str(tmp_path / "costs.json")]
+    words += ["--metrics", "127.0.0.1:0", "--log-level", "info"]
+    command = [sys.executable, "-m", "daemon.cli", "microvm", *words]
+    with trio.fail_after(PATIENCE):
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            assert process.stderr is not None
+            async for said in process.stderr:
+                if b"/metrics" in said:  # the control socket listens by then
+                    break
+            device = await ringing(tmp_path, "entropy")
+        finally:
+            process.terminate()
+            await process.wait()
+    assert device["rates"]["plain"]["mmio"] == 0
+    assert device["worth"]["possible"] == pytest.approx(device["rates"]["plain"]["pio"] * 200e-9)
+
+
+async def ringing(folder: Path, name: str) -> Any:
+    """What is said of the device once it is rung."""
+    while True:
+        for device in (await stats(folder))["doorbells"]["devices"]:
+            if device["device"] == name and sum(device["rates"]["plain"].values()) > 0:
+                return device
 
 
 async def test_a_bad_file_of_costs_is_one_warning_and_the_devices_are_served(folder: Path) -> None:
