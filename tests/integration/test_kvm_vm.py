@@ -305,7 +305,7 @@ def test_more_vcpus_than_kvm_has_are_refused_by_number() -> None:
 
 
 def test_more_cpuid_than_kvm_has_room_for_is_refused_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    plenty = tuple(CpuidEntry(leaf) for leaf in range(0x10, 0x10 + 5000))
+    plenty = tuple(CpuidEntry(leaf) for leaf in range(0x100, 0x100 + 5000))
     monkeypatch.setattr(Kvm, "supported_cpuid", lambda _kvm: plenty)
     with pytest.raises(HostError, match="no room for the 5000 CPUID entries") as caught, machine():
         pass
