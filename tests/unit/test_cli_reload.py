@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import stat
+import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ import trio
 
 from daemon.app import App, LogChoice
 from daemon.cli import load_config
+from daemon.control import ask
 from daemon.systemd import Notifier
+from transports.qemu_doorbells.messages import Message, Type
+from virtio.fd import OwnedFd
+from virtio.waist import AddressSpace, QueueSetup
 
 LIMIT = 30  # seconds; only a failing run gets there
 DAEMON = '[daemon]\nmetrics = "off"\nlog_level = "info"\nlog_format = "json"\n'
@@ -128,6 +134,45 @@ async def test_each_key_that_needs_a_restart_has_its_own_line_until_the_restart(
             assert (lines[1]["running"], lines[1]["configured"]) == (False, True)
             assert lines[2]["event"].endswith("was added")
         assert not (folder / "e.sock").exists()
+
+
+async def test_a_changed_policy_is_in_effect_after_a_reload_and_one_changed_otherwise_stays(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(folder, DAEMON + 'control = "ctl.sock"\n' + DISK, capsys) as run:
+        assert run.app.snapshot().policies == {"disk": "offer"}
+        run.file.write_text(DAEMON + 'control = "ctl.sock"\n' + DISK + 'hypercall = "withhold"\n')
+        (changed,) = events(await run.reload(), "changed")
+        assert (changed["table"], changed["key"], changed["old"], changed["new"]) == (
+            *("devices.disk", "hypercall", "offer", "withhold"),
+        )
+        assert run.app.snapshot().policies == {"disk": "withhold"}
+        request = {"device": "disk", "policy": "auto"}
+        await trio.to_thread.run_sync(lambda: ask(folder / "ctl.sock", "hypercall", **request))
+        assert events(await run.reload(), "changed") == []
+        assert run.app.snapshot().policies == {"disk": "auto"}
+
+
+async def test_the_hypercall_socket_takes_a_qemu_and_matches_its_doorbells(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = DAEMON + 'hypercall_socket = "hypercall.sock"\nhypercall_socket_mode = "0620"\n' + DISK
+    async with running(folder, text, capsys) as run:
+        path = folder / "hypercall.sock"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o620
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as library:
+            await library.connect(str(path))
+            await library.send(Message(Type.VM, flags=9, name="web1").build())
+            await library.recv(100)
+            assert [vm.name for vm in run.app.snapshot().vms] == ["web1"]
+            with OwnedFd(os.eventfd(0)) as kick:
+                await run.app._assembly.backends["disk"].configure_queue(0, QueueSetup(4, 0, 0, 0, 0, AddressSpace.GPA))
+                await run.app._assembly.backends["disk"].set_kick(0, kick.duplicate())
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", kick.fileno()))]
+                await library.sendmsg([Message(Type.BELL, bell=0x109000, serial=1).build()], rights)
+                order = await library.recv(100)
+                assert order == Message(Type.REGISTER, bell=0x109000, serial=1).build()
+    assert not path.exists()
 
 
 async def test_a_mistake_is_logged_and_nothing_is_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
