@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from kvm_process import KvmProcess, Listener
+from preload.guests import KEY, Start
+
+from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,28 @@ def fake(tmp_path_factory: pytest.TempPathFactory, kvm: None) -> Path:
     made = subprocess.run(["gcc", *flags, source, "-o", path], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "hypercall.sock"
+
+
+@pytest.fixture
+def listener(path: Path) -> Iterator[Listener]:
+    with Listener(path) as listener:
+        yield listener
+
+
+@pytest.fixture
+def start(path: Path, fake: Path) -> Iterator[Start]:
+    """Start a program with the library on a KVM that can; ended with the test."""
+    with ExitStack() as stack:
+
+        def run(*arguments: str, key: str | None = f"{KEY:06x}", capable: bool = True, **variables: str) -> KvmProcess:
+            given = {VARIABLE_SOCKET: str(path), VARIABLE_NAME: "web1", **variables}
+            if key is not None:
+                given[VARIABLE_KEY] = key
+            return stack.enter_context(KvmProcess(given, fake if capable else None, arguments))
+
+        yield run
