@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from config.checks import DeviceDraft, Finding, check_device, check_paths, resolved_workers
 from config.origins import KeyPath, Origins
 from config.problems import ConfigError, Problem, closest, explain, toml_value
-from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, WorkerConfig
+from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, DeviceTypes, WorkerConfig
 
 NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
@@ -57,7 +57,7 @@ class Config:
         return _problem(self.origins, Finding(path, message, hint))
 
 
-def load(path: Path, device_types: Mapping[str, DeviceType], transports: Collection[str]) -> Config:
+def load(path: Path, device_types: DeviceTypes, transports: Collection[str]) -> Config:
     """Read ``path`` and its drop-ins ``path.d/*.toml`` (sorted by name; the later file wins key by key).
 
     Relative paths in them are relative to the folder of ``path``, also those in drop-ins.
@@ -78,7 +78,7 @@ def drop_ins(path: Path) -> tuple[Path, ...]:
 class _Loader:
     """Collects problems while it turns the tables into models, one table after the other."""
 
-    def __init__(self, path: Path, device_types: Mapping[str, DeviceType], transports: Collection[str]) -> None:
+    def __init__(self, path: Path, device_types: DeviceTypes, transports: Collection[str]) -> None:
         self.path = path
         self.folder = path.absolute().parent
         self.device_types = device_types
@@ -209,12 +209,8 @@ class _Loader:
     def _device(self, name: str, table: Tree) -> DeviceDraft:
         """One device table by the common keys and the options of its type, each with its own errors."""
         path = ("devices", name)
-        type_name = table.get("type")
-        device_type = self.device_types.get(type_name) if isinstance(type_name, str) else None
-        if isinstance(type_name, str) and device_type is None:
-            hint = closest(type_name, self.device_types)
-            self._add((*path, "type"), f"there is no device type {toml_value(type_name)}", hint)
         shared = {key: table[key] for key in table if key in _COMMON_KEYS}
+        device_type = self._device_type(path, shared)
         common, faulty = self._model(DeviceConfig, path, shared), frozenset[str]()
         if common is None:
             common, faulty = _salvage(shared)
@@ -223,6 +219,25 @@ class _Loader:
             own = {key: table[key] for key in table if key not in _COMMON_KEYS}
             options = self._model(device_type.options, path, own, _COMMON_KEYS | set(device_type.options.model_fields))
         return DeviceDraft(name, device_type, common, faulty, options)
+
+    def _device_type(self, path: KeyPath, shared: Tree) -> DeviceType | None:
+        """What ``type`` names; a file's name in it becomes an absolute path in ``shared``."""
+        name = shared.get("type")
+        if not isinstance(name, str):
+            return None
+        try:
+            in_file = self.device_types.from_file(name, self.folder)
+            if in_file is not None:
+                shared["type"], found = in_file
+                return found
+            device_type = self.device_types.get(name)
+        except ValueError as error:
+            self._add((*path, "type"), str(error), 'a type is a name, or a class in a file: type = "./leds.py:Leds"')
+            return None
+        if device_type is None:
+            hint = closest(name, self.device_types)
+            self._add((*path, "type"), f"there is no device type {toml_value(name)}", hint)
+        return device_type
 
     def _check_together(
         self, daemon: DaemonConfig | None, workers: Collection[str], drafts: Collection[DeviceDraft]

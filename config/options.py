@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from config.checks import check_against_type, resolved_workers
 from config.loader import NAME, NAME_RULE
 from config.problems import ConfigError, Problem, closest, explain, toml_value
-from config.schema import DeviceTable, DeviceType
+from config.schema import DeviceTable, DeviceTypes
 
 FEATURE_PREFIX: Final = "VIRTIO_"
 NO_KEYS_HERE: Final = frozenset({"worker", "workers", "features", "type"})
@@ -35,9 +35,7 @@ class OptionDevice:
     workers: tuple[str, ...]
 
 
-def parse_devices(
-    texts: Sequence[str], device_types: Mapping[str, DeviceType], switch: str = "--device"
-) -> dict[str, OptionDevice]:
+def parse_devices(texts: Sequence[str], device_types: DeviceTypes, switch: str = "--device") -> dict[str, OptionDevice]:
     """The devices of ``texts`` by name: ``TYPE[,KEY=VALUE]...``, a comma in a value written twice.
 
     A device is called by its key ``name``, or by its type, with a number from the second one on. A feature's name with
@@ -57,7 +55,7 @@ def parse_devices(
 
 
 class _Parser:
-    def __init__(self, option: str, device_types: Mapping[str, DeviceType]) -> None:
+    def __init__(self, option: str, device_types: DeviceTypes) -> None:
         self._option = option
         self._types = device_types
         self.problems: list[Problem] = []
@@ -68,14 +66,22 @@ class _Parser:
     def parse(self, text: str, others: Mapping[str, OptionDevice]) -> OptionDevice | None:
         """The device, or ``None`` after recording what is wrong with it."""
         type_name, *parts = _split(text)
-        device_type = self._types.get(type_name)
+        try:
+            in_file = self._types.from_file(type_name, Path.cwd())
+            device_type = in_file[1] if in_file is not None else self._types.get(type_name)
+        except ValueError as error:
+            self._add("", str(error))
+            return None
         if device_type is None:
             self._add("", f"there is no device type {toml_value(type_name)}", closest(type_name, self._types))
             return None
+        default_name = type_name
+        if in_file is not None:
+            type_name, default_name = in_file[0], in_file[0].rpartition(":")[2].lower()
         table = self._table(parts)
         if self.problems:
             return None
-        name = table.pop("name", "") or _free_name(type_name, others)
+        name = table.pop("name", "") or _free_name(default_name, others)
         if NAME.fullmatch(name) is None:
             self._add("name", "this name cannot be used", NAME_RULE)
         elif name in others:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -320,6 +321,15 @@ class DeviceType:
     queues_max: int
     queues_default: int
     queue_size_max: int
+
+
+class DeviceTypes(Mapping[str, DeviceType]):
+    """The device types by name, and those that are a class in a file. ``ValueError``: why one cannot be had."""
+
+    @abstractmethod
+    def from_file(self, type_name: str, folder: Path) -> tuple[str, DeviceType] | None:
+        """The type that ``type_name``, ``FILE.py:CLASS``, names, with its name as an absolute path; ``None`` when it
+        has another form. A relative path is taken from ``folder``."""
 
 
 def split_address(text: str) -> tuple[str, int]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Final, Protocol, cast
 
 import trio
 from pydantic import BaseModel
 
-from config.schema import DeviceConfig, DeviceTable, DeviceType
+from config.schema import DeviceConfig, DeviceTable, DeviceType, DeviceTypes
+from daemon.device_classes import DeviceClassError, DeviceClasses, class_from_file, device_class, split_type
 from transports import TRANSPORTS
 from transports.base import BackendLike
 from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
 from transports.vhost_user.stats import ConnectionStats
 from virtio.device import Device as VirtioDevice
-from virtio.devices import REGISTRY
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.spec import RING_FEATURES
@@ -65,32 +66,61 @@ class Service:
         await self._transport.serve(self._backend, self._endpoint, stats=self.connection, task_status=task_status)
 
 
-def device_types() -> Mapping[str, DeviceType]:
-    """What the configuration's loader must know of each type in the registry."""
-    return {name: _device_type(device_class) for name, device_class in REGISTRY.items()}
+class _Types(DeviceTypes):
+    """The device classes as the configuration's loader must know them."""
+
+    def __init__(self) -> None:
+        self._classes = DeviceClasses()
+
+    def __getitem__(self, name: str) -> DeviceType:
+        try:
+            return _device_type(self._classes[name])
+        except DeviceClassError as error:
+            raise ValueError(str(error)) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def from_file(self, type_name: str, folder: Path) -> tuple[str, DeviceType] | None:
+        file, class_name = split_type(type_name)
+        if file is None:
+            return None
+        file = (folder / file).resolve()
+        try:
+            return f"{file}:{class_name}", _device_type(class_from_file(file, class_name))
+        except DeviceClassError as error:
+            raise ValueError(str(error)) from error
 
 
-def _device_type(device_class: type[VirtioDevice]) -> DeviceType:
-    least, most = device_class.queue_counts
+def device_types() -> DeviceTypes:
+    """What the configuration's loader must know of each type."""
+    return _Types()
+
+
+def _device_type(kind: type[VirtioDevice]) -> DeviceType:
+    least, most = kind.queue_counts
     return DeviceType(
-        options=device_class.Options,
-        features=feature_bits(device_class).keys() - _ALWAYS_ON,
-        native=device_class.native,
+        options=kind.Options,
+        features=feature_bits(kind).keys() - _ALWAYS_ON,
+        native=kind.native,
         queues_min=least,
         queues_max=most,
-        queues_default=device_class.default_queues,
-        queue_size_max=device_class.queue_size_limit,
+        queues_default=kind.default_queues,
+        queue_size_max=kind.queue_size_limit,
     )
 
 
-def feature_bits(device_class: type[VirtioDevice]) -> dict[str, int]:
+def feature_bits(kind: type[VirtioDevice]) -> dict[str, int]:
     """Bit numbers of the ring's and the device's features by their names in the specification."""
-    return dict(RING_FEATURES) | dict(device_class.feature_bits)
+    return dict(RING_FEATURES) | dict(kind.feature_bits)
 
 
 def features_off(device: Configured) -> frozenset[int]:
     """The bit numbers that the operator turned off for ``device``."""
-    bits = feature_bits(REGISTRY[device.common.type])
+    bits = feature_bits(device_class(device.common.type))
     return frozenset(bits[name] for name, on in device.common.features.items() if not on)
 
 
@@ -104,9 +134,9 @@ def make_devices(
     devices: dict[str, VirtioDevice] = {}
     errors: list[HostError] = []
     for name, device in configured.items():
-        device_class = REGISTRY[device.common.type]
+        kind = device_class(device.common.type)
         try:
-            devices[name] = device_class(name, device.options, device.queues, device.common.queue_size)
+            devices[name] = kind(name, device.options, device.queues, device.common.queue_size)
         except HostError as error:
             errors.append(HostError(f"{place(name)} {error}", errno=error.errno))
     if errors:

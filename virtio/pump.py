@@ -34,6 +34,7 @@ class Queue:
         self.outstanding = 0
         self._idle = trio.Event()
         self._in_hand: Chain | None = None  # what the device's task was given last
+        self.spawned: trio.Nursery  # for as long as the queue runs
 
     def _pop(self, limit: int) -> list[Chain]:
         count = self._vq.pop_many(self._room, limit)
@@ -56,6 +57,22 @@ class Queue:
         self.outstanding -= count
         if self.outstanding == 0:
             self._idle.set()
+
+    def spawn(self, work: Callable[[Queue, Chain], Awaitable[None]], chain: Chain) -> None:
+        """Take ``chain`` and let ``work`` serve it beside the queue, so that others are served meanwhile.
+
+        It goes back to the driver when ``work`` ends: out of order where others were faster (2.7.8.2 allows it). When
+        the queue stops, ``work`` is cancelled and the chain returned with what was written to it until then. What
+        ``work`` raises breaks the queue, as it would in ``handle``.
+        """
+        self.spawned.start_soon(self._work, work, chain.take())
+
+    async def _work(self, work: Callable[[Queue, Chain], Awaitable[None]], chain: Chain) -> None:
+        try:
+            await work(self, chain)
+        finally:
+            if not chain.returned:
+                chain.complete()
 
     def take_from_hand(self) -> None:
         """The device's task failed, and the queue is broken: nobody else gives back the chain it was busy with."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 import trio
@@ -17,6 +17,8 @@ from virtio.virtqueue import Virtqueue
 from virtio.worker import Worker
 
 log = structlog.get_logger()
+
+E = TypeVar("E", bound=Exception)
 
 
 class QueueDriver(Protocol):
@@ -77,13 +79,15 @@ class PumpedQueue:
     async def _run(self, queue: Queue) -> None:
         try:
             with self._scope:
-                await self._device.run_queue(queue)
-        except GuestError as error:
+                async with trio.open_nursery() as queue.spawned:
+                    await self._device.run_queue(queue)
+        except* GuestError as group:
+            error = _first(group)
             self._vq.break_queue(max(error.head, 0), error.gpa, error.length)
             queue.take_from_hand()
-        except Exception:
+        except* Exception as group:
             # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
-            log.exception("device failed", device=self._device.name, queue=queue.index)
+            log.error("device failed", device=self._device.name, queue=queue.index, exc_info=_first(group))
             self._vq.break_queue(0, 0, 0)
             queue.take_from_hand()
         finally:
@@ -111,3 +115,9 @@ class PumpedQueue:
         await self.stop()
         self._vq.resume()
         await self.start()
+
+
+def _first(group: BaseExceptionGroup[E]) -> E:
+    """One of the errors inside: the others, if any, came of the same moment, and the queue breaks only once."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

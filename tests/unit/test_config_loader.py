@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from known_types import KnownTypes
 from pydantic import BaseModel, ConfigDict
 
 from config.changes import Change, changes
@@ -38,10 +39,14 @@ class ChipOptions(BaseModel):
     pins: tuple[PinOptions, ...] = ()
 
 
-TYPES = {
-    "disk": DeviceType(DiskOptions, frozenset({"VIRTIO_F_RING_PACKED", "VIRTIO_BLK_F_DISCARD"}), True, 1, 8, 1, 1024),
-    "chip": DeviceType(ChipOptions, frozenset({"VIRTIO_F_RING_PACKED"}), False, 1, 1, 1, 32768),
-}
+TYPES = KnownTypes(
+    {
+        "disk": DeviceType(
+            DiskOptions, frozenset({"VIRTIO_F_RING_PACKED", "VIRTIO_BLK_F_DISCARD"}), True, 1, 8, 1, 1024
+        ),
+        "chip": DeviceType(ChipOptions, frozenset({"VIRTIO_F_RING_PACKED"}), False, 1, 1, 1, 32768),
+    }
+)
 DISK = '[devices.a]\ntype = "disk"\nsocket = "a.sock"\npath = "a.img"\n'
 
 

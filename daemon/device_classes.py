@@ -1,0 +1,123 @@
+"""Where device classes come from: our own registry, other distributions' entry points, and single files.
+
+``type = "blk"`` is ours; ``type = "leds"`` may be an entry point of the group ``hyperbell.devices``;
+``type = "./leds.py:Leds"`` is the class ``Leds`` of that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from virtio.device import Device
+from virtio.devices import REGISTRY
+
+ENTRY_POINTS: Final = "hyperbell.devices"
+
+
+class DeviceClassError(Exception):
+    """A device class that cannot be had; the text names the place and what is wrong there."""
+
+
+class DeviceClasses(Mapping[str, type[Device]]):
+    """Every device class that has a name of its own. A name of ours is never somebody else's.
+
+    Looking one up raises ``DeviceClassError`` when what is behind an entry point does not work.
+    """
+
+    def __init__(self) -> None:
+        points = metadata.entry_points(group=ENTRY_POINTS)
+        self._points: dict[str, metadata.EntryPoint] = {p.name: p for p in points if p.name not in REGISTRY}
+
+    def __getitem__(self, name: str) -> type[Device]:
+        if name in REGISTRY:
+            return REGISTRY[name]
+        point = self._points[name]
+        try:
+            found = point.load()
+        except Exception as error:
+            raise DeviceClassError(f"the entry point {point.value} cannot be loaded: {_where(error)}") from error
+        return _checked(found, f"the entry point {point.value}")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from REGISTRY
+        yield from self._points
+
+    def __len__(self) -> int:
+        return len(REGISTRY) + len(self._points)
+
+
+def device_class(type_name: str) -> type[Device]:
+    """The class that a checked configuration's ``type`` names."""
+    file, class_name = split_type(type_name)
+    return class_from_file(file, class_name) if file is not None else DeviceClasses()[type_name]
+
+
+def split_type(type_name: str) -> tuple[Path | None, str]:
+    """``("./leds.py", "Leds")`` of ``./leds.py:Leds``; no path for a name."""
+    file, colon, class_name = type_name.rpartition(":")
+    return (Path(file), class_name) if colon and file.endswith(".py") else (None, type_name)
+
+
+@cache
+def class_from_file(file: Path, class_name: str) -> type[Device]:
+    """The device class ``class_name`` of the Python file at the absolute path ``file``, which is run once.
+
+    Raises ``DeviceClassError``.
+    """
+    name = f"hyperbell_device_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    module = sys.modules.get(name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None, "the file's name ends in .py"
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickles look their module up
+        try:
+            spec.loader.exec_module(module)
+        except FileNotFoundError as error:
+            del sys.modules[name]
+            if error.filename == str(file):
+                raise DeviceClassError(f"{file} does not exist") from error
+            raise DeviceClassError(f"{file} cannot be run: {_where(error, file)}") from error
+        except Exception as error:
+            del sys.modules[name]
+            raise DeviceClassError(f"{file} cannot be run: {_where(error, file)}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise DeviceClassError(f"{file} has no class {class_name}")
+    return _checked(found, f"{class_name} in {file}")
+
+
+def _checked(found: object, what: str) -> type[Device]:
+    """``found`` if it is a device class with all that one must have."""
+    if not isinstance(found, type) or not issubclass(found, Device):
+        raise DeviceClassError(f"{what} is not a class derived from virtio.Device")
+    virtio_id = getattr(found, "virtio_id", None)
+    if not isinstance(virtio_id, int) or not 1 <= virtio_id <= 0xFFFF:
+        raise DeviceClassError(f"{what} has no virtio_id, the number of its type in the specification (section 5)")
+    if not isinstance(getattr(found, "type_name", None), str):
+        raise DeviceClassError(f"{what} has no type_name, which metrics and tables call it by")
+    least, most = found.queue_counts
+    if not 1 <= least <= found.default_queues <= most:
+        raise DeviceClassError(f"{what}: default_queues = {found.default_queues} is not within {found.queue_counts}")
+    if found.native:
+        raise DeviceClassError(f"{what} says native, but a device from outside is driven by Python")
+    return found
+
+
+def _where(error: BaseException, file: Path | None = None) -> str:
+    """``error`` in one line, with the last line of ``file`` that it came by."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if file is not None and frame.filename == str(file)]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"line {lines[-1]}: {text}" if lines else text
