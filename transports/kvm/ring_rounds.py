@@ -42,11 +42,11 @@ LOOP_ITERATIONS: Final = 2000
 KERNEL: Final = "kernel"
 THREAD: Final = "thread"
 
-_KEY: Final = 0x5A17C3  # of a VM that lives for seconds and has nothing to hide
-_BELLS: Final = {KERNEL: 0x100, THREAD: 0x101}  # below the first port: a device without one
-_MMIO: Final = {KERNEL: 0xD000_0000, THREAD: 0xD000_2000}
-_MMIO_MATCH: Final = {KERNEL: 0xD000_1000, THREAD: 0xD000_3000}
-_PIO: Final = {KERNEL: 0x1000, THREAD: 0x1002}
+KEY: Final = 0x5A17C3  # of a VM that lives for seconds and has nothing to hide
+BELLS: Final = {KERNEL: 0x100, THREAD: 0x101}  # below the first port: a device without one
+MMIO: Final = {KERNEL: 0xD000_0000, THREAD: 0xD000_2000}
+MMIO_MATCH: Final = {KERNEL: 0xD000_1000, THREAD: 0xD000_3000}
+PIO: Final = {KERNEL: 0x1000, THREAD: 0x1002}
 _EXIT_PORT: Final = 0x2000  # nobody's: the vCPU's thread in userspace goes on at once
 _VALUE: Final = 1  # what rings where the value counts
 
@@ -126,7 +126,7 @@ def _placement(pair: tuple[int, int] | None) -> str:
 
 
 def _platform(no_hypercall: str | None) -> PlatformKey | None:
-    return PlatformKey(_KEY) if no_hypercall is None else None
+    return PlatformKey(KEY) if no_hypercall is None else None
 
 
 @contextmanager
@@ -136,21 +136,21 @@ def _eventfd() -> Iterator[OwnedFd]:
 
 
 def _hypercall(bell: int) -> Step:
-    return Step(Ring.VMMCALL if speaks_vmmcall() else Ring.VMCALL, connection_id(bell, _KEY))
+    return Step(Ring.VMMCALL if speaks_vmmcall() else Ring.VMCALL, connection_id(bell, KEY))
 
 
 async def _why_no_hypercall(kvm_path: str) -> str | None:
     """Tried in a VM of its own: where a hypercall goes wrong, the guest may not come back from it."""
     with ExitStack() as stack:
         ram = stack.enter_context(make_ram())
-        vm = stack.enter_context(Vm(VmSetup(ram, platform=PlatformKey(_KEY), kvm_path=kvm_path)))
+        vm = stack.enter_context(Vm(VmSetup(ram, platform=PlatformKey(KEY), kvm_path=kvm_path)))
         if vm.why_no_hypercall is not None:
             return vm.why_no_hypercall
         fd = stack.enter_context(_eventfd())
         try:
-            vm.hypercall_id(connection_id(_BELLS[KERNEL], _KEY), fd)
+            vm.hypercall_id(connection_id(BELLS[KERNEL], KEY), fd)
             _, ring, reserved = await run_steps(
-                vm, [GREETING, _hypercall(_BELLS[KERNEL]), Step(_hypercall(0).kind, RESERVED_BELL ^ _KEY)]
+                vm, [GREETING, _hypercall(BELLS[KERNEL]), Step(_hypercall(0).kind, RESERVED_BELL ^ KEY)]
             )
         except HostError as error:
             return str(error)
@@ -170,17 +170,17 @@ def _doorbell_lanes(vm: Vm, stack: ExitStack, bell: OwnedFd, *, hypercall: bool)
             return bell if threaded else stack.enter_context(_eventfd())
 
         store = Ring.STORE
-        lane = _Lane("mmio", target, Step(store, _MMIO[target], _VALUE, to_thread=threaded), eventfd())
-        vm.ioeventfd_mmio(_MMIO[target], 0, None, _of(lane))
+        lane = _Lane("mmio", target, Step(store, MMIO[target], _VALUE, to_thread=threaded), eventfd())
+        vm.ioeventfd_mmio(MMIO[target], 0, None, _of(lane))
         yield lane
-        lane = _Lane("mmio-match", target, Step(store, _MMIO_MATCH[target], _VALUE, to_thread=threaded), eventfd())
-        vm.ioeventfd_mmio(_MMIO_MATCH[target], 4, _VALUE, _of(lane))
+        lane = _Lane("mmio-match", target, Step(store, MMIO_MATCH[target], _VALUE, to_thread=threaded), eventfd())
+        vm.ioeventfd_mmio(MMIO_MATCH[target], 4, _VALUE, _of(lane))
         yield lane
-        lane = _Lane("pio", target, Step(Ring.OUT, _PIO[target], _VALUE, to_thread=threaded), eventfd())
-        vm.ioeventfd_pio(_PIO[target], 2, _VALUE, _of(lane))
+        lane = _Lane("pio", target, Step(Ring.OUT, PIO[target], _VALUE, to_thread=threaded), eventfd())
+        vm.ioeventfd_pio(PIO[target], 2, _VALUE, _of(lane))
         yield lane
         if hypercall:
-            call = _hypercall(_BELLS[target])
+            call = _hypercall(BELLS[target])
             lane = _Lane("hypercall", target, Step(call.kind, call.address, to_thread=threaded), eventfd())
             vm.hypercall_id(call.address, _of(lane))
             yield lane
