@@ -25,6 +25,9 @@ from daemon.doorbells import run as run_doorbells
 from daemon.failures import leaves
 from daemon.microvm_options import EPILOG as MICROVM_EPILOG
 from daemon.microvm_options import add_options as add_microvm_options
+from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
+from daemon.new_device import add_arguments as add_new_device_arguments
+from daemon.new_device import new_device
 from daemon.policies import POLICIES
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
 from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
@@ -242,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_hypercall_options(add("hypercall", hypercall, "change who may ring by hypercall", _HYPERCALL_EPILOG))
     text = "run a Linux guest on virtio-mmio devices of ours, without QEMU"
     add_microvm_options(add("microvm", microvm, text, MICROVM_EPILOG), _memory)
+    add_new_device_arguments(add("new-device", new_device, "write a device, its test and its file", NEW_DEVICE_EPILOG))
     add("schema", schema, "print the JSON schema (2020-12) of the configuration")
     _add_show_options(add("show", show, "print what a running daemon serves and counts", _SHOW_EPILOG))
     _add_doorbell_options(add("doorbells", doorbells, "measure what each kind of doorbell costs", _DOORBELLS_EPILOG))

@@ -14,13 +14,13 @@ from typing import Final
 
 import pytest
 import trio
-from driver import Element
 from frontend import GUARD, GuestQueue
 
 from virtio.devices.blk import Blk, BlkOptions
 from virtio.disk import file_is_memory
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.testing.driver import Element
 
 T_IN: Final = 0
 T_OUT: Final = 1

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import tempfile
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import pytest
 import trio
-import vhost_user_wire as wire
-from driver import GuestMemory, PackedDriver, SplitDriver, Used, VirtqueueDriver
 from links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
 
 from transports.vhost_user.endpoint import Listen
 from transports.vhost_user.server import VhostUserServer
 from virtio.backend import Backend
 from virtio.device import Device
+from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver
+from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import QueueBroken
 from virtio.worker import Worker
-
-GUARD: Final = 20.0
-"""Seconds after which a wait has failed. Nothing ever takes that long."""
 
 F_INDIRECT_DESC: Final = 1 << 28
 F_EVENT_IDX: Final = 1 << 29
@@ -42,64 +38,6 @@ PACKED_START: Final = 0x8000_8000  # both positions 0, both wrap counters 1
 
 
 # --- the guest ---
-
-
-class GuestQueue:
-    """One queue of the guest: the driver's side of the ring, and its three eventfds."""
-
-    def __init__(self, index: int, driver: VirtqueueDriver) -> None:
-        self.index = index
-        self.driver = driver
-        self.kick_fd, self.call_fd, self.err_fd = wire.eventfds(3)
-
-    def close(self) -> None:
-        for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            os.close(fd)
-
-    @property
-    def areas(self) -> tuple[int, int, int]:
-        to_uva = self.driver.memory.to_uva
-        return to_uva(self.driver.desc), to_uva(self.driver.avail), to_uva(self.driver.used_area)
-
-    def kick(self) -> None:
-        """As a guest kernel kicks: only where the device wants it."""
-        self.driver.kick_if_needed(self.kick_fd)
-
-    def ring(self) -> None:
-        """Kick whether the device wants it or not."""
-        os.eventfd_write(self.kick_fd, 1)
-
-    async def used(self, count: int = 1) -> list[Used]:
-        """Wait until ``count`` buffers (or more) came back."""
-        back: list[Used] = []
-        with trio.fail_after(GUARD):
-            while True:
-                back += self.driver.used()
-                if len(back) >= count:
-                    return back
-                if self.driver.want_interrupts(True):
-                    continue
-                await self.interrupt()
-
-    async def interrupt(self) -> None:
-        """Wait until the call eventfd was signalled."""
-        with trio.fail_after(GUARD):
-            await trio.lowlevel.wait_readable(self.call_fd)
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self.call_fd)
-
-    async def request(self, readable: Sequence[bytes], writable: Sequence[int], *, indirect: bool = False) -> Used:
-        """One buffer there and back, with nothing else under way."""
-        self.driver.add(readable, writable, indirect=indirect)
-        self.kick()
-        (used,) = await self.used()
-        return used
-
-    async def broken(self) -> None:
-        """Wait until the device says that it gave the queue up."""
-        with trio.fail_after(GUARD):
-            await trio.lowlevel.wait_readable(self.err_fd)
-        assert os.eventfd_read(self.err_fd) == 1
 
 
 class Guest:

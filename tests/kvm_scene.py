@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import mmio_guest as regs
 import trio
-from driver import GuestMemory, PackedDriver, SplitDriver, Used, VirtqueueDriver
 
 from transports.hypercall import Policy
 from transports.kvm.device import HypercallOffer, MmioDevice
@@ -23,6 +22,7 @@ from transports.kvm.slots import slot
 from transports.kvm.vmm import Access
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver, Used, VirtqueueDriver
 
 GUARD: Final = 20.0
 KEY: Final = 0x5A5A5A

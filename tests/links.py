@@ -11,10 +11,10 @@ from typing import Final
 
 import trio
 import vhost_user_wire as wire
-from driver import GuestMemory
 
 from virtio.backend import Backend
 from virtio.fd import OwnedFd
+from virtio.testing.driver import GuestMemory
 from virtio.waist import AddressSpace, ConfigChanged, MemoryRegion, QueueSetup
 
 F_ACCESS_PLATFORM: Final = 1 << 33

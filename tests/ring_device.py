@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import pytest
-from driver import Desc, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 
 from virtio.dataplane import FAULTS, ffi, lib
 from virtio.errors import GuestError
 from virtio.fd import OwnedFd
 from virtio.memory import Iotlb, MemoryTable
+from virtio.testing.driver import Desc, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 from virtio.virtqueue import Virtqueue
 from virtio.waist import AddressSpace, MemoryRegion, QueueSetup
 

@@ -25,9 +25,10 @@ from blk_driver import (
     pattern,
     put,
 )
-from driver import Element, SplitDriver
 from frontend import GUARD, NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
 from peak import Peak
+
+from virtio.testing.driver import Element, SplitDriver
 
 MIB = 1 << 20
 SECTOR = 512

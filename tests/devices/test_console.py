@@ -17,7 +17,6 @@ import trio
 import trio.testing
 from blk_driver import pattern
 from console_guest import KIB, RECEIVE, TRANSMIT, receive_exactly, take, type_in
-from driver import Element
 from frontend import GUARD, GuestQueue, Setting, every_python_setting, plugged
 from peak import Peak
 from structlog.testing import capture_logs
@@ -26,6 +25,7 @@ from vhost_user_wire import no_fd_leaks
 from virtio.devices.console import EMERG_WR_OFFSET, Console, ConsoleOptions
 from virtio.devices.console_port import BACKLOG_MAX, LINE_MAX, PENDING_MAX
 from virtio.errors import HostError
+from virtio.testing.driver import Element
 
 
 def console(backend: str, path: Path | None = None, **options: int) -> Console:

@@ -6,12 +6,12 @@ import struct
 
 import pytest
 from blk_driver import pattern
-from driver import Used
 from frontend import F_VERSION_1, NEEDS_RESET, Guest, Setting, every_native_setting, plugged
 from pydantic import ValidationError
 
 from virtio.devices.net import Net, NetOptions, mac_from_name
 from virtio.nic import NicCounters
+from virtio.testing.driver import Used
 
 RECEIVE, TRANSMIT = 0, 1
 F_MRG_RXBUF = 1 << 15

@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver  # noqa: E402
-from virtqueue_driver import VIRTQ_DESC_F_NEXT  # noqa: E402
+from virtio.testing.driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver  # noqa: E402
+from virtio.testing.virtqueue_driver import VIRTQ_DESC_F_NEXT  # noqa: E402
 
 SEEDS = HERE / "seeds"
 PACKED, EVENT_IDX, INDIRECT, IOMMU, RAW_ADDRESSES = 1, 2, 4, 8, 16

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 from blk_driver import S_OK, T_GET_ID, T_IN, BlkDriver, header
-from driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 from frontend import F_EVENT_IDX, F_INDIRECT_DESC, Guest, GuestQueue, every_ring
 from scene import Scene
+
+from virtio.testing.driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 
 NEXT, WRITE, INDIRECT, AVAIL, USED = 1, 2, 4, 1 << 7, 1 << 15
 SIZE = 64

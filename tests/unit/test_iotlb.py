@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from driver import Element, GuestMemory, SplitDriver, VirtqueueDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_device import (
@@ -24,6 +23,7 @@ from ring_device import (
 from virtio.dataplane import lib
 from virtio.errors import HostError
 from virtio.memory import Iotlb
+from virtio.testing.driver import Element, GuestMemory, SplitDriver, VirtqueueDriver
 from virtio.waist import AddressSpace, IotlbMiss, Permission
 
 FEATURES = F_INDIRECT_DESC | F_VERSION_1 | F_ACCESS_PLATFORM

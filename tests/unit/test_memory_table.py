@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from driver import Element, GuestMemory, SplitDriver
 from ring_device import FORMATS, Rings, make_driver, region_of
 
 from virtio.dataplane import lib
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.memory import Mapping, MemoryTable
+from virtio.testing.driver import Element, GuestMemory, SplitDriver
 from virtio.waist import AddressSpace, MemoryRegion
 
 

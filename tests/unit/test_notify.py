@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from driver import SplitDriver
 from ring_device import FORMATS, RingDevice, Rings, make_driver, put_one, read_counter
-from virtqueue_driver import Desc
 
 from virtio.dataplane import lib
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.testing.driver import SplitDriver
+from virtio.testing.virtqueue_driver import Desc
 from virtio.virtqueue import Virtqueue
 
 FULL = (1 << 64) - 2

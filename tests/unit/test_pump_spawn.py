@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 from driven import Scripted
-from driver import Used
 from frontend import NEEDS_RESET, Setting, every_ring, plugged
 
 from virtio.device import Chain, Queue
 from virtio.errors import GuestError
+from virtio.testing.driver import Used
 
 
 class Slow:

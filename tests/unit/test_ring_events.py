@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
-from driver import PackedDriver, SplitDriver, VirtqueueDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_device import FORMATS, RingDevice, Rings, make_driver, open_rings, read_counter
 
 from virtio.fd import OwnedFd
+from virtio.testing.driver import PackedDriver, SplitDriver, VirtqueueDriver
 
 DISABLE, DESC, RESERVED = 1, 2, 3
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from driver import Desc, Element, PackedDriver, SplitDriver, VirtqueueDriver
 from ring_device import F_VERSION_1, FORMATS, Rings, assert_broken, make_driver, put_chain, put_one
 
 from virtio.dataplane import lib
+from virtio.testing.driver import Desc, Element, PackedDriver, SplitDriver, VirtqueueDriver
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 SIZE = 8

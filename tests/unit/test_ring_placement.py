@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from driver import PackedDriver, SplitDriver
 from ring_device import FORMATS, Rings, assert_broken, make_driver, region_of
 
 from virtio.dataplane import FAULTS, lib
 from virtio.errors import GuestError, PeerError
 from virtio.memory import MemoryTable
+from virtio.testing.driver import PackedDriver, SplitDriver
 
 SIZE = 8
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import pytest
-from driver import GuestMemory, RingFullError, VirtqueueDriver
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,6 +19,7 @@ from hypothesis.stateful import (
 from ring_device import FORMATS, Popped, RingDevice, make_driver, region_of
 
 from virtio.memory import MemoryTable
+from virtio.testing.driver import GuestMemory, RingFullError, VirtqueueDriver
 
 SIZES = st.lists(st.integers(1, 40), max_size=4)
 

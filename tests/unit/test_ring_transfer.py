@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from driver import Desc, Element, PackedDriver, RingFullError, SplitDriver
 from ring_device import FORMATS, Rings, make_driver, put_one, region_of
 
 from virtio.dataplane import lib
 from virtio.memory import MemoryTable
+from virtio.testing.driver import Desc, Element, PackedDriver, RingFullError, SplitDriver
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 

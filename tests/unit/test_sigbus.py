@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from driver import Element, GuestMemory, VirtqueueDriver
 from ring_device import FORMATS, RingDevice, Rings, make_driver, read_counter
 
 from virtio.dataplane import lib
 from virtio.memory import install_sigbus_guard
+from virtio.testing.driver import Element, GuestMemory, VirtqueueDriver
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guest_memory import GuestMemory, full_fence
-from virtqueue_driver import (
+from virtio.testing.guest_memory import GuestMemory, full_fence
+from virtio.testing.virtqueue_driver import (
     DESC,
     RING_EVENT_FLAGS_DESC,
     RING_EVENT_FLAGS_DISABLE,

@@ -9,10 +9,18 @@ written by hand (``read_desc``, ``write_desc``, ``put_avail``, ``set_avail_idx``
 
 from __future__ import annotations
 
-from guest_memory import GuestMemory, full_fence
-from packed_driver import PackedDriver
-from split_driver import SplitDriver
-from virtqueue_driver import Desc, DeviceBrokeSpecError, Element, RingFullError, Used, VirtqueueDriver, need_event
+from virtio.testing.guest_memory import GuestMemory, full_fence
+from virtio.testing.packed_driver import PackedDriver
+from virtio.testing.split_driver import SplitDriver
+from virtio.testing.virtqueue_driver import (
+    Desc,
+    DeviceBrokeSpecError,
+    Element,
+    RingFullError,
+    Used,
+    VirtqueueDriver,
+    need_event,
+)
 
 __all__ = [
     "Desc",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guest_memory import GuestMemory, full_fence
-from virtqueue_driver import (
+from virtio.testing.guest_memory import GuestMemory, full_fence
+from virtio.testing.virtqueue_driver import (
     DESC,
     VIRTQ_AVAIL_F_NO_INTERRUPT,
     VIRTQ_DESC_F_NEXT,

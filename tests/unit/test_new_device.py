@@ -1,0 +1,63 @@
+"""hyperbell new-device: what it writes works and is tested as it stands, and nothing is written over."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from daemon.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, main
+
+
+def test_the_skeleton_passes_its_own_tests_and_can_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new-device", "blinking_leds", "--folder", str(tmp_path), "--id", "77"]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "blinking_leds.py",
+        "test_blinking_leds.py",
+        "blinking_leds.toml",
+    }
+    assert f"-m pytest {tmp_path}/test_blinking_leds.py" in said
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_blinking_leds.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "3 passed" in ran.stdout
+    assert "virtio_id: ClassVar[int] = 77" in (tmp_path / "blinking_leds.py").read_text()
+    assert main(["check", str(tmp_path / "blinking_leds.toml")]) == EXIT_OK
+    assert "Devices: blinking_leds" in capsys.readouterr().out
+
+
+def test_the_skeleton_has_nothing_that_a_linter_would_say(tmp_path: Path) -> None:
+    assert main(["new-device", "leds", "--folder", str(tmp_path)]) == EXIT_OK
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "."]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_file_that_is_there_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_leds.py").write_text("precious")
+    assert main(["new-device", "leds", "--folder", str(tmp_path)]) == EXIT_FAILURE
+    assert "test_leds.py exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["test_leds.py"]
+    assert (tmp_path / "test_leds.py").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["Leds", "3d", "a-b", "class", "blk", "json", ""])
+def test_a_name_that_cannot_be_a_new_module_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["new-device", name])
+    assert ended.value.code == EXIT_USAGE
+    assert "NAME" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new-device", "leds", "--folder", str(tmp_path / "none")]) == EXIT_FAILURE
+    assert "No such file or directory" in capsys.readouterr().err
