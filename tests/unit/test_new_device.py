@@ -37,7 +37,7 @@ def test_the_skeleton_passes_its_own_tests_and_can_be_served(
 
 def test_the_skeleton_has_nothing_that_a_linter_would_say(tmp_path: Path) -> None:
     assert main(["new-device", "leds", "--folder", str(tmp_path)]) == EXIT_OK
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "."]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W,B", "--line-length", "120", "."]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
