@@ -29,6 +29,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PROJECT_FOLDERS = ("config", "daemon", "guest", "tests", "transports", "virtio")
 SITE_PACKAGES = "/opt/hyperbell/site-packages"
 PACKAGES = ("hyperbell", "pytest", "pytest-trio", "hypothesis")
+ASSEMBLER = ("as", "ld", "objcopy")  # for the small guests of the tests of our own VM
 FIRMWARE_FOLDERS = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
 FIRMWARE = (
     *("qboot.rom", "kvmvapic.bin", "linuxboot.bin", "linuxboot_dma.bin", "pvh.bin"),
@@ -86,6 +87,7 @@ def _base(kernel: Kernel, progress: Progress) -> Path:
         root.folder.mkdir()
         root.add_program(Path(qemu), f"/usr/bin/{QEMU}")
         _add_firmware(root)
+        _add_assembler(root)
         _add_python(root)
         _add_modules(root, kernel)
         root.add(kernel.image, "/boot/vmlinux")
@@ -105,6 +107,14 @@ def _add_firmware(root: Root) -> None:
                 f"QEMU's {name} is not installed; install the Debian packages 'qemu-system-data' and 'seabios'"
             )
         root.add(found[0], f"/usr/share/qemu/{name}")
+
+
+def _add_assembler(root: Root) -> None:
+    for name in ASSEMBLER:
+        found = shutil.which(name)
+        if found is None:
+            raise PrepareError(f"'{name}' is not installed; install the Debian package 'binutils'")
+        root.add_program(Path(found), f"/usr/bin/{name}")
 
 
 def _add_python(root: Root) -> None:
