@@ -29,7 +29,7 @@
 #define HB_MMIO_KEY	0x0f0
 #define HB_MMIO_BELL	0x0f4
 #define HB_MMIO_SIZE	0x100
-#define HB_MMIO_MAGIC	('v' | 'i' << 8 | 't' << 16 | 'r' << 24)
+#define HB_MMIO_MAGIC	('v' | 'i' << 8 | 'r' << 16 | 't' << 24)
 
 struct hb_scan {
 	unsigned long seen;
