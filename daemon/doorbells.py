@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, cast
 
@@ -25,6 +25,7 @@ SLOW_LOOP: Final = 4
 """A guest's loop that takes so many times as long as ours is not run by the processor."""
 
 NOISY_SPREAD: Final = 0.2
+NOISY_SPREAD_OF_A_THREAD: Final = 0.5  # waking one depends on how deeply its CPU slept
 """Rounds whose medians lie farther apart than this share of the median were disturbed."""
 
 
@@ -125,10 +126,16 @@ def reasons(measurement: Measurement, below: str) -> Iterator[Reason]:
             "figures hold for guests inside this machine and not for its hardware"
         )
         yield Reason(code="nested", meaningless=False, text=text)
-    spread = max((figures.kernel.spread for figures in measurement.kinds if figures.kernel is not None), default=0.0)
-    if spread > NOISY_SPREAD:
+    kernel = _widest(figures.kernel for figures in measurement.kinds)
+    thread = _widest(figures.thread for figures in measurement.kinds)
+    if kernel > NOISY_SPREAD or thread > NOISY_SPREAD_OF_A_THREAD:
+        spread = max(kernel, thread)
         text = (
             f"the machine was busy with other things: the same doorbell's median differed by {spread:.0%} from round "
             "to round; measure again when it is quiet"
         )
         yield Reason(code="noisy", meaningless=False, text=text)
+
+
+def _widest(summaries: Iterable[Summary | None]) -> float:
+    return max((summary.spread for summary in summaries if summary is not None), default=0.0)

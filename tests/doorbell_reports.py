@@ -28,13 +28,14 @@ def measurement(
     no_hypercall: str = "",
     guest_loop: int = 2_000,
     spread: float = 0.01,
+    thread_spread: float = 0.01,
 ) -> Measurement:
     kinds = []
     for kind, (kernel, thread) in medians.items():
         if kind == "hypercall" and no_hypercall:
             kinds.append(KindFigures(kind, why_not=no_hypercall))
             continue
-        rings = summary(thread) if thread is not None else None
+        rings = summary(thread, thread_spread) if thread is not None else None
         kinds.append(KindFigures(kind, kernel=summary(kernel, spread), thread=rings))
     return Measurement(
         kinds=tuple(kinds),

@@ -14,12 +14,13 @@ from daemon.doorbell_table import render
 from guest.level import Level
 from guest.toy import prepare_toy
 from guest.tracing import Counts, watch_doorbells
-from transports.kvm.ring_rounds import BELLS, KERNEL, KEY, MMIO, MMIO_MATCH, PIO, THREAD, WARM_UP_RINGS
+from transports.kvm.ring_rounds import BELLS, KERNEL, KEY, MMIO, MMIO_MATCH, PIO, THREAD, WARM_UP_RINGS, WARM_UP_ROUNDS
 from transports.kvm.slots import slot
 
 pytestmark = pytest.mark.nested
 
 SECONDS: Final = 120
+WARM_UP: Final = WARM_UP_ROUNDS * WARM_UP_RINGS
 PLACES: Final = {"mmio": MMIO, "mmio-match": MMIO_MATCH, "pio": PIO}
 CONNECTION_IDS: Final = {target: bell ^ KEY for target, bell in BELLS.items()}
 
@@ -59,7 +60,7 @@ def test_kvm_saw_exactly_the_plain_rings_that_are_reported(record: Record, kind:
     (measured,) = (measured for measured in record.report.doorbells if measured.kind == kind)
     assert measured.kernel is not None
     assert measured.thread is not None
-    assert record.seen.ioeventfds[PLACES[kind][KERNEL]] == measured.kernel.rings + WARM_UP_RINGS
+    assert record.seen.ioeventfds[PLACES[kind][KERNEL]] == measured.kernel.rings + WARM_UP
     assert record.seen.ioeventfds[PLACES[kind][THREAD]] >= measured.thread.rings
 
 
@@ -69,7 +70,7 @@ def test_kvm_saw_exactly_the_hypercalls_that_are_reported(record: Record) -> Non
     assert measured.kernel is not None
     assert measured.thread is not None
     tried_before = 1  # in a VM of its own
-    assert record.seen.hypercalls[CONNECTION_IDS[KERNEL]] == measured.kernel.rings + WARM_UP_RINGS + tried_before
+    assert record.seen.hypercalls[CONNECTION_IDS[KERNEL]] == measured.kernel.rings + WARM_UP + tried_before
     assert record.seen.hypercalls[CONNECTION_IDS[THREAD]] >= measured.thread.rings
 
 

@@ -52,6 +52,11 @@ def test_what_makes_figures_worth_less_is_said(
     assert report.meaningless is meaningless
 
 
+def test_threads_may_wake_up_differently_fast_but_not_anyhow() -> None:
+    assert report_of(measurement(thread_spread=0.4), below="").trustworthy
+    assert codes(report_of(measurement(thread_spread=0.6), below="")) == ["noisy"]
+
+
 def test_all_reasons_are_given_the_worst_first() -> None:
     report = report_of(measurement(guest_loop=8_000_000, spread=0.5), below="KVM")
     assert codes(report) == ["emulated-guest", "nested", "noisy"]

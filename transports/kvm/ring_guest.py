@@ -77,7 +77,7 @@ class StepResult:
 
     @property
     def cycles_each(self) -> float:
-        """What one ring took in all, the guest's own work around it included."""
+        """What one ring took in all, on average, the guest's own work around it included."""
         return (self.end - self.begin) / max(1, len(self.samples) + self.refused)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from transports.kvm.ring_guest import (
     settle,
     times,
 )
-from transports.kvm.ring_statistics import Summary, summarize
+from transports.kvm.ring_statistics import Summary, percentile, summarize
 from transports.kvm.vmm import Vm, VmSetup
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -35,12 +36,15 @@ ROUNDS: Final = 24
 BUDGET_SECONDS: Final = 2.4  # of all rounds together
 LIMIT_SECONDS: Final = 6.0  # where the warm-up misjudged the machine, fewer rounds must do
 ROUNDS_MIN: Final = 4
+WARM_UP_ROUNDS: Final = 2  # the first one wakes up everything
 WARM_UP_RINGS: Final = 20
 RINGS_MIN: Final = 6  # of a round, however slow the machine
 LOOP_ITERATIONS: Final = 2000
 
 KERNEL: Final = "kernel"
 THREAD: Final = "thread"
+
+NOTHING: Final = "nothing"  # not reported as a kind: what is measured without any ring
 
 KEY: Final = 0x5A17C3  # of a VM that lives for seconds and has nothing to hide
 BELLS: Final = {KERNEL: 0x100, THREAD: 0x101}  # below the first port: a device without one
@@ -103,7 +107,7 @@ async def measure(kvm_path: str = KVM_PATH) -> Measurement:
         with running_on(vcpu_cpu):
             run = _Run(vm, lanes, greet=no_hypercall is None)
             await run.all_rounds()
-    kinds = tuple(run.figures(kind) for kind in dict.fromkeys(lane.kind for lane in lanes) if kind != "nothing")
+    kinds = tuple(run.figures(kind) for kind in dict.fromkeys(lane.kind for lane in lanes) if kind != NOTHING)
     if no_hypercall is not None:
         kinds = (*kinds[:3], KindFigures("hypercall", why_not=no_hypercall), *kinds[3:])
     return Measurement(
@@ -194,7 +198,7 @@ def _of(lane: _Lane) -> OwnedFd:
 def _baseline_lanes() -> Iterator[_Lane]:
     yield _Lane("exit", KERNEL, Step(Ring.OUT, _EXIT_PORT, _VALUE))
     yield _Lane("cpuid", KERNEL, Step(Ring.CPUID))
-    yield _Lane("nothing", KERNEL, Step(Ring.NOTHING))
+    yield _Lane(NOTHING, KERNEL, Step(Ring.NOTHING))
 
 
 # Rounds
@@ -212,22 +216,30 @@ class _Run:
         self._clock: list[tuple[int, float]] = []  # the guest's counter and the host's clock, at the end of each run
 
     async def all_rounds(self) -> None:
-        """The warm-up tells how slow each kind is, and so how often it is rung in a round."""
-        results = await self._round(self._lanes, dict.fromkeys(map(id, self._lanes), WARM_UP_RINGS))
+        """The second round of the warm-up tells how slow each kind is, and so how often it is rung in a round."""
+        for _ in range(WARM_UP_ROUNDS):
+            results = await self._round(self._lanes, dict.fromkeys(map(id, self._lanes), WARM_UP_RINGS))
         for lane in self._lanes:
             lane.rounds.clear()
-        counts = {id(lane): self._rings(results[id(lane)].cycles_each / self._ticks_per_second) for lane in self._lanes}
-        begun = time.perf_counter()
+        (nothing,) = (results[id(lane)] for lane in self._lanes if lane.kind == NOTHING)
+        counts = {id(lane): self._rings(results[id(lane)], nothing.cycles_each) for lane in self._lanes}
+        begun, order = time.perf_counter(), random.Random(0)
         for number in range(ROUNDS):
             if number >= ROUNDS_MIN and time.perf_counter() - begun > LIMIT_SECONDS:
                 break
             alive = [lane for lane in self._lanes if lane.why_not is None]
-            turn = number % len(alive)
-            await self._round([*alive[turn:], *alive[:turn]], counts)
+            # In another order each time: what ran before makes a difference, above all to a thread that slept long.
+            await self._round(order.sample(alive, len(alive)), counts)
 
-    def _rings(self, seconds_each: float) -> int:
+    def _rings(self, warm_up: StepResult, around: float) -> int:
+        """How many fit into a round: by the median, for one ring that was disturbed says nothing of the others.
+
+        ``around`` are the cycles that the guest itself spends on a ring, which an emulator makes many of.
+        """
+        samples = sorted(warm_up.samples)
+        each = around + (percentile(samples, 50) if samples else 0)
         share = BUDGET_SECONDS / ROUNDS / len(self._lanes)
-        return max(RINGS_MIN, min(RINGS_MAX, int(share / seconds_each)))
+        return max(RINGS_MIN, min(RINGS_MAX, int(share * self._ticks_per_second / each)))
 
     async def _round(self, lanes: Sequence[_Lane], counts: Mapping[int, int]) -> dict[int, StepResult]:
         steps = [*self._before, *(times(lane.step, counts[id(lane)]) for lane in lanes)]
@@ -265,7 +277,7 @@ class _Run:
 
     @property
     def stamps(self) -> int:
-        (lane,) = (lane for lane in self._lanes if lane.kind == "nothing")
+        (lane,) = (lane for lane in self._lanes if lane.kind == NOTHING)
         summary = summarize(lane.rounds)
         return summary.median if summary is not None else 0
 
