@@ -9,6 +9,8 @@ from typing import Final
 from xml.etree import ElementTree
 
 from config.loader import Config, Device
+from daemon.device_classes import device_class
+from virtio.devices import REGISTRY
 from virtio.devices.net import NetOptions
 
 QEMU_QUEUE_SIZE_MAX: Final = 1024  # QEMU's VIRTQUEUE_MAX_SIZE: it refuses to start with more
@@ -34,7 +36,7 @@ FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
     "net": FrontEnd("virtio-net-pci", queue_options=False),
     "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
 }
-"""The front-ends of QEMU 7.2; a type that is not here cannot be attached to it."""
+"""The front-ends of QEMU 7.2. Another type is attached by that of its virtio_id, or not at all."""
 
 
 def why_not(device: Device) -> str:
@@ -44,12 +46,23 @@ def why_not(device: Device) -> str:
             f'device "{device.name}": the queues of QEMU\'s network interface have {QEMU_NET_QUEUE_SIZE_MIN} to '
             f"{QEMU_QUEUE_SIZE_MAX} entries; set queue_size accordingly"
         )
-    if device.common.type in FRONT_ENDS:
+    if _front_end(device) is not None:
         return ""
     return (
         f'device "{device.name}": QEMU (seen: 7.2) has no vhost-user front-end for a {device.common.type} device, '
         "so there are no options that would attach it"
     )
+
+
+def _front_end(device: Device) -> FrontEnd | None:
+    """QEMU has a front-end for each kind of device; what the guest sees behind it is the same for any class of it."""
+    type_name = device.common.type
+    if type_name in FRONT_ENDS:
+        return FRONT_ENDS[type_name]
+    kind = device_class(type_name)
+    # That of network interfaces wants to know more than the class says.
+    alike = (ours for name, ours in FRONT_ENDS.items() if name != "net" and REGISTRY[name].virtio_id == kind.virtio_id)
+    return next(alike, None)
 
 
 def qemu_arguments(devices: Iterable[Device], memory: str, machine: str, *, hypercall: bool) -> list[list[str]]:
@@ -93,7 +106,8 @@ def pasteable(options: Iterable[list[str]]) -> str:
 
 
 def _device_options(device: Device, hypercall: bool) -> list[list[str]]:
-    front_end = FRONT_ENDS[device.common.type]
+    front_end = _front_end(device)
+    assert front_end is not None, "why_not() told the caller"
     chardev = f"char-{device.name}"
     # A comma ends a value in QEMU's option syntax; two of them stand for one.
     channel = f"socket,id={chardev},path={str(device.common.socket).replace(',', ',,')}"

@@ -13,9 +13,10 @@ PACKED: Final = "hyperbell packed"
 QEMU_IO_URING: Final = "qemu io_uring"
 QEMU_THREADS: Final = "qemu threads"
 
-BackEnd = Literal["null", "ram", "disk", "cached"]
+BackEnd = Literal["null", "python", "ram", "disk", "cached"]
 BACK_ENDS: Final[Mapping[BackEnd, str]] = {
     "null": "null back end (no storage at all)",
+    "python": "null back end, hyperbell's written in Python (a device of the kit, tests/bench/null_disk.py)",
     "ram": "RAM-backed file (buffered, as tmpfs has no other way)",
     "disk": "file on disk, direct (O_DIRECT, the host's page cache is not used)",
     "cached": "file on disk, buffered, all of it in the host's page cache",
@@ -28,6 +29,8 @@ SEQUENTIAL_DEPTH: Final = 8
 IOPS_BAR: Final = 2.0
 CPU_BAR: Final = 0.5
 P50_BAR: Final = 0.8
+PYTHON_BAR: Final = 100_000
+"""Requests a second of a device in Python, in batches."""
 IDLE_BAR_SECONDS: Final = 0.001
 """Over the whole time that is watched. Reading the figures costs the server nothing, so a sleeping one has 0."""
 
@@ -38,7 +41,7 @@ def full_matrix(back_ends: Mapping[BackEnd, str]) -> dict[BackEnd, list[Load]]:
     """Every load on each of ``back_ends``; two queues are left out where they would say nothing new."""
     matrix: dict[BackEnd, list[Load]] = {}
     for back_end in back_ends:
-        queues = (1,) if back_end == "cached" else (1, 2)
+        queues = (1,) if back_end in ("cached", "python") else (1, 2)
         loads = [Load("random", 4096, n, depth, sleep) for n in queues for depth in DEPTHS for sleep in (False, True)]
         loads += [Load("sequential", SEQUENTIAL_BYTES, 1, SEQUENTIAL_DEPTH, sleep) for sleep in (False, True)]
         matrix[back_end] = loads
@@ -51,6 +54,7 @@ def quick_matrix(back_ends: Mapping[BackEnd, str]) -> dict[BackEnd, list[Load]]:
     sequential = Load("sequential", SEQUENTIAL_BYTES, 1, SEQUENTIAL_DEPTH, sleep=False)
     quick: dict[BackEnd, list[Load]] = {
         "null": [Load("random", 4096, 1, depth, sleep) for depth in DEPTHS for sleep in both],
+        "python": [Load("random", 4096, 1, depth, sleep=True) for depth in DEPTHS],
         "ram": [*(Load("random", 4096, 1, depth, sleep) for depth in (1, 32) for sleep in both), sequential],
         "disk": [Load("random", 4096, 1, 32, sleep=False)],
         "cached": [Load("random", 4096, 1, 32, sleep=False)],
@@ -79,7 +83,11 @@ def check_bars(results: Results, idle: Mapping[str, Idle]) -> list[Bar]:
     bars = []
     for back_end, loads in results.items():
         for load, samples in loads.items():
-            if QEMU_IO_URING in samples and load.order == "random":
+            if back_end == "python" and load.depth == max(DEPTHS):
+                iops = samples[OURS].iops
+                text = f"python, {load.title}: {iops:,.0f} requests a second (bar {PYTHON_BAR:,})"
+                bars.append(Bar(text, iops >= PYTHON_BAR))
+            elif QEMU_IO_URING in samples and load.order == "random":
                 bars += _check_load(back_end, load, samples[OURS], samples[QEMU_IO_URING])
     if OURS in idle:
         seen = idle[OURS]

@@ -139,8 +139,8 @@ class Bench:
                 report.idle = watch_idle(servers, self._timing.idle)
 
     def _make_disk(self, back_end: BackEnd, stack: ExitStack) -> Disk:
-        if back_end == "null":
-            return Disk(None, self._size)
+        if back_end in ("null", "python"):
+            return Disk(None, self._size, python=back_end == "python")
         ram = back_end == "ram"
         parent: Path = self._arguments.ram_dir if ram else self._arguments.disk_dir
         check_folder(parent, ram=ram, size=self._size)
@@ -167,7 +167,7 @@ class Bench:
         if self._arguments.packed:
             contenders.append(Contender(PACKED, server, ours=True, packed=True))
         kinds = {QEMU_IO_URING: "io_uring"}
-        if back_end != "null":  # which has no file to read by one or the other
+        if disk.path is not None:  # null-co has no file to read in one way or the other
             kinds[QEMU_THREADS] = "threads"
         for name, aio in kinds.items():
             folder = make_folder()

@@ -16,6 +16,7 @@ from typing import IO, Final, Self
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
+NULL_DISK: Final = f"{Path(__file__).parent / 'null_disk.py'}:NullDisk"
 CPUCLOCK_SCHED: Final = 2  # of clock ids made from a process id, see clock_getcpuclockid(3)
 
 
@@ -25,11 +26,12 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """What a server serves: ``path`` None is the null back end; ``size`` in bytes."""
+    """What a server serves: ``path`` None is the null back end; ``size`` in bytes. ``python``: ours is in Python."""
 
     path: Path | None
     size: int
     direct: bool = False
+    python: bool = False
 
 
 def hyperbell_command(folder: Path, disk: Disk, queues: int, cpu: int, poll_us: int | None = None) -> list[str]:
@@ -40,12 +42,13 @@ def hyperbell_command(folder: Path, disk: Disk, queues: int, cpu: int, poll_us: 
     lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]"]
     if poll_us is not None:
         lines.append(f"poll_us = {poll_us}")
-    lines += ["[devices.disk]", 'type = "blk"', f'socket = "{folder / "disk.sock"}"', 'worker = "w0"']
-    lines.append(f"queues = {queues}")
-    if disk.path is None:
-        lines += ['backend = "null"', f"size = {disk.size}"]
+    lines += ["[devices.disk]", f'socket = "{folder / "disk.sock"}"', f"queues = {queues}"]
+    if disk.python:
+        lines += [f'type = "{NULL_DISK}"', f"size = {disk.size}"]
+    elif disk.path is None:
+        lines += ['type = "blk"', 'worker = "w0"', 'backend = "null"', f"size = {disk.size}"]
     else:
-        lines += [f'path = "{disk.path}"', f"direct = {str(disk.direct).lower()}"]
+        lines += ['type = "blk"', 'worker = "w0"', f'path = "{disk.path}"', f"direct = {str(disk.direct).lower()}"]
     config = folder / "bench.toml"
     config.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return [str(program), "serve", str(config)]
