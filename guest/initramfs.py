@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
 from guest.kernel import Kernel
+from guest.root import Root
 
 MODULES = ("virtio_pci", "virtio_blk", "virtio-rng")
 BUSYBOX = Path("/bin/busybox")
@@ -40,7 +42,10 @@ def prepare_initramfs(
     ``modules`` are kernel modules by file name (their dependencies come along), ``extra`` maps further
     absolute paths in the guest to the content of executable files. Raises ``PrepareError`` with advice.
     """
-    entries = [Entry(folder, stat.S_IFDIR | 0o755) for folder in FOLDERS]
+    extra = extra or {}
+    further = {str(parent).lstrip("/") for name in extra for parent in PurePosixPath(name).parents} - {"", *FOLDERS}
+    # A folder comes before what it holds, as its name does.
+    entries = [Entry(folder, stat.S_IFDIR | 0o755) for folder in (*FOLDERS, *sorted(further))]
     # The kernel opens /dev/console for init before devtmpfs is mounted.
     entries.append(Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
     entries.append(_program("init", (HERE / "init").read_bytes()))
@@ -49,10 +54,24 @@ def prepare_initramfs(
     order = module_order(kernel.modules, modules)
     entries += [_program(f"modules/{path.name}", path.read_bytes()) for path in order]
     entries.append(_program("modules/order", "".join(f"{path.stem}\n" for path in order).encode()))
-    entries += [_program(name.lstrip("/"), content) for name, content in (extra or {}).items()]
+    entries += [_program(name.lstrip("/"), content) for name, content in extra.items()]
     archive = newc(entries)
     target = cache_folder() / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.cpio"
     return target if target.exists() else store_file(target, archive)
+
+
+def program_files(name: str, package: str) -> dict[str, bytes]:
+    """The program ``name`` of this machine, for ``extra``, with the shared libraries that it loads.
+
+    ``PrepareError`` names the Debian ``package`` that has it where it is missing.
+    """
+    found = shutil.which(name)
+    if found is None:
+        raise PrepareError(f"'{name}' is not installed; install the Debian package '{package}'")
+    with scratch_folder(cache_folder()) as scratch:
+        root = Root(scratch)
+        root.add_program(Path(found), f"/bin/{name}")
+        return {f"/{path.relative_to(scratch)}": path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
 
 
 def module_order(folder: Path, wanted: Sequence[str]) -> list[Path]:
