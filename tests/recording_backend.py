@@ -92,6 +92,13 @@ class RecordingBackend:
         self._record("write_config", offset, data)
         self.config[offset : offset + len(data)] = data
 
+    def set_mtu(self, mtu: int) -> None:
+        self._record("set_mtu", mtu)
+
+    async def announce(self, address: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self._record("announce", address)
+
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         await trio.lowlevel.checkpoint()
         try:

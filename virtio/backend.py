@@ -204,6 +204,18 @@ class Backend:
         _check_config_range(offset, len(data))
         self._device.write_config(offset, data)
 
+    # ---- what only network interfaces have ----
+
+    def set_mtu(self, mtu: int) -> None:
+        """``PeerError``: the device cannot have it."""
+        self._device.set_mtu(mtu)
+
+    async def announce(self, address: bytes) -> None:
+        """The guest has moved here: its network is told that ``address``, of 6 bytes, is on this port now."""
+        self._device.prepare_announcement(address)
+        worker = self._workers[self._device.worker_of(0, len(self._workers))]
+        await worker.nudge(self._device.native_device)
+
     # ---- memory ----
 
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:

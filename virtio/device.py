@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from virtio.chain import Chain
 from virtio.disk import NativeDevice
+from virtio.errors import PeerError
 from virtio.pump import Queue
 
 __all__ = ["Chain", "Device", "DeviceOptions", "Queue"]
@@ -76,6 +77,14 @@ class Device:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote to the config space; most fields are read-only, and writes to those are ignored (2.5)."""
+
+    def set_mtu(self, mtu: int) -> None:
+        """Of a network interface: the guest is told to use this MTU. ``PeerError``: it is not possible."""
+        raise PeerError(f"a {self.type_name} device has no MTU")
+
+    def prepare_announcement(self, address: bytes) -> None:
+        """Of a network interface: have its worker, when nudged, tell the network that ``address`` is here now."""
+        raise PeerError(f"a {self.type_name} device has no address to announce")
 
     def refresh(self) -> bool:
         """Look again at what the device stands on (SIGHUP); True when something changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from virtio.fd import OwnedFd
 
 PAIRS_MAX: Final[int] = lib.NET_PAIRS_MAX
 PORTS_MAX: Final[int] = lib.NET_SWITCH_PORTS_MAX
-OPS: Final = ("receive", "transmit")
+OPS: Final = ("receive", "transmit", "control")
 
 
 class NicBackend(IntEnum):
@@ -32,11 +32,21 @@ class NicCounters:
     """Frames by what became of them, since the device was made: ``flooded`` ones went to all ports of a switch, the
     others were lost."""
 
-    malformed: int
-    no_buffers: int
-    refused: int
-    dropped: int
-    flooded: int
+    malformed: int = 0
+    """From the guest: with a header that lies, or no frame at all."""
+    sent_link_down: int = 0
+    dropped: int = 0
+    """From the guest: nobody was there to take it."""
+    no_buffers: int = 0
+    """For the guest, which had no receive buffers."""
+    refused: int = 0
+    """For the guest: larger than its buffers."""
+    received_link_down: int = 0
+    filtered: int = 0
+    """For the guest: to an address that it does not listen to."""
+    misreceived: int = 0
+    """For the guest: no frame, or one with a header that makes no sense."""
+    flooded: int = 0
 
 
 class NativeSwitch:
@@ -53,10 +63,16 @@ class NativeNic(NativeDevice):
     """A network device in the data plane. It keeps duplicates of ``fds``: a queue each of a tap, or one socket."""
 
     def __init__(
-        self, backend: NicBackend, pairs: int, *, fds: Sequence[OwnedFd] = (), switch: NativeSwitch | None = None
+        self,
+        backend: NicBackend,
+        pairs: int,
+        *,
+        mac: bytes,
+        fds: Sequence[OwnedFd] = (),
+        switch: NativeSwitch | None = None,
     ) -> None:
         raw = ffi.new("struct net_setup *")
-        raw.backend, raw.pairs = int(backend), pairs
+        raw.backend, raw.pairs, raw.mac = int(backend), pairs, mac
         for index, fd in enumerate(fds):
             raw.fds[index] = fd.fileno()
         error = ffi.new("int *")
@@ -79,13 +95,34 @@ class NativeNic(NativeDevice):
         """Down: whatever is sent either way is lost."""
         lib.net_set_link(self._alive(), up)
 
-    def set_active_pairs(self, pairs: int) -> None:
-        """How many receive queues the driver uses (5.1.6.5.5)."""
-        lib.net_set_active_pairs(self._alive(), pairs)
+    def ask_to_announce(self) -> None:
+        """Ask a driver that can (5.1.4) to tell its network where it is; ``announcing`` until it has done so."""
+        lib.net_ask_to_announce(self._alive())
+
+    @property
+    def announcing(self) -> bool:
+        return bool(lib.net_announcing(self._alive()))
+
+    @property
+    def mac(self) -> bytes:
+        """The address the driver goes by: what it was told, or has chosen itself (5.1.6.5.2)."""
+        mac = ffi.new("uint8_t[6]")
+        lib.net_mac(self._alive(), mac)
+        return bytes(mac)
+
+    @property
+    def active_pairs(self) -> int:
+        """How many receive queues frames are spread over."""
+        return int(lib.net_active_pairs(self._alive()))
+
+    def prepare_rarp(self, mac: bytes) -> None:
+        """What the worker of the first pair sends to the other side when it is nudged: where ``mac`` is now."""
+        lib.net_prepare_rarp(self._alive(), mac)
 
     def counters(self) -> NicCounters:
-        raw = lib.net_counters(self._alive())
-        return NicCounters(raw.malformed, raw.no_buffers, raw.refused, raw.dropped, raw.flooded)
+        raw = ffi.new("struct net_counters *")
+        lib.net_counters(self._alive(), raw)
+        return NicCounters(**{field.name: getattr(raw, field.name) for field in fields(NicCounters)})
 
     def close(self) -> None:
         """Let go of the device; a worker in the middle of a turn does so later."""

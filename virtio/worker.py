@@ -132,6 +132,10 @@ class Worker:
     async def resume(self, vq: Virtqueue) -> None:
         await self._command(lib.WORKER_RESUME, vq, vq=vq.pointer)
 
+    async def nudge(self, device: NativeDevice) -> None:
+        """The device has something to do that is no queue's; done when this returns."""
+        await self._command(lib.WORKER_NUDGE, device, device=device.pointer)
+
     async def set_call(self, vq: Virtqueue, fd: OwnedFd | None) -> None:
         """Takes the fd; ``HostError`` when it is not an eventfd."""
         await self._give(lib.WORKER_SET_CALL, vq, fd, "call")

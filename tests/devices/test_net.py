@@ -20,7 +20,7 @@ OURS = bytes(10) + b"\1\0"  # num_buffers = 1
 GUEST_MAC = bytes.fromhex("025e10000001")
 FRAME_MIN = 14
 FRAME_MAX = 14 + 8 + 0xFFFF
-NOTHING_LOST = NicCounters(0, 0, 0, 0, 0)
+NOTHING_LOST = NicCounters()
 
 
 def net(frames: str, mac: str | None = None, mtu: int | None = None) -> Net:
@@ -57,10 +57,11 @@ def counters(device: object) -> NicCounters:
 @every_native_setting
 async def test_it_has_a_queue_each_way_and_tells_its_address_mtu_and_that_the_link_is_up(setting: Setting) -> None:
     async with plugged(net("drop", "02:00:5E:10:20:30", 1400), setting) as p:
-        assert await p.guest.link.queue_count() == 2
+        assert await p.guest.link.queue_count() == 3  # and one for control
         assert await p.guest.link.read_config(0, 12) == bytes.fromhex("02005e102030 0100 0100 7805")
         own = await p.guest.link.device_features() & 0xFF_FFFF
-        assert own == 1 << 3 | 1 << 5 | 1 << 15 | 1 << 16  # MTU, MAC, MRG_RXBUF, STATUS: no offload
+        # MTU, MAC, MRG_RXBUF, STATUS, CTRL_VQ, GUEST_ANNOUNCE, CTRL_MAC_ADDR: no offload, and nothing to filter
+        assert own == 1 << 3 | 1 << 5 | 1 << 15 | 1 << 16 | 1 << 17 | 1 << 21 | 1 << 23
 
 
 def test_an_address_made_from_the_name_is_always_the_same_and_local_to_us() -> None:
@@ -90,10 +91,11 @@ async def test_pulling_the_cable_loses_frames_and_tells_the_driver() -> None:
         assert await p.guest.link.read_config(6, 2) == b"\0\0"
         p.guest.queues[RECEIVE].driver.add([], [1526])
         await send(p.guest, frame(60, 1))
-        assert counters(p.device).dropped == 1
-        p.device.set_link(True)
+        assert counters(p.device) == NicCounters(sent_link_down=1)
+        assert p.device.set_link(True)
+        assert not p.device.set_link(True)
         await p.guest.link.config_change()
-        assert await p.guest.link.read_config(6, 2) == b"\1\0"
+        assert await p.guest.link.read_config(6, 2) == b"\3\0"  # up, and: announce yourself
         await send(p.guest, frame(60, 2))
         assert await received(p.guest) == [frame(60, 2)]
 

@@ -153,6 +153,8 @@ async def test_large_segments_pass_whole_both_ways(setting: Setting, kind: str) 
 async def test_each_pair_has_a_queue_of_the_tap_and_only_those_that_run_get_frames(reactor: str) -> None:
     device = on_tap(queues=2)
     async with plugged(device, Setting("waist", "split", reactor), workers=2) as p:
+        assert (await p.guest.queues[4].request([b"\4\0" + b"\2\0"], [1])).buffers == [b"\0"]  # both pairs
+        assert device.native_device.active_pairs == 2
         with Host() as host:
             for pair in range(2):
                 out = frame(HOST, device.mac, pattern(60, pair))

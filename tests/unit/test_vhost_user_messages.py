@@ -24,8 +24,8 @@ def test_no_supported_request_is_listed_as_unsupported() -> None:
 
 
 def test_the_offered_protocol_features_are_exactly_those_implemented() -> None:
-    assert messages.OFFERED_PROTOCOL_FEATURES == wire.ALL_PROTOCOL_FEATURES
-    assert messages.OFFERED_PROTOCOL_FEATURES == 0b1_1010_0010_0010_1001
+    assert messages.OFFERED_PROTOCOL_FEATURES == wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU
+    assert messages.OFFERED_PROTOCOL_FEATURES == 0b1_1010_0010_0011_1101
 
 
 def test_every_protocol_feature_a_request_needs_is_offered() -> None:

@@ -19,6 +19,7 @@ from transports.vhost_user.state import Value
 from transports.vhost_user.stats import ConnectionStats
 from virtio.errors import HyperbellError, PeerError
 from virtio.fd import OwnedFd
+from virtio.spec import VIRTIO_ID_NET
 from virtio.waist import ConfigChanged, IotlbMiss
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Connection:
             queue_count=backend.queue_count,
             queue_size_max=backend.queue_size_max,
             has_config_space=backend.has_config_space,
+            is_network_interface=backend.device_id == VIRTIO_ID_NET,
         )
         self._current: str = ""  # the request being carried out
         self._refused: set[str] = set()  # requests whose refusal was logged already

@@ -23,7 +23,9 @@ VHOST_USER_F_PROTOCOL_FEATURES: Final = 30
 
 # Protocol features (bit numbers).
 VHOST_USER_PROTOCOL_F_MQ: Final = 0
+VHOST_USER_PROTOCOL_F_RARP: Final = 2
 VHOST_USER_PROTOCOL_F_REPLY_ACK: Final = 3
+VHOST_USER_PROTOCOL_F_NET_MTU: Final = 4
 VHOST_USER_PROTOCOL_F_BACKEND_REQ: Final = 5
 VHOST_USER_PROTOCOL_F_CONFIG: Final = 9
 VHOST_USER_PROTOCOL_F_RESET_DEVICE: Final = 13
@@ -33,7 +35,9 @@ VHOST_USER_PROTOCOL_F_STATUS: Final = 16
 PROTOCOL_FEATURES: Final[Mapping[str, int]] = MappingProxyType(
     {
         "VHOST_USER_PROTOCOL_F_MQ": VHOST_USER_PROTOCOL_F_MQ,
+        "VHOST_USER_PROTOCOL_F_RARP": VHOST_USER_PROTOCOL_F_RARP,
         "VHOST_USER_PROTOCOL_F_REPLY_ACK": VHOST_USER_PROTOCOL_F_REPLY_ACK,
+        "VHOST_USER_PROTOCOL_F_NET_MTU": VHOST_USER_PROTOCOL_F_NET_MTU,
         "VHOST_USER_PROTOCOL_F_BACKEND_REQ": VHOST_USER_PROTOCOL_F_BACKEND_REQ,
         "VHOST_USER_PROTOCOL_F_CONFIG": VHOST_USER_PROTOCOL_F_CONFIG,
         "VHOST_USER_PROTOCOL_F_RESET_DEVICE": VHOST_USER_PROTOCOL_F_RESET_DEVICE,
@@ -47,9 +51,15 @@ QEMU acknowledges any bit it has a number for, also bits it does not honour afte
 OFFERED_PROTOCOL_FEATURES: Final = sum(1 << bit for bit in PROTOCOL_FEATURES.values())
 
 
-def offered_protocol_features(*, has_config_space: bool) -> int:
+_OF_NETWORK_INTERFACES: Final = 1 << VHOST_USER_PROTOCOL_F_RARP | 1 << VHOST_USER_PROTOCOL_F_NET_MTU
+
+
+def offered_protocol_features(*, has_config_space: bool, is_network_interface: bool) -> int:
     """The protocol features of a device; QEMU warns of CONFIG where it expects no config space (rng)."""
-    return OFFERED_PROTOCOL_FEATURES & ~(0 if has_config_space else 1 << VHOST_USER_PROTOCOL_F_CONFIG)
+    withheld = 0 if has_config_space else 1 << VHOST_USER_PROTOCOL_F_CONFIG
+    if not is_network_interface:
+        withheld |= _OF_NETWORK_INTERFACES
+    return OFFERED_PROTOCOL_FEATURES & ~withheld
 
 
 # Limits.
@@ -88,6 +98,8 @@ VHOST_USER_GET_PROTOCOL_FEATURES: Final = 15
 VHOST_USER_SET_PROTOCOL_FEATURES: Final = 16
 VHOST_USER_GET_QUEUE_NUM: Final = 17
 VHOST_USER_SET_VRING_ENABLE: Final = 18
+VHOST_USER_SEND_RARP: Final = 19
+VHOST_USER_NET_SET_MTU: Final = 20
 VHOST_USER_SET_BACKEND_REQ_FD: Final = 21
 VHOST_USER_IOTLB_MSG: Final = 22
 VHOST_USER_GET_CONFIG: Final = 24
@@ -237,6 +249,18 @@ _ROWS: Final = (
     # Needs VHOST_USER_F_PROTOCOL_FEATURES, which is not a protocol feature: the session checks it.
     Message(VHOST_USER_SET_VRING_ENABLE, "VHOST_USER_SET_VRING_ENABLE", Payload.VRING_STATE),
     Message(
+        VHOST_USER_SEND_RARP,
+        "VHOST_USER_SEND_RARP",
+        Payload.U64,
+        feature=VHOST_USER_PROTOCOL_F_RARP,
+    ),
+    Message(
+        VHOST_USER_NET_SET_MTU,
+        "VHOST_USER_NET_SET_MTU",
+        Payload.U64,
+        feature=VHOST_USER_PROTOCOL_F_NET_MTU,
+    ),
+    Message(
         VHOST_USER_SET_BACKEND_REQ_FD,
         "VHOST_USER_SET_BACKEND_REQ_FD",
         Payload.NOTHING,
@@ -318,8 +342,6 @@ UNSUPPORTED: Final[Mapping[int, str]] = MappingProxyType(
     {
         6: "VHOST_USER_SET_LOG_BASE",
         7: "VHOST_USER_SET_LOG_FD",
-        19: "VHOST_USER_SEND_RARP",
-        20: "VHOST_USER_NET_SET_MTU",
         23: "VHOST_USER_SET_VRING_ENDIAN",
         26: "VHOST_USER_CREATE_CRYPTO_SESSION",
         27: "VHOST_USER_CLOSE_CRYPTO_SESSION",

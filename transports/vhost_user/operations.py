@@ -181,6 +181,18 @@ class IotlbInvalidate:
 
 
 @dataclass(frozen=True, slots=True)
+class SetMtu:
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the network behind the device that the station with this address, of 6 bytes, is here now."""
+
+    address: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SetBackendChannel:
     fd: OwnedFd
 
@@ -209,6 +221,8 @@ Operation = (
     | ResetDevice
     | IotlbUpdate
     | IotlbInvalidate
+    | SetMtu
+    | Announce
     | SetBackendChannel
 )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from transports.base import BackendLike
 from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
 from transports.vhost_user.operations import (
+    Announce,
     Answer,
     DisableAllQueues,
     EnableQueue,
@@ -23,6 +24,7 @@ from transports.vhost_user.operations import (
     SetErr,
     SetFeatures,
     SetMemory,
+    SetMtu,
     SetOwner,
     SetProtocolFeatures,
     SetRingAddresses,
@@ -100,6 +102,10 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
             await backend.iotlb_update(iova, size, uva, perm)
         case IotlbInvalidate(iova=iova, size=size):
             await backend.iotlb_invalidate(iova, size)
+        case SetMtu(mtu=mtu):
+            backend.set_mtu(mtu)
+        case Announce(address=address):
+            await backend.announce(address)
         case SetOwner() | SetProtocolFeatures() | SetRingSize() | SetRingAddresses() | SetRingBase():
             pass  # the session keeps these to itself until a queue starts
         case SetBackendChannel():

@@ -13,6 +13,7 @@ from typing import Final
 from transports.vhost_user import messages, payloads
 from transports.vhost_user.framing import Frame
 from transports.vhost_user.operations import (
+    Announce,
     Answer,
     DisableAllQueues,
     EnableQueue,
@@ -28,6 +29,7 @@ from transports.vhost_user.operations import (
     SetErr,
     SetFeatures,
     SetMemory,
+    SetMtu,
     SetOwner,
     SetProtocolFeatures,
     SetStatus,
@@ -280,6 +282,14 @@ def _get_status(state: ConnectionState, frame: Frame) -> Operation:
     return GetStatus()
 
 
+def _send_rarp(state: ConnectionState, frame: Frame) -> Operation:
+    return Announce(frame.payload[:6])  # of the u64 its first 6 bytes in memory are the address
+
+
+def _net_set_mtu(state: ConnectionState, frame: Frame) -> Operation:
+    return SetMtu(payloads.parse_u64(frame.payload))
+
+
 def _set_backend_req_fd(state: ConnectionState, frame: Frame) -> Operation:
     return SetBackendChannel(frame.fds[0])
 
@@ -306,6 +316,8 @@ _PLANS: Final[Mapping[int, Callable[[ConnectionState, Frame], Operation]]] = Map
         messages.VHOST_USER_SET_PROTOCOL_FEATURES: _set_protocol_features,
         messages.VHOST_USER_GET_QUEUE_NUM: _get_queue_num,
         messages.VHOST_USER_SET_VRING_ENABLE: _set_vring_enable,
+        messages.VHOST_USER_SEND_RARP: _send_rarp,
+        messages.VHOST_USER_NET_SET_MTU: _net_set_mtu,
         messages.VHOST_USER_SET_BACKEND_REQ_FD: _set_backend_req_fd,
         messages.VHOST_USER_IOTLB_MSG: _iotlb_msg,
         messages.VHOST_USER_GET_CONFIG: _get_config,

@@ -32,11 +32,19 @@ class Session:
     """
 
     def __init__(
-        self, *, device_features: int, queue_count: int, queue_size_max: int, has_config_space: bool = True
+        self,
+        *,
+        device_features: int,
+        queue_count: int,
+        queue_size_max: int,
+        has_config_space: bool = True,
+        is_network_interface: bool = False,
     ) -> None:
         self.state: Final = ConnectionState(
             offered_features=device_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
-            offered_protocol_features=offered_protocol_features(has_config_space=has_config_space),
+            offered_protocol_features=offered_protocol_features(
+                has_config_space=has_config_space, is_network_interface=is_network_interface
+            ),
             queue_size_max=queue_size_max,
             rings=[Vring(index) for index in range(queue_count)],
         )

@@ -241,10 +241,11 @@ void native_device_unref(struct native_device *device);
 void blk_set_capacity(struct native_device *device, uint64_t sectors);
 void blk_set_writeback(struct native_device *device, uint32_t on);
 
-/* ---- native network device: net_device.c, net_frame.c, net_offload.c, net_switch.c, net_fd.c ---- */
+/* ---- native network device: net_device.c, net_control.c, net_frame.c, net_offload.c, net_switch.c, net_fd.c ---- */
 
 #define NET_OP_RECEIVE 0  /* to the guest */
 #define NET_OP_TRANSMIT 1 /* from the guest */
+#define NET_OP_CONTROL 2
 
 #define NET_BACKEND_DROP 0
 #define NET_BACKEND_REFLECT 1
@@ -261,25 +262,42 @@ struct net_setup {
 	uint32_t backend;       /* NET_BACKEND_* */
 	uint32_t pairs;
 	int fds[NET_PAIRS_MAX]; /* TAP and DATAGRAM: non-blocking; duplicates are made */
+	uint8_t mac[6];
 };
 
-struct net_counters { /* frames lost, by reason; written by the worker, relaxed; read by anyone */
-	uint64_t malformed;  /* from the guest, with a header that lies, or no frame */
-	uint64_t no_buffers; /* for the guest, which had no receive buffers */
-	uint64_t refused;    /* ... larger than its buffers, or its link is down */
-	uint64_t dropped;    /* from the guest: nobody there to take it */
-	uint64_t flooded;    /* by a switch, to all its ports; not lost */
+struct net_counters { /* frames lost, by reason; one set a pair, written by its worker, relaxed; read by anyone */
+	/* from the guest */
+	uint64_t malformed;       /* with a header that lies, or no frame */
+	uint64_t sent_link_down;
+	uint64_t dropped;         /* nobody there to take it */
+	/* for the guest */
+	uint64_t no_buffers;      /* which had no receive buffers */
+	uint64_t refused;         /* larger than its buffers */
+	uint64_t received_link_down;
+	uint64_t filtered;        /* for an address it does not want to hear */
+	uint64_t misreceived;     /* no frame, or one with a header that no receiver understands */
+	/* not lost */
+	uint64_t flooded;         /* by a switch, to all its ports */
 };
 
 struct net_switch *net_switch_new(void);
 void net_switch_unref(struct net_switch *lan);
 /* `lan` for NET_BACKEND_SWITCH, else NULL; takes a reference. */
 struct native_device *net_new(const struct net_setup *setup, struct net_switch *lan, int *error);
-/* Any thread, at any time. */
+/* Any thread, at any time. Other features than before: what the driver said by its control queue is forgotten. */
 void net_set_features(struct native_device *device, uint64_t features);
 void net_set_link(struct native_device *device, uint32_t up);
-void net_set_active_pairs(struct native_device *device, uint32_t pairs);
-const struct net_counters *net_counters(struct native_device *device);
+/* 5.1.4: ask the driver to announce itself; true until it has acknowledged that. */
+void net_ask_to_announce(struct native_device *device);
+uint32_t net_announcing(struct native_device *device);
+/* The address that the driver goes by: its own choice, or net_setup's. */
+void net_mac(struct native_device *device, uint8_t mac[6]);
+/* How many pairs frames for the guest are spread over now. */
+uint32_t net_active_pairs(struct native_device *device);
+/* Have WORKER_NUDGE to the worker of the first pair send a RARP request for `mac` to the other side. */
+void net_prepare_rarp(struct native_device *device, const uint8_t mac[6]);
+/* The sum over all pairs. */
+void net_counters(struct native_device *device, struct net_counters *sum);
 
 /* ---- workers: worker.c, reactor_uring.c, reactor_epoll.c ---- */
 
@@ -290,6 +308,7 @@ const struct net_counters *net_counters(struct native_device *device);
 #define WORKER_SET_ERR 5
 #define WORKER_RESUME 6
 #define WORKER_QUIT 7
+#define WORKER_NUDGE 8      /* the device has something for its worker to do */
 
 #define REACTOR_AUTO 0
 #define REACTOR_IO_URING 1

@@ -352,6 +352,8 @@ struct native_ops {
 			 struct chain_view *chain, uint64_t start_ns);
 	/* Worker thread: r's I/O ended with `result` (io_uring's res). Submits the next one or finishes r. */
 	void (*io_done)(struct request *r, int result);
+	/* Worker thread: WORKER_NUDGE came. NULL: it means nothing to this device. */
+	void (*nudged)(struct native_device *device, struct worker *w);
 	void (*free)(struct native_device *device);
 };
 

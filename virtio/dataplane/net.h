@@ -1,6 +1,7 @@
 /*
- * The native network device (section 5.1): net_device.c drives its queues, net_frame.c reads frames from and writes
- * them to rings, net_offload.c does in software what a receiver cannot, net_switch.c and net_fd.c are back ends.
+ * The native network device (section 5.1): net_device.c drives its queues, net_control.c obeys the driver, net_frame.c
+ * reads frames from and writes them to rings, net_offload.c does in software what a receiver cannot, net_switch.c and
+ * net_fd.c are back ends.
  *
  * All of it runs on worker threads, and both queues of a pair on the same one. The ports of a switch share one worker.
  */
@@ -9,6 +10,8 @@
 
 #include "dataplane.h"
 #include "pieces.h"
+
+#include <pthread.h>
 
 /* 5.1.3, feature bits that the data path looks at. */
 #define VIRTIO_NET_F_CSUM 0
@@ -21,7 +24,10 @@
 #define VIRTIO_NET_F_HOST_ECN 13
 #define VIRTIO_NET_F_MRG_RXBUF 15
 #define VIRTIO_NET_F_CTRL_VQ 17
+#define VIRTIO_NET_F_CTRL_RX 18
+#define VIRTIO_NET_F_GUEST_ANNOUNCE 21
 #define VIRTIO_NET_F_MQ 22
+#define VIRTIO_NET_F_CTRL_MAC_ADDR 23
 #define VIRTIO_F_VERSION_1 32
 #define VIRTIO_NET_F_GUEST_USO4 54
 #define VIRTIO_NET_F_GUEST_USO6 55
@@ -70,6 +76,9 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	uint8_t *work;              /* room for a frame that is summed or segmented on its way to the guest */
 	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
 	struct net_header pending_header;
+	bool listening;             /* the receive queue is driven; under net_device.selecting */
+	bool selected;              /* tap: the kernel spreads flows over this queue too; likewise */
+	struct net_counters counters;
 };
 
 struct net_backend {
@@ -77,6 +86,19 @@ struct net_backend {
 	bool (*send)(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
 	/* The next frame for the guest into pair->frame: its length, 0: none now. NULL: none comes from a source. */
 	uint32_t (*receive)(struct net_pair *pair, struct net_header *header);
+	/* Frames for the guest go to the pairs that are `selected` from now on; NULL: whoever sends them looks. */
+	void (*select)(struct net_pair *pair, bool selected);
+};
+
+#define NET_FILTER_MAX 64
+
+struct net_filter { /* 5.1.6.5.1, 5.1.6.5.2: written where the control queue is driven; all atomic */
+	uint32_t promiscuous;
+	uint32_t all_groups;
+	uint32_t overflow;  /* the driver gave more addresses than there is room for */
+	uint32_t count;
+	uint64_t own;       /* the driver's address, packed as the table's are */
+	uint64_t table[NET_FILTER_MAX];
 };
 
 struct net_switch;
@@ -87,11 +109,17 @@ struct net_device {
 	const struct net_backend *backend;
 	struct net_switch *lan;      /* NET_BACKEND_SWITCH; a reference */
 	uint32_t lan_port;           /* worker: where it is plugged in; NET_NO_PORT: nowhere */
-	uint32_t attached;           /* worker: how many of its queues are driven */
+	uint32_t lan_pairs;          /* worker: how many of its pairs are driven */
 	uint64_t features;           /* atomic: what the driver accepted */
 	uint32_t link_up;            /* atomic */
-	uint32_t active_pairs;       /* atomic: receive queues that frames are spread over (5.1.6.5.5) */
-	struct net_counters counters; /* worker, relaxed */
+	uint32_t announcing;         /* atomic: the driver was asked to announce itself, and has not acknowledged that */
+	uint64_t rarp;               /* atomic: the address to announce for it, packed; 0: none */
+	pthread_mutex_t selecting;   /* for the next two, and what pairs say of it */
+	uint32_t allowed_pairs;      /* that the driver agreed to (5.1.6.5.6) */
+	uint32_t active_pairs;       /* atomic: receive queues that frames are spread over, at least 1 */
+	uint32_t pairs_unsaid;       /* atomic: no control queue was driven since the features were accepted */
+	struct virtqueue *control;   /* atomic: while a worker drives it */
+	struct net_filter filter;
 	struct net_pair pairs[NET_PAIRS_MAX];
 };
 
@@ -118,14 +146,31 @@ static inline uint32_t net_header_size(const struct net_device *net)
  */
 bool net_frame_read(struct net_device *net, const struct chain_view *chain, struct iovec *iov, struct net_frame *frame);
 
-enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED };
-/* Write a frame to the guest as it is: NET_NO_BUFFERS may go better later, NET_REFUSED never. */
+/* NO_BUFFERS may go better later, the others never: REFUSED is too large, MALFORMED has a header that lies. */
+enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED, NET_MALFORMED };
+/* Write a frame to the guest as it is. */
 enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
 
 /* ---- net_offload.c ---- */
 
 /* Write a frame to the guest, doing in software what its driver did not offer to. Counts what is dropped. */
 enum net_result net_deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+
+/* ---- net_device.c ---- */
+
+/* Any thread: the driver agreed to use so many pairs. */
+void net_allow_pairs(struct net_device *net, uint32_t pairs);
+
+/* ---- net_control.c ---- */
+
+bool net_control_turn(struct net_device *net, struct worker *w, struct virtqueue *vq);
+void net_filter_reset(struct net_device *net);
+bool net_wants(const struct net_device *net, const uint8_t mac[6]);
+
+static inline bool net_filters(const struct net_device *net)
+{
+	return !load_relaxed(&net->filter.promiscuous) && !load_relaxed(&net->filter.overflow);
+}
 
 /* ---- net_switch.c ---- */
 

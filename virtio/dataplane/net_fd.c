@@ -4,7 +4,10 @@
  */
 #include "net.h"
 
+#include <linux/if.h>
+#include <linux/if_tun.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -22,7 +25,7 @@ static bool sent(struct net_pair *pair, ssize_t n)
 	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS))
 		return not_now(pair);
 	if (n < 0)
-		stat_add(&pair->net->counters.dropped, 1); /* the tap is down, nobody is at the other end, ... */
+		stat_add(&pair->counters.dropped, 1); /* the tap is down, nobody is at the other end, ... */
 	return true;
 }
 
@@ -33,7 +36,7 @@ static bool tap_send(struct net_pair *pair, struct worker *w, const struct net_f
 
 	(void)w;
 	if (frame->count >= SEND_PIECES_MAX) {
-		stat_add(&pair->net->counters.dropped, 1);
+		stat_add(&pair->counters.dropped, 1);
 		return true;
 	}
 	iov[0] = (struct iovec){ &header, NET_HEADER_SIZE };
@@ -57,13 +60,21 @@ static uint32_t tap_receive(struct net_pair *pair, struct net_header *header)
 	return (uint32_t)n - NET_HEADER_SIZE;
 }
 
+static void tap_select(struct net_pair *pair, bool selected)
+{
+	struct ifreq request = { .ifr_flags = selected ? IFF_ATTACH_QUEUE : IFF_DETACH_QUEUE };
+
+	/* Where the kernel refuses, it goes on with what it had: frames for a queue nobody drives wait there. */
+	(void)!ioctl(pair->source.fd, TUNSETQUEUE, &request);
+}
+
 static bool datagram_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
 {
 	struct msghdr message = { .msg_iov = (struct iovec *)(uintptr_t)frame->iov, .msg_iovlen = frame->count };
 
 	(void)w;
 	if (frame->count > SEND_PIECES_MAX) {
-		stat_add(&pair->net->counters.dropped, 1);
+		stat_add(&pair->counters.dropped, 1);
 		return true;
 	}
 	return sent(pair, sendmsg(pair->source.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL));
@@ -80,10 +91,10 @@ static uint32_t datagram_receive(struct net_pair *pair, struct net_header *heade
 			return nothing_more(pair);
 		/* No frame at all, or one that was cut: the peer's affair, and lost. */
 		if (n < ETHERNET_SIZE || n > NET_FRAME_MAX)
-			stat_add(&pair->net->counters.malformed, 1);
+			stat_add(&pair->counters.misreceived, 1);
 	} while (n < ETHERNET_SIZE || n > NET_FRAME_MAX);
 	return (uint32_t)n;
 }
 
-const struct net_backend net_tap_backend = { .send = tap_send, .receive = tap_receive };
+const struct net_backend net_tap_backend = { .send = tap_send, .receive = tap_receive, .select = tap_select };
 const struct net_backend net_datagram_backend = { .send = datagram_send, .receive = datagram_receive };

@@ -155,10 +155,8 @@ static enum net_result segment(struct net_pair *pair, struct worker *w, const st
 	struct headers h;
 	uint32_t payload, done = 0;
 
-	if (!headers_find(frame, bytes, &h)) {
-		stat_add(&pair->net->counters.malformed, 1);
-		return NET_REFUSED;
-	}
+	if (!headers_find(frame, bytes, &h))
+		return NET_MALFORMED;
 	payload = frame->length - h.payload;
 	for (uint32_t number = 0; done < payload; number++) {
 		uint32_t length = payload - done < frame->header.gso_size ? payload - done : frame->header.gso_size;
@@ -169,8 +167,12 @@ static enum net_result segment(struct net_pair *pair, struct worker *w, const st
 		memcpy(headers, bytes, h.payload);
 		headers_adjust(&h, headers, bytes + h.payload + done, number, done, length, done + length == payload);
 		result = net_frame_write(pair, w, &piece);
+		if (result == NET_NO_BUFFERS && done) {
+			stat_add(&pair->counters.no_buffers, 1);
+			return NET_DELIVERED; /* as much as there will be: the transport sends the rest again */
+		}
 		if (result != NET_DELIVERED)
-			return result; /* the rest is lost too, as on a wire; the transport sends it again */
+			return result;
 		done += length;
 	}
 	return NET_DELIVERED;
@@ -217,16 +219,39 @@ static enum net_result deliver(struct net_pair *pair, struct worker *w, const st
 	return segments ? complete_checksum(pair, w, frame, bytes) : segment(pair, w, frame, bytes);
 }
 
+/* 5.1.6.5.1: what the driver does not want to hear ends here. */
+static bool is_unwanted(const struct net_device *net, const struct net_frame *frame)
+{
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	uint8_t to[6];
+
+	if (!net_filters(net))
+		return false;
+	pieces_read(&from, to, sizeof(to));
+	return !net_wants(net, to);
+}
+
 enum net_result net_deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
 {
+	struct net_counters *counters = &pair->counters;
 	enum net_result result;
 
-	if (!load_relaxed(&pair->net->link_up))
+	if (unlikely(!load_relaxed(&pair->net->link_up))) {
+		stat_add(&counters->received_link_down, 1);
 		return NET_REFUSED;
+	}
+	if (unlikely(is_unwanted(pair->net, frame))) {
+		stat_add(&counters->filtered, 1);
+		return NET_REFUSED;
+	}
 	result = deliver(pair, w, frame);
-	if (result == NET_NO_BUFFERS)
-		stat_add(&pair->net->counters.no_buffers, 1);
+	if (likely(result == NET_DELIVERED))
+		return result;
+	if (result == NET_MALFORMED)
+		stat_add(&counters->misreceived, 1);
 	else if (result == NET_REFUSED)
-		stat_add(&pair->net->counters.refused, 1);
+		stat_add(&counters->refused, 1);
+	else if (!pair->net->backend->receive)
+		stat_add(&counters->no_buffers, 1); /* others keep it until there are some */
 	return result;
 }

@@ -42,8 +42,11 @@ void net_switch_unref(struct net_switch *lan)
 		free(lan);
 }
 
+/* A port is plugged in while any of its pairs is driven. */
 void net_switch_plug(struct net_device *net)
 {
+	if (net->lan_pairs++)
+		return;
 	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++) {
 		if (net->lan->ports[port])
 			continue;
@@ -55,7 +58,7 @@ void net_switch_plug(struct net_device *net)
 
 void net_switch_unplug(struct net_device *net)
 {
-	if (net->lan_port == NET_NO_PORT)
+	if (--net->lan_pairs || net->lan_port == NET_NO_PORT)
 		return;
 	net->lan->ports[net->lan_port] = NULL;
 	for (uint32_t set = 0; set < SETS; set++)
@@ -122,7 +125,7 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 	const struct station *station;
 
 	if (net->lan_port == NET_NO_PORT) {
-		stat_add(&net->counters.dropped, 1);
+		stat_add(&pair->counters.dropped, 1);
 		return true;
 	}
 	pieces_read(&from, macs, sizeof(macs));
@@ -134,7 +137,7 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 			hand_over(lan->ports[station->port - 1], index, w, frame);
 		return true;
 	}
-	stat_add(&net->counters.flooded, 1);
+	stat_add(&pair->counters.flooded, 1);
 	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++)
 		if (lan->ports[port] && port != net->lan_port)
 			hand_over(lan->ports[port], index, w, frame);

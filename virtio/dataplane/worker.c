@@ -206,6 +206,11 @@ static void obey(struct worker *w, struct worker_command *command)
 		virtqueue_resume(vq);
 		worker_acknowledge(w, command, 0);
 		break;
+	case WORKER_NUDGE:
+		if (command->device->ops->nudged)
+			command->device->ops->nudged(command->device, w);
+		worker_acknowledge(w, command, 0);
+		break;
 	case WORKER_QUIT:
 		w->quit = command;
 		break;

@@ -1,7 +1,8 @@
 """The network device (section 5.1): frames between a guest's queues and a tap, a switch, a socket, or nothing at all.
 
-Queues (5.1.2): receive and transmit by turns, a pair for each of ``queues``. "Receive" is the driver's word. Served
-by native workers; a pair stays on one worker.
+Queues (5.1.2): receive and transmit by turns, a pair for each of ``queues``, and the control queue. "Receive" is the
+driver's word. Served by native workers; a pair stays on one worker. A front-end such as QEMU's shows its guest a
+control queue of its own, and then ours is not used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from virtio.devices.tap import (
     TUN_F_USO6,
     Tap,
 )
-from virtio.errors import HostError
+from virtio.errors import HostError, PeerError
 from virtio.nic import OPS, PAIRS_MAX, NativeNic, NativeSwitch, NicBackend
 
 VIRTIO_NET_F_CSUM: Final = 0
@@ -42,12 +43,20 @@ VIRTIO_NET_F_HOST_TSO6: Final = 12
 VIRTIO_NET_F_HOST_ECN: Final = 13
 VIRTIO_NET_F_MRG_RXBUF: Final = 15
 VIRTIO_NET_F_STATUS: Final = 16
+VIRTIO_NET_F_CTRL_VQ: Final = 17
+VIRTIO_NET_F_CTRL_RX: Final = 18
+VIRTIO_NET_F_GUEST_ANNOUNCE: Final = 21
 VIRTIO_NET_F_MQ: Final = 22
+VIRTIO_NET_F_CTRL_MAC_ADDR: Final = 23
 VIRTIO_NET_F_GUEST_USO4: Final = 54
 VIRTIO_NET_F_GUEST_USO6: Final = 55
 VIRTIO_NET_F_HOST_USO: Final = 56
 
 VIRTIO_NET_S_LINK_UP: Final = 1
+VIRTIO_NET_S_ANNOUNCE: Final = 2
+
+MTU_MIN: Final = 68  # 5.1.4.1
+MTU_MAX: Final = 65535
 
 _FROM_GUEST: Final = {
     "VIRTIO_NET_F_CSUM": VIRTIO_NET_F_CSUM,
@@ -121,7 +130,7 @@ class NetOptions(DeviceOptions):
         description="The guest's address. Default: a locally administered one made from the device's name.",
     )
     mtu: int | None = Field(
-        None, ge=68, le=65535, description="The MTU the guest is told to use. Default: none is told."
+        None, ge=MTU_MIN, le=MTU_MAX, description="The MTU the guest is told to use. Default: none is told."
     )
 
     @field_validator("mac")
@@ -184,23 +193,26 @@ class Net(Device):
         "VIRTIO_NET_F_MAC": VIRTIO_NET_F_MAC,
         "VIRTIO_NET_F_MRG_RXBUF": VIRTIO_NET_F_MRG_RXBUF,
         "VIRTIO_NET_F_STATUS": VIRTIO_NET_F_STATUS,
+        "VIRTIO_NET_F_CTRL_VQ": VIRTIO_NET_F_CTRL_VQ,
+        "VIRTIO_NET_F_CTRL_RX": VIRTIO_NET_F_CTRL_RX,
+        "VIRTIO_NET_F_GUEST_ANNOUNCE": VIRTIO_NET_F_GUEST_ANNOUNCE,
         "VIRTIO_NET_F_MQ": VIRTIO_NET_F_MQ,
+        "VIRTIO_NET_F_CTRL_MAC_ADDR": VIRTIO_NET_F_CTRL_MAC_ADDR,
     }
     queue_counts = (1, PAIRS_MAX)
 
     def __init__(self, name: str, options: NetOptions, queues: int, queue_size: int) -> None:
         # In the configuration it is pairs that are counted.
-        super().__init__(name, options, 2 * queues, queue_size)
+        super().__init__(name, options, 2 * queues + 1, queue_size)
         self.mac: Final = options.address(name)
         self._options = options
         self._pairs = queues
         self._link_up = True
-        self._running: set[int] = set()  # queues
         self._switch = switch_named(options.switch) if options.switch is not None else None
         self._tap = self._open_tap() if options.backend == "tap" else None
         try:
             fds = self._tap.fds if self._tap is not None else ()
-            self._nic = NativeNic(self._native_backend(), queues, fds=fds, switch=self._switch)
+            self._nic = NativeNic(self._native_backend(), queues, mac=self.mac, fds=fds, switch=self._switch)
         except BaseException:
             self._close_tap()
             raise
@@ -245,8 +257,8 @@ class Net(Device):
         if self._pairs == 1:
             bits &= ~(1 << VIRTIO_NET_F_MQ)
         if self._options.backend == "null":
-            # Nobody is there to send segments, and a frame that comes back comes back as it is.
-            bits &= ~_OFFLOADS
+            # Nobody is there to send segments, and a frame that comes back comes back as it is, whoever it was for.
+            bits &= ~(_OFFLOADS | 1 << VIRTIO_NET_F_CTRL_RX)
         if self._tap is not None and not self._tap.segments_udp:
             bits &= ~_UDP_SEGMENTS
         return bits
@@ -257,34 +269,39 @@ class Net(Device):
         if self._tap is not None:
             self._tap.set_offloads(sum(tun for bit, tun in _TAP_OFFLOADS.items() if bits >> bit & 1))
 
-    def queue_running(self, queue_index: int, running: bool) -> None:
-        """Which pairs are in use shows in which receive queues run: frames are spread over those (5.1.6.5.5)."""
-        (self._running.add if running else self._running.discard)(queue_index)
-        pair, is_transmit = divmod(queue_index, 2)
-        if is_transmit:
-            return
-        pairs = 0
-        while 2 * pairs in self._running:
-            pairs += 1
-        self._nic.set_active_pairs(max(pairs, 1))
-        if self._tap is not None:
-            self._tap.use_queue(pair, running or not self._running)
-
     def config_space(self) -> bytes:
+        status = VIRTIO_NET_S_LINK_UP if self._link_up else 0
+        if self._nic.announcing:
+            status |= VIRTIO_NET_S_ANNOUNCE
         fields: dict[str, Any] = {
-            "mac": self.mac,
-            "status": VIRTIO_NET_S_LINK_UP if self._link_up else 0,
+            "mac": self._nic.mac,
+            "status": status,
             "max_virtqueue_pairs": self._pairs,
             "mtu": self._options.mtu or 0,
         }
         return bytes(VIRTIO_NET_CONFIG.build(fields))
 
-    def set_link(self, up: bool) -> None:
-        """Plug the cable in or out; the driver is told (5.1.4)."""
-        if up != self._link_up:
-            self._link_up = up
-            self._nic.set_link(up)
-            self.config_changed()
+    def set_link(self, up: bool) -> bool:
+        """Plug the cable in or out; the driver is told (5.1.4). False: it was so already.
+
+        A guest that is plugged in again may be somewhere else, so it is asked to announce itself.
+        """
+        if up == self._link_up:
+            return False
+        self._link_up = up
+        self._nic.set_link(up)
+        if up:
+            self._nic.ask_to_announce()
+        self.config_changed()
+        return True
+
+    def set_mtu(self, mtu: int) -> None:
+        if not MTU_MIN <= mtu <= (self._options.mtu or MTU_MAX):
+            allowed = f"{MTU_MIN} to {self._options.mtu or MTU_MAX}"
+            raise PeerError(f"an MTU of {mtu} bytes; this interface has {allowed}")
+
+    def prepare_announcement(self, address: bytes) -> None:
+        self._nic.prepare_rarp(address)
 
     def close(self) -> None:
         self._nic.close()

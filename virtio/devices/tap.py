@@ -30,11 +30,8 @@ _TUNSETIFF: Final = 0x400454CA
 _TUNSETOFFLOAD: Final = 0x400454D0
 _TUNGETIFF: Final = 0x800454D2
 _TUNSETVNETHDRSZ: Final = 0x400454D8
-_TUNSETQUEUE: Final = 0x400454D9
 _IFF_TAP: Final = 0x0002
 _IFF_MULTI_QUEUE: Final = 0x0100
-_IFF_ATTACH_QUEUE: Final = 0x0200
-_IFF_DETACH_QUEUE: Final = 0x0400
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _SIOCGIFFLAGS: Final = 0x8913
@@ -112,16 +109,6 @@ class Tap:
             bits &= ~_USO
         if not self._try_offloads(bits):
             raise HostError(f"the tap refuses the offloads {bits:#x}")
-
-    def use_queue(self, index: int, on: bool) -> None:
-        """Whether the kernel spreads flows over that queue too. The last one stays."""
-        if len(self.fds) > 1:
-            flags = _IFF_ATTACH_QUEUE if on else _IFF_DETACH_QUEUE
-            try:
-                fcntl.ioctl(self.fds[index].fileno(), _TUNSETQUEUE, _IFREQ_FLAGS.pack(b"", flags))
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # it is so already
-                    raise HostError(f"{self.name}: queue {index}: {error.strerror}", errno=error.errno or 0) from error
 
     def raise_up(self, bridge: str | None, mtu: int | None) -> None:
         """Set the interface up, with that MTU, as a port of ``bridge``. ``HostError`` names what failed."""

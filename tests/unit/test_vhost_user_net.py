@@ -1,0 +1,60 @@
+"""The two requests that only network interfaces know: VHOST_USER_SEND_RARP and VHOST_USER_NET_SET_MTU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import vhost_user_wire as wire
+from recording_backend import RecordingBackend
+from vhost_user_wire import Dialogue, FrontEnd, chunked, serving, u64
+
+from transports.vhost_user.endpoint import Listen
+from transports.vhost_user.operations import Announce, SetMtu
+from virtio.errors import PeerError
+
+SEND_RARP, SET_MTU = 19, 20
+NET_FEATURES = wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU
+MAC = bytes.fromhex("02 00 5e 10 20 30")
+
+
+@chunked
+def test_a_network_interface_offers_both_and_understands_them(chunk: int) -> None:
+    d = Dialogue(chunk, is_network_interface=True)
+    assert d.ask(15) == wire.reply_to(15, u64(NET_FEATURES))
+    d.negotiate(protocol=NET_FEATURES)
+    assert d.plan(SEND_RARP, MAC + b"\xaa\xbb") == Announce(MAC)
+    assert d.accept() == b""
+    assert d.plan(SET_MTU, u64(1400), need_reply=True) == SetMtu(1400)
+    assert d.accept() == wire.reply_to(SET_MTU, u64(0))
+
+
+@pytest.mark.parametrize("request_number", [SEND_RARP, SET_MTU])
+def test_neither_is_for_a_front_end_that_has_not_negotiated_it(request_number: int) -> None:
+    d = Dialogue(is_network_interface=True)
+    d.negotiate()
+    assert "was not negotiated" in d.violate(request_number, u64(1400))
+
+
+def test_a_disk_offers_neither() -> None:
+    d = Dialogue()
+    assert d.ask(15) == wire.reply_to(15, u64(wire.ALL_PROTOCOL_FEATURES))
+    assert "were not offered" in d.violate(16, u64(NET_FEATURES))
+
+
+async def test_the_back_end_hears_of_both_and_what_it_refuses_ends_nothing() -> None:
+    backend = RecordingBackend(features=wire.F_VERSION_1)
+    backend.device_id = 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "s")
+        async with serving(backend, Listen(path)):
+            with await FrontEnd.connect(path) as front_end:
+                await front_end.negotiate(protocol=NET_FEATURES)
+                assert await front_end.do(SEND_RARP, MAC + b"\0\0") == 0
+                assert await front_end.do(SET_MTU, u64(1400)) == 0
+                backend.failures["set_mtu"] = PeerError("too large")
+                assert await front_end.do(SET_MTU, u64(70000)) == 1
+                assert await front_end.do(SET_MTU, u64(1500)) == 0
+    told = [call for call in backend.calls if call[0] in ("announce", "set_mtu")]
+    assert told == [("announce", MAC), ("set_mtu", 1400), ("set_mtu", 70000), ("set_mtu", 1500)]
