@@ -15,6 +15,7 @@ from config.origins import KeyPath
 from config.problems import Problem
 from daemon.doorbell_report import load
 from virtio.devices.blk import BlkOptions
+from virtio.devices.net import NetOptions
 from virtio.errors import HostError
 
 PACKAGES: Final = ("config", "daemon", "transports", "virtio")
@@ -48,6 +49,9 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
         if not image.exists():
             hint = f"create it, for instance: truncate -s 10G {image}"
             yield config.problem((*path, "path"), f"{image} does not exist", hint)
+    if isinstance(device.options, NetOptions) and device.queues > device.options.pairs_max:
+        message = f'with backend = "{device.options.backend}" there is one pair of queues, not {device.queues}'
+        yield config.problem((*path, "queues"), message, "leave it out, or set queues = 1")
 
 
 def _group_notes(config: Config, path: KeyPath, group: str | None) -> Iterator[Problem]:

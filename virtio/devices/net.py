@@ -11,11 +11,13 @@ import hashlib
 from typing import Any, ClassVar, Final, Literal
 from weakref import WeakValueDictionary
 
+import trio
 from pydantic import Field, field_validator, model_validator
 
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
-from virtio.device import Device, DeviceOptions
+from virtio.device import Device
+from virtio.devices.net_socket import Peer, SocketOptions, open_socket
 from virtio.devices.tap import (
     NAME_MAX as TAP_NAME_MAX,
 )
@@ -85,13 +87,22 @@ _UDP_SEGMENTS: Final = 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4
 _OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.values()))
 
 
-class NetOptions(DeviceOptions):
+_KEYS_OF: Final = {
+    "switch": ("switch",),
+    "tap": ("tap", "tap_fds", "bridge"),
+    "socket": ("local", "remote"),
+}
+"""Options that only one back end has."""
+
+
+class NetOptions(SocketOptions):
     """Options of ``type = "net"``."""
 
-    backend: Literal["null", "switch", "tap"] = Field(
+    backend: Literal["null", "socket", "switch", "tap"] = Field(
         "null",
         description='"null": no network behind it; "switch": the other guests of this daemon on that switch; '
-        '"tap": an interface of the host.',
+        '"tap": an interface of the host; "socket": a peer at the other end of a socket, '
+        "which speaks QEMU's stream or dgram format.",
     )
     frames: Literal["drop", "reflect"] = Field(
         "drop",
@@ -144,12 +155,20 @@ class NetOptions(DeviceOptions):
     def _what_goes_together(self) -> NetOptions:
         if self.backend == "switch" and self.switch is None:
             raise ValueError('switch is missing: name it, for instance switch = "lan"')
-        for key, backend in (("switch", "switch"), ("tap", "tap"), ("tap_fds", "tap"), ("bridge", "tap")):
-            if getattr(self, key) is not None and self.backend != backend:
-                raise ValueError(f'{key} has no meaning with backend = "{self.backend}"')
+        for backend, keys in _KEYS_OF.items():
+            for key in keys:
+                if getattr(self, key) is not None and self.backend != backend:
+                    raise ValueError(f'{key} has no meaning with backend = "{self.backend}"')
         if self.tap_fds is not None and (self.tap is not None or self.bridge is not None):
             raise ValueError("tap_fds stands beside tap or bridge: whoever opened the tap sets it up too")
+        if self.backend == "socket":
+            self.check_socket()
         return self
+
+    @property
+    def pairs_max(self) -> int:
+        """Pairs of queues that this back end can have."""
+        return 1 if self.backend == "socket" else PAIRS_MAX
 
     def address(self, name: str) -> bytes:
         """The address of the device called ``name``."""
@@ -210,16 +229,19 @@ class Net(Device):
         self._link_up = True
         self._switch = switch_named(options.switch) if options.switch is not None else None
         self._tap = self._open_tap() if options.backend == "tap" else None
+        self._peer = self._open_peer()
         try:
-            fds = self._tap.fds if self._tap is not None else ()
+            fds = self._tap.fds if self._tap is not None else (self._peer.fd,) if self._peer is not None else ()
             self._nic = NativeNic(self._native_backend(), queues, mac=self.mac, fds=fds, switch=self._switch)
         except BaseException:
-            self._close_tap()
+            self._close_outside()
             raise
 
     def _native_backend(self) -> NicBackend:
         if self._tap is not None:
             return NicBackend.TAP
+        if self._peer is not None:
+            return NicBackend.DATAGRAM
         if self._switch is not None:
             return NicBackend.SWITCH
         return NicBackend.REFLECT if self._options.frames == "reflect" else NicBackend.DROP
@@ -238,9 +260,24 @@ class Net(Device):
             raise
         return tap
 
-    def _close_tap(self) -> None:
+    def _open_peer(self) -> Peer | None:
+        if self._options.backend != "socket":
+            return None
+        if self._pairs > self._options.pairs_max:
+            raise HostError(f'queues = {self._pairs}: with backend = "{self._options.backend}" there is one pair')
+        return open_socket(self.name, self._options)
+
+    def _close_outside(self) -> None:
         if self._tap is not None:
             self._tap.close()
+        if self._peer is not None:
+            self._peer.close()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        if self._peer is None:
+            task_status.started()
+        else:
+            await self._peer.run(task_status=task_status)
 
     @property
     def native_device(self) -> NativeNic:
@@ -259,6 +296,9 @@ class Net(Device):
         if self._options.backend == "null":
             # Nobody is there to send segments, and a frame that comes back comes back as it is, whoever it was for.
             bits &= ~(_OFFLOADS | 1 << VIRTIO_NET_F_CTRL_RX)
+        if self._peer is not None:
+            # No header travels with the frames.
+            bits &= ~_OFFLOADS
         if self._tap is not None and not self._tap.segments_udp:
             bits &= ~_UDP_SEGMENTS
         return bits
@@ -305,4 +345,4 @@ class Net(Device):
 
     def close(self) -> None:
         self._nic.close()
-        self._close_tap()
+        self._close_outside()
