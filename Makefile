@@ -48,8 +48,11 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+# The tests import each other by their paths from tests/, the benchmark is a package of its own.
 types: setup
 	@$(BIN)/mypy
+	@MYPYPATH=tests $(BIN)/mypy --explicit-package-bases $$(find tests -name '*.py' -not -path 'tests/bench/*')
+	@$(BIN)/mypy --explicit-package-bases tests/bench
 
 c-check: setup
 	@for f in $(C_FOLDERS:%=%/*.c); do \

@@ -14,13 +14,13 @@ from typing import Final
 
 import pytest
 import trio
-from frontend import GUARD, GuestQueue
 
 from virtio.devices.blk import Blk, BlkOptions
 from virtio.disk import file_is_memory
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element
+from virtio.testing.queue import GUARD, GuestQueue
 
 T_IN: Final = 0
 T_OUT: Final = 1
@@ -224,12 +224,12 @@ def image(kind: str, tmp_path: Path) -> Iterator[Path]:
 def make_disk(kind: str, path: Path, *, size: int = 1 << 20, queues: int = 1, **options: object) -> Blk:
     """A disk of this kind and size; ``path`` is made unless it is there. Skips where the host has no direct I/O."""
     if kind in ("memory", "null"):
-        return Blk("disk", BlkOptions(backend=kind, size=size, **options), queues, 64)  # type: ignore[arg-type]
+        return Blk("disk", BlkOptions(backend=kind, size=size, **options), queues, 64)
     if not path.exists():
         with path.open("wb") as file:
             file.truncate(size)
     try:
-        return Blk("disk", BlkOptions(path=path, direct=kind == "direct", **options), queues, 64)  # type: ignore[arg-type]
+        return Blk("disk", BlkOptions(path=path, direct=kind == "direct", **options), queues, 64)
     except HostError as error:
         if kind == "direct" and "has no direct I/O" in str(error):
             pytest.skip("the file system of the temporary folder has no direct I/O")

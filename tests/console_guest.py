@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import trio
-from frontend import Guest, GuestQueue
+from frontend import Guest
+
+from virtio.testing.queue import GuestQueue
 
 RECEIVE, TRANSMIT = 0, 1
 KIB = 1 << 10

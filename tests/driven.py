@@ -8,10 +8,10 @@ from typing import ClassVar, Final
 
 import pytest
 import trio
-from frontend import GuestQueue
 
 from virtio.device import Chain, Device, DeviceOptions, Queue
 from virtio.devices.blk import Blk, BlkOptions
+from virtio.testing.queue import GuestQueue
 
 DRIVEN: Final = ("pump", "io_uring", "epoll")
 every_driven = pytest.mark.parametrize("driven", DRIVEN)

@@ -194,7 +194,8 @@ class Scene:
         return status
 
     async def used(self, index: int, count: int = 1) -> list[Used]:
-        ring, back = self.rings[index], []
+        ring = self.rings[index]
+        back: list[Used] = []
         while len(back) < count:
             back += ring.used()
             if len(back) < count and not ring.want_interrupts(True):

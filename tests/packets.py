@@ -7,7 +7,7 @@ import struct
 
 def internet_sum(data: bytes) -> int:
     words = struct.unpack(f">{len(data) // 2}H", data[: len(data) & ~1])
-    total = sum(words) + (data[-1] << 8 if len(data) & 1 else 0)
+    total: int = sum(words) + (data[-1] << 8 if len(data) & 1 else 0)
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

@@ -23,7 +23,7 @@ from typing import IO, Any, Final
 import structlog
 import trio
 from blk_driver import BlkDriver, VerifiedLoad, pattern
-from frontend import GUARD, Guest
+from frontend import Guest
 from links import SocketLink
 
 from daemon.control import ask
@@ -31,6 +31,7 @@ from transports.vhost_user.endpoint import Listen
 from transports.vhost_user.server import VhostUserServer
 from virtio.backend import Backend
 from virtio.devices.blk import Blk, BlkOptions
+from virtio.testing.queue import GUARD
 from virtio.worker import Worker
 
 Entry = Mapping[str, Any]

@@ -25,10 +25,11 @@ from blk_driver import (
     pattern,
     put,
 )
-from frontend import GUARD, NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
+from frontend import NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
 from peak import Peak
 
 from virtio.testing.driver import Element, SplitDriver
+from virtio.testing.queue import GUARD
 
 MIB = 1 << 20
 SECTOR = 512

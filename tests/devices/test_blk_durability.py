@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, li
     """What durability_probe.py counted."""
     folder = tmp_path_factory.mktemp("durability")
     library = folder / "sync_calls.so"
-    compile_command = ["cc", "-shared", "-fPIC", "-O2", "-o", library, HERE / "sync_calls.c", "-ldl"]
+    compile_command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(HERE / "sync_calls.c"), "-ldl"]
     subprocess.run(compile_command, check=True, timeout=60)
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join([*sys.path[1:], "."])}
     output = subprocess.run(
@@ -118,7 +117,7 @@ def unwritten_pages(path: Path) -> int:
 
 
 @pytest.fixture
-def clean_image(tmp_path: Path) -> Iterator[Path]:
+def clean_image(tmp_path: Path) -> Path:
     path = tmp_path / "image"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file:

@@ -27,11 +27,12 @@ from blk_driver import (
     pattern,
     put,
 )
-from frontend import GUARD, Setting, every_native_setting, every_reactor, plugged
+from frontend import Setting, every_native_setting, every_reactor, plugged
 from vhost_user_wire import no_fd_leaks
 
 from virtio.devices.blk import Blk, BlkOptions
 from virtio.errors import HostError
+from virtio.testing.queue import GUARD
 
 SECTOR = 512
 MIB = 1 << 20
@@ -205,7 +206,7 @@ def test_another_process_cannot_have_it_either(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from virtio.devices.blk import Blk, BlkOptions\n"
         "Blk('other', BlkOptions(path=Path(sys.argv[1])), 1, 64).close()"
     )
-    command = [sys.executable, "-c", script, image]
+    command = [sys.executable, "-c", script, str(image)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].endswith(f"{image}: the image is being used by another device or daemon")

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from blk_driver import pattern
 from console_guest import KIB, RECEIVE, TRANSMIT, receive_exactly, take, type_in
-from frontend import GUARD, GuestQueue, Setting, every_python_setting, plugged
+from frontend import Setting, every_python_setting, plugged
 from peak import Peak
 from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks
@@ -26,10 +26,11 @@ from virtio.devices.console import EMERG_WR_OFFSET, Console, ConsoleOptions
 from virtio.devices.console_port import BACKLOG_MAX, LINE_MAX, PENDING_MAX
 from virtio.errors import HostError
 from virtio.testing.driver import Element
+from virtio.testing.queue import GUARD, GuestQueue
 
 
 def console(backend: str, path: Path | None = None, **options: int) -> Console:
-    return Console("console", ConsoleOptions(backend=backend, path=path, **options), 1, 64)  # type: ignore[arg-type]
+    return Console("console", ConsoleOptions(backend=backend, path=path, **options), 1, 64)
 
 
 @asynccontextmanager

@@ -9,9 +9,10 @@ import pytest
 import trio
 import trio.testing
 from blk_driver import pattern
-from frontend import GUARD, Guest, Setting, every_python_setting, plugged
+from frontend import Guest, Setting, every_python_setting, plugged
 
 from virtio.devices.console import Console, ConsoleOptions, PortOptions
+from virtio.testing.queue import GUARD
 
 DEVICE_READY, DEVICE_ADD, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 0, 1, 3, 4, 5, 6, 7
 F_SIZE, F_MULTIPORT = 1, 2

@@ -24,7 +24,7 @@ NOTHING_LOST = NicCounters()
 
 
 def net(frames: str, mac: str | None = None, mtu: int | None = None) -> Net:
-    return Net("lan", NetOptions(frames=frames, mac=mac, mtu=mtu), 1, 256)  # type: ignore[arg-type]
+    return Net("lan", NetOptions(frames=frames, mac=mac, mtu=mtu), 1, 256)
 
 
 def frame(size: int, seed: int = 1) -> bytes:
@@ -80,7 +80,7 @@ def test_an_address_that_no_station_can_have_is_refused(mac: str) -> None:
 @pytest.mark.parametrize("options", [{"backend": "switch"}, {"switch": "lan"}, {"mtu": 67}])
 def test_options_that_do_not_go_together_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        NetOptions(**options)  # type: ignore[arg-type]
+        NetOptions(**options)
 
 
 async def test_pulling_the_cable_loses_frames_and_tells_the_driver() -> None:

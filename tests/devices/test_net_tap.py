@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import pytest
 import trio
 from blk_driver import pattern
-from frontend import GUARD, REACTORS, RINGS, Guest, Plugged, Setting, plugged
+from frontend import REACTORS, RINGS, Guest, Plugged, Setting, plugged
 from own_network import own_network
 from packets import GSO, KINDS, packet
 from pydantic import ValidationError
 
 from virtio.devices.net import Net, NetOptions
 from virtio.errors import HostError
+from virtio.testing.queue import GUARD
 
 RECEIVE, TRANSMIT = 0, 1
 PLAIN = bytes(12)
@@ -38,7 +39,7 @@ def network() -> Iterator[None]:
 
 
 def on_tap(queues: int = 1, **options: object) -> Net:
-    return Net("lan", NetOptions(backend="tap", tap="hb0", **options), queues, 256)  # type: ignore[arg-type]
+    return Net("lan", NetOptions(backend="tap", tap="hb0", **options), queues, 256)
 
 
 class Host:
@@ -218,4 +219,4 @@ def test_what_is_in_the_way_of_a_tap_is_said_with_what_to_do() -> None:
 )
 def test_options_of_a_tap_that_do_not_go_together_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        NetOptions(**options)  # type: ignore[arg-type]
+        NetOptions(**options)

@@ -12,12 +12,13 @@ import pytest
 import trio
 import trio.testing
 from console_guest import RECEIVE, receive_exactly, take, type_in
-from frontend import GUARD, Setting, every_python_setting, plugged
+from frontend import Setting, every_python_setting, plugged
 from vhost_user_wire import no_fd_leaks
 
 from virtio.devices.console import ConsoleOptions
 from virtio.devices.console_port import BACKLOG_MAX, Pending
 from virtio.devices.terminal import HELP, Escapes, TerminalConsole, TerminalEnd
+from virtio.testing.queue import GUARD
 
 EVERY_BYTE = bytes(range(256)) * 4
 
@@ -32,7 +33,7 @@ class Ends:
     def console(self, escapes: Escapes | None = None, **size: int) -> TerminalConsole:
         return TerminalConsole(
             "console",
-            ConsoleOptions(**size),  # type: ignore[arg-type]
+            ConsoleOptions(**size),
             64,
             read_fd=self.read_fd,
             write_fd=self.write_fd,

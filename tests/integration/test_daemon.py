@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 from blk_driver import S_OK, T_OUT, BlkDriver, VerifiedLoad, contents, header, pattern
-from frontend import GUARD, Guest, every_ring
+from frontend import Guest, every_ring
 from links import SocketLink
 from scene import DaemonProcess, LogBook
+
+from virtio.testing.queue import GUARD
 
 MIB = 1 << 20
 CONFIGURATION = """

@@ -11,12 +11,13 @@ import pytest
 import trio
 import vhost_user_wire as wire
 from blk_driver import S_OK, T_IN, BlkDriver, VerifiedLoad, header
-from frontend import GUARD, Guest, every_ring
+from frontend import Guest, every_ring
 from links import SocketLink
 from scene import Scene
 from vhost_user_wire import MIB, eventfd, mem_table, memfd, message, region, u64, vring_addr, vring_state
 
 from virtio.testing.driver import GuestMemory
+from virtio.testing.queue import GUARD
 
 GPA, UVA = 0x4000_0000, 0x7F00_0000_0000
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import pytest
 from blk_driver import S_OK, T_GET_ID, T_IN, BlkDriver, header
-from frontend import F_EVENT_IDX, F_INDIRECT_DESC, Guest, GuestQueue, every_ring
+from frontend import F_EVENT_IDX, F_INDIRECT_DESC, Guest, every_ring
 from scene import Scene
 
 from virtio.testing.driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
+from virtio.testing.queue import GuestQueue
 
 NEXT, WRITE, INDIRECT, AVAIL, USED = 1, 2, 4, 1 << 7, 1 << 15
 SIZE = 64
@@ -136,7 +137,11 @@ def avail_index(change: int) -> Attack:
 
 
 def head(number: int) -> Attack:
-    return lambda d: (isinstance(d, SplitDriver) and d.put_avail(number)) or None
+    def attack(d: VirtqueueDriver) -> None:
+        assert isinstance(d, SplitDriver)
+        d.put_avail(number)
+
+    return attack
 
 
 SPLIT: dict[str, tuple[Attack, str]] = {

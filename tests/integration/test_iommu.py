@@ -10,8 +10,10 @@ import pytest
 import trio
 import vhost_user_wire as wire
 from blk_driver import BlkDriver, make_disk, pattern
-from frontend import F_RING_PACKED, GUARD, NATIVE_SETTINGS, PACKED_START, Guest, Setting, plugged
+from frontend import F_RING_PACKED, NATIVE_SETTINGS, PACKED_START, Guest, Setting, plugged
 from links import F_ACCESS_PLATFORM, SocketLink
+
+from virtio.testing.queue import GUARD
 
 PAGE = 4096
 IOTLB_MSG, BACKEND_IOTLB_MSG = 22, 1

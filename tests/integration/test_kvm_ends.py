@@ -66,7 +66,6 @@ async def test_a_vcpu_that_waits_for_an_answer_is_stopped() -> None:
     async def never(_access: Access) -> int:
         asked.set()
         await trio.sleep_forever()
-        return 0
 
     with machine() as m:
         m.vm.add_window(DEVICE_GPA, DEVICE_SIZE)
@@ -116,7 +115,6 @@ async def test_a_machine_runs_again_after_it_ended_and_after_it_was_stopped() ->
     async def stopping(_access: Access) -> int:
         m.vm.stop()
         await trio.sleep_forever()
-        return 0
 
     with machine() as m:
         m.vm.add_window(DEVICE_GPA, DEVICE_SIZE)

@@ -10,12 +10,13 @@ import pytest
 import trio
 import trio.testing
 from driven import add_request, check_it_works, every_driven, make_device
-from frontend import F_RING_PACKED, GUARD, PACKED_START, Guest, GuestQueue, Plugged, Setting, every_ring, plugged
+from frontend import F_RING_PACKED, PACKED_START, Guest, Plugged, Setting, every_ring, plugged
 from links import F_ACCESS_PLATFORM
 
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element
+from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import IotlbMiss, MemoryRegion, Permission, QueueBroken
 
 PAGE = 4096

@@ -9,12 +9,13 @@ import pytest
 import trio
 from blk_driver import VerifiedLoad
 from driven import check_it_works, every_driven, make_device
-from frontend import GUARD, PACKED_START, Guest, GuestQueue, Plugged, Setting, every_ring, plugged
+from frontend import PACKED_START, Guest, Plugged, Setting, every_ring, plugged
 from vhost_user_wire import eventfd, memfd, no_fd_leaks, open_fds
 
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element, GuestMemory, PackedDriver, SplitDriver
+from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import MemoryRegion, QueueBroken
 
 

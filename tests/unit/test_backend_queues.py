@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 from driven import DRIVEN, add_request, check_it_works, every_driven, make_device
-from frontend import F_EVENT_IDX, GUARD, PACKED_START, Setting, every_ring, plugged
+from frontend import F_EVENT_IDX, PACKED_START, Setting, every_ring, plugged
 from vhost_user_wire import eventfd, memfd, no_fd_leaks
 
 from virtio.backend import Backend
@@ -19,6 +19,7 @@ from virtio.devices.rng import Rng
 from virtio.errors import GuestError, PeerError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element, PackedDriver, SplitDriver
+from virtio.testing.queue import GUARD
 from virtio.waist import AddressSpace, QueueSetup
 
 

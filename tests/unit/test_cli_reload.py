@@ -224,6 +224,7 @@ async def test_a_snapshot_shows_devices_queues_connections_and_workers(
             ("e", "rng"),
         ]
         assert [queue.queue for queue in state.devices[0].backend.queues] == [0, 1, 2]
-        assert [device.connection.connected for device in state.devices] == [False, False]
+        connections = [device.connection for device in state.devices]
+        assert [each is not None and each.connected for each in connections] == [False, False]
         assert state.devices[1].socket == folder / "e.sock"
         assert [worker.name for worker in state.workers] == ["w"]

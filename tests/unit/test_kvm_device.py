@@ -168,7 +168,7 @@ async def test_a_driver_uses_the_device_by_either_plain_doorbell(features: int) 
 @pytest.mark.parametrize("reactor", ["io_uring", "epoll"])
 async def test_a_native_device_is_served_as_any_other(reactor: str) -> None:
     disk = Blk("disk", BlkOptions(backend="memory", size=1 << 20), 2, 64)
-    async with Worker("w", reactor=reactor) as worker, Backend(disk, workers=[worker]) as backend, scene(backend) as s:  # type: ignore[arg-type]
+    async with Worker("w", reactor=reactor) as worker, Backend(disk, workers=[worker]) as backend, scene(backend) as s:
         await s.start()
         for index in (0, 1):
             header = bytes([1, 0, 0, 0, 0, 0, 0, 0, index, 0, 0, 0, 0, 0, 0, 0])

@@ -220,7 +220,7 @@ async def test_a_policy_is_changed_while_the_queue_is_stopped() -> None:
 async def test_a_policy_is_changed_while_nobody_drives_the_device() -> None:
     async with rng() as backend, scene(backend) as s:
         for policy in ("withhold", "withhold", "offer", "offer"):
-            await s.device.set_policy(policy)  # type: ignore[arg-type]
+            await s.device.set_policy(policy)
         assert [call for call, _ in s.hypercalls.calls] == ["register", "withdraw", "register"]
         await s.start(FEATURES)
         await request(s, "hypercall")

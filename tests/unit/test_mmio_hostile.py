@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,7 +152,7 @@ accesses = st.tuples(
 )
 
 
-def check(guest: Performer, offset: int, operations: list[object]) -> None:
+def check(guest: Performer, offset: int, operations: Sequence[object]) -> None:
     for operation in operations:
         match operation:
             case StartQueue(index=index, setup=setup):
@@ -169,14 +171,16 @@ def check(guest: Performer, offset: int, operations: list[object]) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(st.booleans(), st.lists(accesses, max_size=60))
-def test_no_sequence_of_accesses_raises_or_asks_for_what_must_not_be(started: bool, script: list[object]) -> None:
+def test_no_sequence_of_accesses_raises_or_asks_for_what_must_not_be(
+    started: bool, script: list[tuple[str, int, int, int]]
+) -> None:
     """``Performer`` checks what is carried out: no queue is started twice, none is stopped that does not run, and none
     consumes buffers before DRIVER_OK."""
     guest = performer()
     if started:
         guest.registers.offer_bells(BELLS)
         guest.start(OFFERED | F_HYPERCALL_NOTIFY, queues=2)
-    for what, offset, size, value in script:  # type: ignore[misc]
+    for what, offset, size, value in script:
         match what:
             case "read":
                 assert 0 <= guest.read(offset, size) < 1 << 64

@@ -79,23 +79,23 @@ def test_a_driver_that_negotiated_the_feature_has_accepted_every_bell() -> None:
     guest = performer()
     guest.registers.offer_bells(BELLS)
     assert guest.negotiate(F_VERSION_1)
-    assert guest.registers.bells_accepted == ()
+    assert not guest.registers.bells_accepted
     assert guest.negotiate(F_VERSION_1 | F_HYPERCALL_NOTIFY)
-    assert guest.registers.bells_accepted == (0, 1, 2)
+    assert list(guest.registers.bells_accepted) == [0, 1, 2]
 
 
 def test_a_driver_may_accept_a_single_bell_whenever_it_likes() -> None:
     guest = performer()
     guest.registers.offer_bells(BELLS)
     assert accept(guest, 0) == []
-    assert guest.registers.bells_accepted == (0,)
+    assert list(guest.registers.bells_accepted) == [0]
     guest.write(STATUS, 0)
-    assert guest.registers.bells_accepted == ()
+    assert not guest.registers.bells_accepted
     guest.start(queues=2)
     assert accept(guest, 1) == []
-    assert guest.registers.bells_accepted == (1,)
+    assert list(guest.registers.bells_accepted) == [1]
     guest.write(QUEUE_READY, 0)
-    assert guest.registers.bells_accepted == (1,)
+    assert list(guest.registers.bells_accepted) == [1]
     assert not guest.registers.refusals
 
 

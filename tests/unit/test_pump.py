@@ -9,10 +9,11 @@ import pytest
 import trio
 import trio.testing
 from driven import Pulling, Scripted
-from frontend import GUARD, GuestQueue, Plugged, Setting, every_ring, plugged
+from frontend import Plugged, Setting, every_ring, plugged
 
 from virtio.chain import Chain
 from virtio.pump import BATCH, Queue
+from virtio.testing.queue import GUARD, GuestQueue
 
 
 def setting(ring: str) -> Setting:
@@ -191,7 +192,13 @@ async def test_a_stop_waits_for_chains_that_were_taken(ring: str) -> None:
 async def test_a_device_is_asked_to_give_back_what_it_took_when_the_queue_stops(ring: str) -> None:
     device = Scripted()
     device.script = device.keep
-    device.stopping = lambda: [chain.complete() for chain in device.taken if not chain.returned] and None
+
+    def give_back() -> None:
+        for chain in device.taken:
+            if not chain.returned:
+                chain.complete()
+
+    device.stopping = give_back
     async with plugged(device, setting(ring)) as p:
         queue = p.guest.queues[0]
         for n in range(5):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import trio
 from driven import Pulling, Scripted
-from frontend import GUARD, GuestQueue, Setting, every_ring, plugged
+from frontend import Setting, every_ring, plugged
 from structlog.testing import capture_logs
 
 from virtio.device import Chain, Queue
 from virtio.errors import GuestError
+from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import QueueBroken
 
 

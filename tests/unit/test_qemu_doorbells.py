@@ -28,7 +28,7 @@ BELL: Final = 0x109000
 
 def test_both_sides_tables_are_the_same() -> None:
     numbers = dict(re.findall(r"#define (WIRE_\w+) (0x[0-9a-f]+|\d+)u?\b", HEADER.read_text()))
-    ours = {f"WIRE_{name}": number for name, number in Type.__members__.items()}
+    ours: dict[str, int] = {f"WIRE_{name}": number for name, number in Type.__members__.items()}
     ours |= {f"WIRE_VM_{name}": number for name, number in VmFlag.__members__.items()}
     ours |= {f"WIRE_REASON_{name}": number for name, number in Reason.__members__.items()}
     ours |= {
