@@ -186,7 +186,7 @@ class Connection:
                 self.received += data
                 self.finished |= bool(flags & FIN)
                 await self._send(ACK)
-            return flags
+            return int(flags)
 
     async def _until(self, enough: Callable[[int], bool]) -> None:
         while not enough(await self._take()):

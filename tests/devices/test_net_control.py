@@ -28,7 +28,7 @@ SEND_RARP, SET_MTU = 19, 20
 
 
 def net(queues: int = 1, **options: object) -> Net:
-    return Net("lan", NetOptions(**options), queues, 256)  # type: ignore[arg-type]
+    return Net("lan", NetOptions(**options), queues, 256)
 
 
 async def command(guest: Guest, number: int, what: int, data: bytes = b"", queue: int = CONTROL) -> bytes:

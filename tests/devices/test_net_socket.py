@@ -7,8 +7,9 @@ import os
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -65,8 +66,8 @@ async def test_two_daemons_are_joined_and_pass_every_frame_whole(folder: Path, k
         here, there = (f"{kind}:127.0.0.1:{port}" for port in ports)
     else:
         here, there = (f"{kind}:{folder / name}" for name in "ab")
-    one = {"local": here} if kind in ("tcp", "unix") else {"local": here, "remote": there}
-    other = {"remote": here} if kind in ("tcp", "unix") else {"local": there, "remote": here}
+    one: dict[str, Any] = {"local": here} if kind in ("tcp", "unix") else {"local": here, "remote": there}
+    other: dict[str, Any] = {"remote": here} if kind in ("tcp", "unix") else {"local": there, "remote": here}
     async with station("a", backend="socket", **one) as a, station("b", backend="socket", **other) as b:
         await joined(a, b)
         largest = 9000 if kind == "udp" else FRAME_MAX - 14
@@ -108,7 +109,7 @@ async def connected(folder: Path) -> AsyncIterator[StreamEnd]:
         yield StreamEnd(stream)
 
 
-async def told(logs: list[dict[str, object]], event: str) -> dict[str, object]:
+async def told(logs: list[MutableMapping[str, Any]], event: str) -> MutableMapping[str, Any]:
     """The log line that says ``event``; written soon, if not yet."""
     with trio.fail_after(GUARD):
         while True:
@@ -285,7 +286,7 @@ def test_an_address_in_use_is_said_and_what_a_dead_daemon_left_is_not_in_the_way
 )
 def test_addresses_that_make_no_sense_are_refused(options: dict[str, str], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
-        NetOptions(**({"backend": "socket"} | options))  # type: ignore[arg-type]
+        NetOptions(**({"backend": "socket"} | options))
 
 
 def test_an_address_is_written_as_it_is_read() -> None:

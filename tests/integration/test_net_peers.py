@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -75,7 +76,7 @@ async def test_a_qemu_that_connects_is_let_in_as_a_stream(folder: Path) -> None:
 async def test_a_qemu_exchanges_datagrams(folder: Path) -> None:
     ours, theirs = folder / "a", folder / "b"
     netdev = f"dgram,local.type=unix,local.path={theirs},remote.type=unix,remote.path={ours}"
-    addresses = {"local": f"unixgram:{ours}", "remote": f"unixgram:{theirs}"}
+    addresses: dict[str, Any] = {"local": f"unixgram:{ours}", "remote": f"unixgram:{theirs}"}
     async with station("a", backend="socket", **addresses) as s, qemu_network(netdev):
         await speaks_to_qemu(s)
 
