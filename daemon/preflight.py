@@ -21,6 +21,9 @@ from virtio.errors import HostError
 PACKAGES: Final = ("config", "daemon", "transports", "virtio")
 """Our top-level packages; other distributions use some of these names too."""
 
+_NODES: Final = ("chip", "adapter", "evdev")
+"""Options of devices that name a device node of this host."""
+
 
 def host_notes(config: Config) -> Iterator[Problem]:
     """What of a correct configuration would not work on this host, as it is now."""
@@ -44,6 +47,10 @@ def host_notes(config: Config) -> Iterator[Problem]:
 def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
     path = ("devices", device.name)
     yield from _group_notes(config, (*path, "socket_group"), device.common.socket_group)
+    for key in _NODES:
+        node = getattr(device.options, key, None)
+        if isinstance(node, Path):
+            yield from _node_notes(config, (*path, key), node)
     if isinstance(device.options, BlkOptions) and device.options.path is not None:
         image = device.options.path
         if not image.exists():
@@ -52,6 +59,20 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
     if isinstance(device.options, NetOptions) and device.queues > device.options.pairs_max:
         message = f'with backend = "{device.options.backend}" there is one pair of queues, not {device.queues}'
         yield config.problem((*path, "queues"), message, "leave it out, or set queues = 1")
+
+
+def _node_notes(config: Config, path: KeyPath, node: Path) -> Iterator[Problem]:
+    """What keeps whoever runs the check from using a device node; the daemon may well be somebody else."""
+    if not node.exists():
+        hint = f"what this host has: {_others(node) or 'none of its kind'}"
+        yield config.problem(path, f"{node} does not exist", hint)
+    elif not os.access(node, os.R_OK | os.W_OK):
+        yield config.problem(path, f"{node} may not be read and written by this user", "a udev rule, or its group")
+
+
+def _others(node: Path) -> str:
+    kind = node.name.rstrip("0123456789")
+    return ", ".join(sorted(str(other) for other in node.parent.glob(f"{kind}[0-9]*")))
 
 
 def _group_notes(config: Config, path: KeyPath, group: str | None) -> Iterator[Problem]:

@@ -25,14 +25,19 @@ QEMU_NET_QUEUE_SIZE_MIN: Final = 256  # smaller ones it refuses for a network in
 
 @dataclass(frozen=True, slots=True)
 class FrontEnd:
-    """QEMU's device for one of our types. ``queue_options`` says whether it takes num-queues and queue-size."""
+    """QEMU's device for one of our types. ``queue_options`` says whether it takes num-queues and queue-size.
+
+    ``queue_size``: what its queues have where it leaves no choice.
+    """
 
     driver: str
     queue_options: bool
+    queue_size: int = 0
 
 
 FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
     "blk": FrontEnd("vhost-user-blk-pci", queue_options=True),
+    "gpio": FrontEnd("vhost-user-gpio-pci", queue_options=False, queue_size=256),
     "net": FrontEnd("virtio-net-pci", queue_options=False),
     "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
 }
@@ -46,7 +51,13 @@ def why_not(device: Device) -> str:
             f'device "{device.name}": the queues of QEMU\'s network interface have {QEMU_NET_QUEUE_SIZE_MIN} to '
             f"{QEMU_QUEUE_SIZE_MAX} entries; set queue_size accordingly"
         )
-    if _front_end(device) is not None:
+    front_end = _front_end(device)
+    if front_end is not None and device.common.queue_size < front_end.queue_size:
+        return (
+            f'device "{device.name}": the queues of QEMU\'s {front_end.driver} have {front_end.queue_size} entries; '
+            f"set queue_size = {front_end.queue_size} or more"
+        )
+    if front_end is not None:
         return ""
     return (
         f'device "{device.name}": QEMU (seen: 7.2) has no vhost-user front-end for a {device.common.type} device, '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from construct import Bytes, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
+from construct import Bytes, GreedyBytes, Int8ul, Int16ul, Int32sl, Int32ul, Int64ul, Padded, Padding, Struct
 
 VIRTIO_BLK_CONFIG = Struct(
     "capacity" / Int64ul,  # in 512-byte sectors
@@ -47,3 +47,17 @@ VIRTIO_NET_CONFIG = Struct(
     "mtu" / Int16ul,
 )
 """Section 5.1.4, struct virtio_net_config up to mtu: what comes after belongs to features that are not offered."""
+
+VIRTIO_GPIO_CONFIG = Struct("ngpio" / Int16ul, Padding(2), "gpio_names_size" / Int32ul)
+"""Section 5.18.4, struct virtio_gpio_config."""
+
+VIRTIO_INPUT_ABSINFO = Struct("min" / Int32sl, "max" / Int32sl, "fuzz" / Int32sl, "flat" / Int32sl, "res" / Int32sl)
+VIRTIO_INPUT_DEVIDS = Struct("bustype" / Int16ul, "vendor" / Int16ul, "product" / Int16ul, "version" / Int16ul)
+VIRTIO_INPUT_CONFIG = Struct(
+    "select" / Int8ul,
+    "subsel" / Int8ul,
+    "size" / Int8ul,
+    Padding(5),
+    "u" / Padded(128, GreedyBytes),
+)
+"""Section 5.8.4, struct virtio_input_config; ``u`` is a string, a bitmap, or one of the two structs before."""

@@ -9,6 +9,9 @@ VIRTIO_ID_NET: Final = 1
 VIRTIO_ID_BLOCK: Final = 2
 VIRTIO_ID_CONSOLE: Final = 3
 VIRTIO_ID_RNG: Final = 4
+VIRTIO_ID_INPUT: Final = 18
+VIRTIO_ID_I2C_ADAPTER: Final = 34
+VIRTIO_ID_GPIO: Final = 41
 
 # Device status field, section 2.1.
 VIRTIO_CONFIG_S_ACKNOWLEDGE: Final = 1

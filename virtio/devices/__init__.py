@@ -8,12 +8,14 @@ from typing import Final
 from virtio.device import Device
 from virtio.devices.blk import Blk
 from virtio.devices.console import Console
+from virtio.devices.gpio import Gpio
 from virtio.devices.net import Net
 from virtio.devices.rng import Rng
 
 REGISTRY: Final[Mapping[str, type[Device]]] = {
     "blk": Blk,
     "console": Console,
+    "gpio": Gpio,
     "net": Net,
     "rng": Rng,
 }

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import struct
 import termios
 import tty
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,17 +19,12 @@ from typing import Final, Protocol
 import structlog
 import trio
 
+from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, Outbox, file_identity, listen
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
 PENDING_MAX: Final = 64 * 1024
 """Bytes read from the host ahead of a guest that does not take them."""
-
-BACKLOG_MAX: Final = 256 * 1024
-"""Bytes a reader may be behind; what a newly connected one still gets to see of the past, too."""
-
-ACCEPT_RETRY_DELAY: Final = 0.1
-"""Seconds to wait when the process is out of file descriptors."""
 
 LINE_MAX: Final = 1024
 """Longest line of the log."""
@@ -113,39 +106,6 @@ class LogEnd:
         self._line.clear()
 
 
-class Outbox:
-    """Bytes on their way to one reader, bounded; the oldest go first when nobody reads."""
-
-    def __init__(self) -> None:
-        self._pieces: deque[bytes] = deque()
-        self._size = 0
-        self._arrived = trio.Event()
-
-    def put(self, data: bytes) -> bool:
-        """Append; False when something old had to go for it."""
-        self._pieces.append(data)
-        self._size += len(data)
-        self._arrived.set()
-        kept = True
-        while self._size > BACKLOG_MAX:
-            self._size -= len(self._pieces.popleft())
-            kept = False
-        return kept
-
-    @property
-    def empty(self) -> bool:
-        return not self._pieces
-
-    async def get(self) -> bytes:
-        while not self._pieces:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        self._size = 0
-        return data
-
-
 class SocketEnd:
     """A Unix socket that listens at ``path`` (mode 0600); one reader at a time, a new one takes over."""
 
@@ -156,8 +116,8 @@ class SocketEnd:
         self._outbox = Outbox()
         self._reader: trio.CancelScope | None = None
         self.connected = False
-        self._listener = _listen(path)
-        self._identity = _identity(path)
+        self._listener = listen(path, "console")
+        self._identity = file_identity(path)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         listener = trio.socket.from_stdlib_socket(self._listener)
@@ -211,39 +171,8 @@ class SocketEnd:
 
     def close(self) -> None:
         self._listener.close()
-        if _identity(self._path) == self._identity:
+        if file_identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
-
-
-def _listen(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.is_socket() and not _somebody_listens(path):
-            path.unlink()  # left behind by a daemon that died
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(4)
-    except OSError as error:
-        listener.close()
-        raise HostError(f"console socket {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
-    return listener
-
-
-def _somebody_listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(str(path)) == 0
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = path.lstat()
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
 
 
 class PtyEnd:

@@ -14,7 +14,8 @@ from typing import Final
 import trio
 
 from virtio.devices.console import Console, ConsoleOptions, EndOptions
-from virtio.devices.console_port import Outbox, Pending, PortEnd
+from virtio.devices.console_port import Pending, PortEnd
+from virtio.devices.unix_socket import Outbox
 
 READ_SIZE: Final = 4096
 ESCAPE: Final = 0x01  # Ctrl-A

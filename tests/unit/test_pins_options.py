@@ -1,0 +1,54 @@
+"""What is wrong with the options of a gpio, i2c or input device is said with the key, before anything is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemon.cli import main
+
+GPIO = 'type = "gpio"\nsocket = "s.sock"\n'
+
+
+def complaints(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str) -> str:
+    """What `hyperbell check` says of a device with these keys; it must say something."""
+    (tmp_path / "c.toml").write_text(f"[devices.d]\n{table}")
+    assert main(["check", str(tmp_path / "c.toml")]) == 78
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("", "lines: is missing"),
+        ("lines = []", "lines"),
+        ('lines = ["a", "b", "a"]', "names the line 'a' twice"),
+        ('lines = ["a", 3]', "a line has a name, not the number 3"),
+        ('lines = ["7"]', "a line has a name, not the number 7"),
+        ('lines = ["caf\\u00e9"]', "printable ASCII"),
+        ('lines = ["tab\\tbed"]', "printable ASCII"),
+        (f'lines = ["{"x" * 64}"]', "up to 63"),
+        ('lines = [" a"]', "begins nor ends with a blank"),
+        ("lines = [true]", "lines"),
+        ('lines = ["a"]\nqueues = 1', "queues: must be 2"),
+        ('lines = ["a"]\nchip = "/dev/gpiochip0"', 'backend = "simulated" has no chip'),
+        ('backend = "chip"\nlines = ["a"]', 'needs chip, for example: chip = "/dev/gpiochip0"'),
+        ('backend = "chip"\nchip = "c"\nlines = [0, ""]', "every line has a name or an offset"),
+        ('backend = "chip"\nchip = "c"\nlines = [70000]', "there is no line 70000"),
+        ('backend = "chip"\nchip = "c"\nlines = [1]\ncontrol = "x"', "has no control"),
+        ('backend = "chips"\nlines = ["a"]', "backend: must be 'simulated' or 'chip'"),
+        ('lines = ["a"]\ncontrl = "x"', 'did you mean "control"'),
+    ],
+)
+def test_wrong_options_of_gpio_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, expected: str
+) -> None:
+    said = complaints(tmp_path, capsys, GPIO + keys)
+    assert expected in said
+    assert "c.toml:" in said
+
+
+def test_a_control_socket_that_something_else_uses_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaints(tmp_path, capsys, GPIO + 'lines = ["a"]\ncontrol = "s.sock"')
+    assert "is already" in said

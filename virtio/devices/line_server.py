@@ -1,0 +1,146 @@
+"""A Unix socket on which a simulated device is watched and driven: lines of text, one command a line.
+
+Each command is answered by a line ``ok`` or ``error REASON``, after the lines it asked for. A client that said
+``watch`` is told of every change by further lines, which may come at any time between those answers, for as long as it
+keeps its half of the connection open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, Outbox, file_identity, listen
+
+COMMAND_MAX: Final = 4096
+"""Bytes of the longest line a client may send."""
+
+CLIENTS_MAX: Final = 16
+
+log = structlog.get_logger()
+
+
+class CommandError(Exception):
+    """The command cannot be carried out; its text tells the client why."""
+
+
+class LineClient:
+    """Somebody at the socket."""
+
+    def __init__(self) -> None:
+        self.outbox: Final = Outbox()
+        self.scope: Final = trio.CancelScope()
+        self.watches = False
+        self.finished = False
+        """It has said all it had to say; what it was answered still goes out."""
+
+    def send(self, line: str) -> None:
+        """Never waits: a client that does not read what it asked for loses its connection."""
+        if not self.outbox.put(line.encode() + b"\n"):
+            self.scope.cancel()
+
+
+Command = Callable[[LineClient, str], Awaitable[None]]
+"""Carries out one line that is not empty; ``CommandError`` when that is impossible."""
+
+
+class LineServer:
+    """Listens at ``path`` (mode 0600) and hands each line to ``command``; ``what`` names the socket in errors."""
+
+    def __init__(self, path: Path, what: str, command: Command) -> None:
+        self._path = path
+        self._what = what
+        self._command = command
+        self._clients: set[LineClient] = set()
+        self._listener = listen(path, what)
+        self._identity = file_identity(path)
+
+    def tell(self, line: str) -> None:
+        """A change, for all who watch."""
+        for client in self._clients:
+            if client.watches:
+                client.send(line)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        listener = trio.socket.from_stdlib_socket(self._listener)
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                try:
+                    connection, _ = await listener.accept()
+                except OSError as error:  # no descriptors left, or the client gave up
+                    log.warning(f"a client of the {self._what} socket cannot be let in", error=str(error))
+                    await trio.sleep(ACCEPT_RETRY_DELAY)
+                    continue
+                nursery.start_soon(self._talk, trio.SocketStream(connection))
+
+    async def _talk(self, stream: trio.SocketStream) -> None:
+        client = LineClient()
+        async with stream:
+            if len(self._clients) == CLIENTS_MAX:
+                with trio.move_on_after(1):
+                    await _send(stream, b"error there are too many clients\n")
+                return
+            self._clients.add(client)
+            try:
+                with client.scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._write, stream, client)
+                        await self._read(stream, client)
+                        client.finished = True
+                        client.outbox.put(b"")  # wakes the writer, who ends this
+            finally:
+                self._clients.discard(client)
+
+    async def _write(self, stream: trio.SocketStream, client: LineClient) -> None:
+        while await _send(stream, await client.outbox.get()):
+            if client.finished and client.outbox.empty:
+                break
+        client.scope.cancel()
+
+    async def _read(self, stream: trio.SocketStream, client: LineClient) -> None:
+        begun = b""
+        try:
+            async for data in stream:
+                *lines, begun = (begun + bytes(data)).split(b"\n")
+                for line in lines:
+                    await self._obey(client, line.decode(errors="replace").strip())
+                if len(begun) > COMMAND_MAX:
+                    client.send("error a line is too long")
+                    break
+        except trio.BrokenResourceError:
+            pass  # it went away in the middle
+
+    async def _obey(self, client: LineClient, line: str) -> None:
+        if not line:
+            return
+        try:
+            if len(line) > COMMAND_MAX:
+                raise CommandError("the line is too long")
+            if line == "watch":
+                client.watches = True
+            else:
+                await self._command(client, line)
+        except CommandError as error:
+            client.send(f"error {error}")
+        else:
+            client.send("ok")
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        self._listener.close()
+        if file_identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+
+
+async def _send(stream: trio.SocketStream, data: bytes) -> bool:
+    """Whether somebody was there to take it."""
+    try:
+        await stream.send_all(data)
+    except trio.BrokenResourceError:
+        return False
+    return True
