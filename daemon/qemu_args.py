@@ -40,6 +40,7 @@ FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
     "gpio": FrontEnd("vhost-user-gpio-pci", queue_options=False, queue_size=256),
     "net": FrontEnd("virtio-net-pci", queue_options=False),
     "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
+    "vsock": FrontEnd("vhost-user-vsock-pci", queue_options=False),
 }
 """The front-ends of QEMU 7.2. Another type is attached by that of its virtio_id, or not at all."""
 

@@ -61,3 +61,5 @@ VIRTIO_INPUT_CONFIG = Struct(
     "u" / Padded(128, GreedyBytes),
 )
 """Section 5.8.4, struct virtio_input_config; ``u`` is a string, a bitmap, or one of the two structs before."""
+VIRTIO_VSOCK_CONFIG = Struct("guest_cid" / Int64ul)
+"""Section 5.10.4, struct virtio_vsock_config."""

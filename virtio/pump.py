@@ -24,6 +24,10 @@ POLL_SECONDS: Final = 0.001
 """How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
 
 
+_BEGINNINGS: Final = (0, 0x8000_8000)
+"""The base of a split and of a packed ring that was never used (both wrap counters are 1 there, 2.8.1)."""
+
+
 class Queue:
     """One running queue of a Python device. ``index`` is the virtqueue's index (section 5, "Virtqueues")."""
 
@@ -31,6 +35,8 @@ class Queue:
         self.index = vq.index
         self._vq = vq
         self._room = ffi.new("struct chain *[]", BATCH)
+        self.used_before = vq.base not in _BEGINNINGS
+        """The driver used the ring before it came to us: it does not stand at its beginning."""
         self.outstanding = 0
         self._idle = trio.Event()
         self._in_hand: Chain | None = None  # what the device's task was given last
@@ -106,6 +112,10 @@ class Queue:
             return None
         self._in_hand = chains[0]
         return chains[0].take()
+
+    def put_back(self, chain: Chain) -> None:
+        """Un-pop the chain that was taken last and is not needed: the next pop finds it again."""
+        self._rewind([chain])
 
     async def next_chain(self) -> Chain:
         """The next chain of the queue, taken: the caller completes it. Waits for the driver where there is none."""

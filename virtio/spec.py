@@ -12,6 +12,7 @@ VIRTIO_ID_RNG: Final = 4
 VIRTIO_ID_INPUT: Final = 18
 VIRTIO_ID_I2C_ADAPTER: Final = 34
 VIRTIO_ID_GPIO: Final = 41
+VIRTIO_ID_VSOCK: Final = 19
 
 # Device status field, section 2.1.
 VIRTIO_CONFIG_S_ACKNOWLEDGE: Final = 1

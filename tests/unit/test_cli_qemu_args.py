@@ -23,6 +23,13 @@ queue_size = 512
 type = "rng"
 socket = "/run/hyperbell/entropy.sock"
 """
+VSOCK = """
+[devices.vsock]
+type = "vsock"
+socket = "/run/hyperbell/vsock.sock"
+cid = 3
+path = "/run/hyperbell/guest.vsock"
+"""
 CONSOLE = """
 [devices.console]
 type = "console"
@@ -85,6 +92,17 @@ def test_odd_characters_in_a_path_reach_qemu_as_they_are(tmp_path: Path, capsys:
     (tmp_path / "c.toml").write_text(TWO.replace("hyperbell/disk", "my disks, 'one'"))
     main(["qemu-args", str(tmp_path / "c.toml"), "disk"])
     assert ("-chardev", "socket,id=char-disk,path=/run/my disks,, 'one'.sock") in options(capsys.readouterr().out)
+
+
+def test_a_socket_device_is_attached_and_tells_its_context_id_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(VSOCK)
+    assert main(["qemu-args", str(tmp_path / "c.toml")]) == 0
+    assert options(capsys.readouterr().out)[3:] == [
+        ("-chardev", "socket,id=char-vsock,path=/run/hyperbell/vsock.sock"),
+        ("-device", "vhost-user-vsock-pci,chardev=char-vsock"),
+    ]
 
 
 def test_a_device_without_a_front_end_is_named_on_stderr_and_left_out(

@@ -11,6 +11,7 @@ from virtio.devices.console import Console
 from virtio.devices.gpio import Gpio
 from virtio.devices.net import Net
 from virtio.devices.rng import Rng
+from virtio.devices.vsock import Vsock
 
 REGISTRY: Final[Mapping[str, type[Device]]] = {
     "blk": Blk,
@@ -18,5 +19,6 @@ REGISTRY: Final[Mapping[str, type[Device]]] = {
     "gpio": Gpio,
     "net": Net,
     "rng": Rng,
+    "vsock": Vsock,
 }
 """Type name in the configuration to class."""

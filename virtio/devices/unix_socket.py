@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections import deque
@@ -14,6 +15,9 @@ from virtio.errors import HostError
 
 BACKLOG_MAX: Final = 256 * 1024
 """Bytes a reader may be behind; what a newly connected one still gets to see of the past, too."""
+
+BACKLOG: Final = 4
+"""Clients that wait to be let in."""
 
 ACCEPT_RETRY_DELAY: Final = 0.1
 """Seconds to wait when the process is out of file descriptors."""
@@ -52,28 +56,30 @@ class Outbox:
         return data
 
 
-def listen(path: Path, what: str) -> socket.socket:
-    """A stream socket that listens at ``path`` (mode 0600); ``what`` names its purpose in the ``HostError``."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def listen(
+    path: Path, what: str, kind: socket.SocketKind = socket.SOCK_STREAM, backlog: int = BACKLOG
+) -> socket.socket:
+    """A socket that listens at ``path`` (mode 0600); ``what`` names its purpose in the ``HostError``."""
+    listener = socket.socket(socket.AF_UNIX, kind)
     try:
-        if path.is_socket() and not _somebody_listens(path):
+        if path.is_socket() and not _somebody_listens(path, kind):
             path.unlink()  # left behind by a daemon that died
         before = os.umask(0o177)
         try:
             listener.bind(str(path))
         finally:
             os.umask(before)
-        listener.listen(4)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         raise HostError(f"{what} socket {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
     return listener
 
 
-def _somebody_listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+def _somebody_listens(path: Path, kind: socket.SocketKind) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(str(path)) == 0
+        return probe.connect_ex(str(path)) != errno.ECONNREFUSED  # a full backlog is somebody's too
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

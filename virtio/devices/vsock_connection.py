@@ -1,0 +1,400 @@
+"""A connection between a port in the guest and a Unix socket of the host: credit, shutdown, reset (5.10.6.3 to .6).
+
+Bytes for the host go out at once where the socket takes them; what it does not take yet is kept, and the credit bounds
+that. Bytes for the guest stay in the socket until the guest has given both a buffer and credit for them; only of a
+seqpacket connection is one message taken out before, for it may need several buffers.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket as sockets
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+import structlog
+import trio
+
+from virtio.devices.vsock_host import gone, has_gone, prepare_for_messages, receive_message, shut_down
+from virtio.devices.vsock_packet import (
+    SHUTDOWN_BOTH,
+    VIRTIO_VSOCK_OP_CREDIT_REQUEST,
+    VIRTIO_VSOCK_OP_CREDIT_UPDATE,
+    VIRTIO_VSOCK_OP_REQUEST,
+    VIRTIO_VSOCK_OP_RESPONSE,
+    VIRTIO_VSOCK_OP_RST,
+    VIRTIO_VSOCK_OP_RW,
+    VIRTIO_VSOCK_OP_SHUTDOWN,
+    VIRTIO_VSOCK_SEQ_EOM,
+    VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE,
+    VIRTIO_VSOCK_SHUTDOWN_F_SEND,
+    VIRTIO_VSOCK_TYPE_SEQPACKET,
+    Key,
+    Packet,
+)
+
+MESSAGE_MAX: Final = 256 * 1024
+"""The longest message for the guest, however large its buffer is."""
+
+MESSAGES_MAX: Final = 4096
+"""Messages of a seqpacket connection that wait for the host at most: credit counts bytes only (5.10.6.3)."""
+
+LINGER_SECONDS: Final = 8
+"""How long a connection that has ended both ways waits for the guest to agree (5.10.6.5)."""
+
+_MASK: Final = 0xFFFF_FFFF
+
+log = structlog.get_logger()
+
+
+class State(Enum):
+    ASKING = "we asked the guest to accept"
+    ASKED = "the guest asked us"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Connection:
+    """``send`` is told whenever there may be something for the guest: see ``next_packet``.
+
+    ``buffer_size``: bytes that the guest may send before they are taken (``buf_alloc``), and so the longest message.
+    """
+
+    def __init__(
+        self, key: Key, guest_cid: int, buffer_size: int, state: State, send: Callable[[Connection], None]
+    ) -> None:
+        self.key: Final = key
+        self.state = state
+        self.queued = False  # the device's: it stands in line for the guest's buffers
+        self._guest_cid = guest_cid
+        self._buffer_size = buffer_size
+        self._send = send
+        self._socket: sockets.socket | None = None
+        self._changed = trio.Event()
+        self._life, self._watch, self._hang_up = (trio.CancelScope() for _ in range(3))
+        self._is_seqpacket = key.type == VIRTIO_VSOCK_TYPE_SEQPACKET
+        # For the guest.
+        self._due: set[int] = set()  # operations that wait for a buffer of the guest's
+        self._message_out: memoryview | None = None  # what is left of a seqpacket's message
+        self._shut = self._told_shut = 0
+        # Of the guest.
+        self._backlog = bytearray()
+        self._lengths: deque[int] = deque()  # of the messages in the backlog
+        self._message = bytearray()  # the parts of a message that is not whole yet
+        self._peer_shut = 0
+        # Credit (5.10.6.3).
+        self._tx_cnt = self._peer_buf_alloc = self._peer_fwd_cnt = 0
+        self._rx_cnt = self._fwd_cnt = self._told_fwd_cnt = 0
+        self._readable = self._asked_for_credit = False
+        if state is State.ASKING:
+            self._tell(VIRTIO_VSOCK_OP_REQUEST)
+
+    # ---- opening and closing ----
+
+    def accept(self) -> None:
+        """Answer the guest's request."""
+        self.state = State.OPEN
+        self._tell(VIRTIO_VSOCK_OP_RESPONSE)
+
+    async def settled(self) -> bool:
+        """Wait until the connection is open or will never be; whether it is open."""
+        while self.state in (State.ASKING, State.ASKED):
+            await self._changed.wait()
+        return self.state is State.OPEN
+
+    def reset(self) -> None:
+        """It is over at once, and the guest is told."""
+        self.drop()
+        self._tell(VIRTIO_VSOCK_OP_RST)
+
+    def drop(self) -> None:
+        """It is over, and there is nobody to tell."""
+        self.state = State.CLOSED
+        self._due.clear()
+        self._forget_backlog()
+        self._message_out, self._readable = None, False
+        self._life.cancel()
+        self._change()
+
+    def _forget_backlog(self) -> None:
+        self._backlog, self._message = bytearray(), bytearray()
+        self._lengths.clear()
+
+    def _tell(self, op: int) -> None:
+        self._due.add(op)
+        self._send(self)
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ---- from the guest ----
+
+    def take_credit(self, packet: Packet) -> None:
+        """Every packet says how much the guest has room for (5.10.6.3)."""
+        self._peer_buf_alloc, self._peer_fwd_cnt = packet.buf_alloc, packet.fwd_cnt
+        if self._credit > 0:
+            self._asked_for_credit = False
+            if self._readable or self._message_out is not None:
+                self._send(self)
+
+    @property
+    def _credit(self) -> int:
+        """How much the guest has room for; not above 0 whatever nonsense it says."""
+        return self._peer_buf_alloc - ((self._tx_cnt - self._peer_fwd_cnt) & _MASK)
+
+    def wants(self, length: int) -> bool:
+        """Whether the guest may send so many bytes now; one that sends more breaks the protocol (5.10.6.3.1)."""
+        return self.state is State.OPEN and self._rx_cnt - self._fwd_cnt + length <= self._buffer_size
+
+    def take(self, packet: Packet, data: memoryview) -> None:
+        """A packet of the guest's for this connection, and its data. One that breaks the protocol resets it."""
+        self.take_credit(packet)
+        if packet.op == VIRTIO_VSOCK_OP_RW and self.wants(len(data)):
+            self._take_data(packet, data)
+        elif packet.op == VIRTIO_VSOCK_OP_RESPONSE and self.state is State.ASKING:
+            self.state = State.OPEN
+            self._change()
+        elif packet.op == VIRTIO_VSOCK_OP_SHUTDOWN:
+            self._peer_shut |= packet.flags & SHUTDOWN_BOTH  # what was shut stays so (5.10.6.5)
+            if self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
+                self._message_out, self._readable = None, False
+                self._watch.cancel()
+            self._change()
+        elif packet.op == VIRTIO_VSOCK_OP_CREDIT_REQUEST:
+            self._tell(VIRTIO_VSOCK_OP_CREDIT_UPDATE)
+        elif packet.op != VIRTIO_VSOCK_OP_CREDIT_UPDATE:
+            self.reset()
+
+    def _take_data(self, packet: Packet, data: memoryview) -> None:
+        self._rx_cnt += len(data)
+        if (self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND) or (self._shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE):
+            self._forward(len(data))  # nobody takes it any more
+            return
+        if self._is_seqpacket:
+            is_end = packet.flags & VIRTIO_VSOCK_SEQ_EOM
+            if self._message or not is_end:
+                self._message += data
+                if not is_end:
+                    self._update_credit()
+                    return
+                data, self._message = memoryview(self._message), bytearray()
+        waits = self._has_backlog
+        if not waits and self._socket is not None:
+            sent = self._write(data)
+            if sent == len(data):
+                return
+            data = data[max(sent, 0) :]
+        if self._is_seqpacket:
+            self._lengths.append(len(data))
+            if len(self._lengths) > MESSAGES_MAX:
+                self.reset()
+                return
+        self._backlog += data
+        if not waits:
+            self._change()
+
+    @property
+    def _has_backlog(self) -> bool:
+        return bool(self._lengths or self._backlog)
+
+    def _forward(self, count: int) -> None:
+        """So many bytes of the guest's have left us: it may send as many more."""
+        self._fwd_cnt += count
+        self._update_credit()
+
+    def _update_credit(self) -> None:
+        """Tell the guest of room that it does not know of, once it thinks that there is less than half."""
+        if self._rx_cnt - self._told_fwd_cnt >= self._buffer_size // 2 and self._fwd_cnt != self._told_fwd_cnt:
+            self._tell(VIRTIO_VSOCK_OP_CREDIT_UPDATE)
+
+    # ---- to the guest ----
+
+    def next_packet(self, room: memoryview) -> tuple[Packet, memoryview] | None:
+        """What to tell the guest next; data lies in ``room`` or is no longer than it. ``None``: nothing now."""
+        nothing = room[:0]
+        for op in (VIRTIO_VSOCK_OP_RST, VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE):
+            if op in self._due:
+                self._due.remove(op)
+                return self._packet(op), nothing
+        if self.state is not State.OPEN:
+            return None
+        is_wanted = not self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE
+        if is_wanted and (self._readable or self._message_out is not None):
+            packet = self._next_data(room)
+            if packet is not None:
+                return packet
+            if VIRTIO_VSOCK_OP_RST in self._due:
+                return self.next_packet(room)
+        if self._told_shut != self._shut:
+            self._told_shut = self._shut
+            return self._packet(VIRTIO_VSOCK_OP_SHUTDOWN, self._shut), nothing
+        for op in (VIRTIO_VSOCK_OP_CREDIT_UPDATE, VIRTIO_VSOCK_OP_CREDIT_REQUEST):
+            if op in self._due:
+                self._due.remove(op)
+                return self._packet(op), nothing
+        return None
+
+    def _next_data(self, room: memoryview) -> tuple[Packet, memoryview] | None:
+        flags = 0
+        if self._is_seqpacket and self._message_out is None:
+            self._message_out = self._receive_message()
+            if self._message_out is None:
+                return None
+        credit = self._credit
+        is_empty = self._message_out is not None and not self._message_out
+        if credit <= 0 and not is_empty:
+            if not self._asked_for_credit:  # 5.10.6.3: the answer says when there is room
+                self._asked_for_credit = True
+                self._due.add(VIRTIO_VSOCK_OP_CREDIT_REQUEST)
+            return None
+        if self._message_out is None:
+            count = self._receive(room[:credit])
+            if count == 0:
+                return None
+            data = room[:count]
+        else:
+            count = min(len(self._message_out), max(credit, 0), len(room))
+            data, self._message_out = self._message_out[:count], self._message_out[count:]
+            if not self._message_out:
+                self._message_out, flags = None, VIRTIO_VSOCK_SEQ_EOM
+        self._tx_cnt = (self._tx_cnt + count) & _MASK
+        return self._packet(VIRTIO_VSOCK_OP_RW, flags, count), data
+
+    def _packet(self, op: int, flags: int = 0, length: int = 0) -> Packet:
+        key = self.key
+        self._told_fwd_cnt = self._fwd_cnt  # every packet tells it
+        self._due.discard(VIRTIO_VSOCK_OP_CREDIT_UPDATE)
+        return Packet(
+            *(key.peer_cid, self._guest_cid, key.peer_port, key.guest_port),
+            *(length, key.type, op, flags, self._buffer_size, self._fwd_cnt & _MASK),
+        )
+
+    # ---- the host's socket ----
+
+    async def run(self, socket: sockets.socket) -> None:
+        """Move data until both sides have had enough; the socket is closed then."""
+        with socket:
+            with self._life:
+                self._socket = socket
+                socket.setblocking(False)
+                if self._is_seqpacket:
+                    prepare_for_messages(socket, self._buffer_size)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_host, socket)
+                    await self._deliver(socket)
+                    self._hang_up.cancel()
+                # Both directions have ended: the guest confirms, or after a while is not asked (5.10.6.5).
+                with trio.move_on_after(LINGER_SECONDS):
+                    while self._peer_shut != SHUTDOWN_BOTH:
+                        await self._changed.wait()
+                self.reset()
+            self._socket = None
+
+    async def _watch_host(self, socket: sockets.socket) -> None:
+        with self._watch:
+            while not self._shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND:
+                await trio.lowlevel.wait_readable(socket)
+                self._readable = True
+                self._send(self)
+                while self._readable:
+                    await self._changed.wait()
+        shut_down(socket, sockets.SHUT_RD)
+        with self._hang_up:
+            await gone(socket)
+            self._stop_receiving()
+
+    async def _deliver(self, socket: sockets.socket) -> None:
+        while not self._shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
+            if self._has_backlog:
+                await trio.lowlevel.wait_writable(socket)
+                self._flush()
+            elif self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND:
+                shut_down(socket, sockets.SHUT_WR)
+                self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE)
+            else:
+                await self._changed.wait()
+
+    def _flush(self) -> None:
+        """Write as much of the backlog as the socket takes."""
+        while self._has_backlog:
+            length = self._lengths[0] if self._is_seqpacket else len(self._backlog)
+            with memoryview(self._backlog) as whole, whole[:length] as data:
+                sent = self._write(data)
+            if sent < 0 or not self._has_backlog:  # the socket is full, or nobody reads it any more
+                return
+            del self._backlog[:sent]
+            if self._is_seqpacket:
+                self._lengths.popleft()
+
+    def _write(self, data: memoryview) -> int:
+        """How many bytes of the guest's went to the host; -1: they must wait. All of them go where nobody reads."""
+        assert self._socket is not None
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            return -1
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                log.warning("the host allows no message so long (net.core.wmem_max)", bytes=len(data))
+            self._stop_receiving()
+            return len(data)
+        self._forward(sent)
+        return sent
+
+    def _receive(self, room: memoryview) -> int:
+        """Read from the host; 0: there is nothing now, or there never will be."""
+        assert self._socket is not None
+        try:
+            count = self._socket.recv_into(room)
+        except BlockingIOError:
+            self._wait_for_host()
+            return 0
+        except OSError:  # it left without reading everything
+            count = 0
+        if count == 0:
+            self._end_of_host()
+        return count
+
+    def _receive_message(self) -> memoryview | None:
+        assert self._socket is not None
+        try:
+            message = receive_message(self._socket, min(self._peer_buf_alloc, MESSAGE_MAX))
+        except BlockingIOError:
+            self._wait_for_host()
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                log.warning("a message is longer than the guest's buffer", guest_port=self.key.guest_port)
+                self.reset()
+            else:
+                self._end_of_host()
+        else:
+            if message is not None:
+                return memoryview(message)
+            self._end_of_host()
+        return None
+
+    def _wait_for_host(self) -> None:
+        self._readable = False
+        self._change()
+
+    def _end_of_host(self) -> None:
+        assert self._socket is not None
+        self._wait_for_host()
+        self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_SEND)
+        if has_gone(self._socket):
+            self._stop_receiving()
+
+    def _stop_receiving(self) -> None:
+        """Nobody on the host takes what the guest sends."""
+        self._forget_backlog()
+        self._fwd_cnt = self._rx_cnt
+        self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE)
+
+    def _shut_down(self, direction: int) -> None:
+        if not self._shut & direction:
+            self._shut |= direction
+            self._send(self)
+            self._change()
