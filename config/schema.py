@@ -207,7 +207,8 @@ class DeviceTable(Table):
     queues: int | None = Field(
         default=None,
         ge=1,
-        description="Number of virtqueues; what the type has by itself when left out (a disk: 1).",
+        description="Number of virtqueues (of a network interface: of pairs of them); what the type has by itself when "
+        "left out (a disk: 1).",
         examples=[1],
     )
     queue_size: int = Field(

@@ -127,12 +127,20 @@ def _device_options(device: Device, hypercall: bool) -> list[list[str]]:
         channel += ",server=on"
     notify = f",{PORT_NOTIFY}=on" if hypercall else ""
     if device.common.type == "net":
-        # QEMU shows the guest a config space of its own, so it has to be told the address.
+        # QEMU shows the guest a config space of its own, so it has to be told what is in ours.
+        options = _net_options(device)
         size = _queue_size(device)
+        netdev = f"vhost-user,id=net-{device.name},chardev={chardev}"
         interface = f"{front_end.driver},netdev=net-{device.name},mac={_mac(device)}"
+        if options.mtu is not None:
+            interface += f",host_mtu={options.mtu}"
+        if device.queues > 1:
+            netdev += f",queues={device.queues}"
+            # An interrupt for each queue, one for the control queue and one for changes of the configuration.
+            interface += f",mq=on,vectors={2 * device.queues + 2}"
         return [
             ["-chardev", channel],
-            ["-netdev", f"vhost-user,id=net-{device.name},chardev={chardev}"],
+            ["-netdev", netdev],
             ["-device", f"{interface},rx_queue_size={size},tx_queue_size={size}{notify}"],
         ]
     driver = f"{front_end.driver},chardev={chardev}"
@@ -141,9 +149,13 @@ def _device_options(device: Device, hypercall: bool) -> list[list[str]]:
     return [["-chardev", channel], ["-device", driver + notify]]
 
 
-def _mac(device: Device) -> str:
+def _net_options(device: Device) -> NetOptions:
     assert isinstance(device.options, NetOptions)
-    return device.options.address(device.name).hex(":")
+    return device.options
+
+
+def _mac(device: Device) -> str:
+    return _net_options(device).address(device.name).hex(":")
 
 
 def _queue_size(device: Device) -> int:
@@ -259,7 +271,10 @@ def _interface(device: Device, hypercall: bool) -> ElementTree.Element:
     ElementTree.SubElement(interface, "source", {"type": "unix", "path": str(device.common.socket), "mode": mode})
     ElementTree.SubElement(interface, "model", {"type": "virtio"})
     size = str(_queue_size(device))
-    ElementTree.SubElement(interface, "driver", {"rx_queue_size": size, "tx_queue_size": size})
+    queues = {"queues": str(device.queues)} if device.queues > 1 else {}
+    ElementTree.SubElement(interface, "driver", {**queues, "rx_queue_size": size, "tx_queue_size": size})
+    if (mtu := _net_options(device).mtu) is not None:
+        ElementTree.SubElement(interface, "mtu", {"size": str(mtu)})
     if hypercall:
         ElementTree.SubElement(interface, "alias", {"name": _alias(device)})
     return interface

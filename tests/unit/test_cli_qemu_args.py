@@ -193,6 +193,23 @@ def test_a_network_interface_gets_a_netdev_and_its_address(tmp_path: Path, capsy
     ]
 
 
+def test_a_network_interface_with_several_queues_has_an_interrupt_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(NET + "queues = 4\nmtu = 1400\n")
+    assert main(["qemu-args", str(tmp_path / "c.toml")]) == 0
+    found = dict(options(capsys.readouterr().out))
+    assert found["-netdev"] == "vhost-user,id=net-lan,chardev=char-lan,queues=4"
+    interface = found["-device"].split(",")
+    assert {"mq=on", "vectors=10", "host_mtu=1400"} < set(interface)
+    assert main(["qemu-args", str(tmp_path / "c.toml"), "--libvirt"]) == 0
+    domain = ElementTree.fromstring(capsys.readouterr().out)
+    (driver,) = domain.findall("devices/interface/driver")
+    assert driver.attrib == {"queues": "4", "rx_queue_size": "512", "tx_queue_size": "512"}
+    (mtu,) = domain.findall("devices/interface/mtu")
+    assert mtu.attrib == {"size": "1400"}
+
+
 def test_libvirt_gets_a_vhostuser_interface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_text(TWO + NET.replace("queue_size", 'mode = "connect"\nqueue_size'))
     assert main(["qemu-args", str(tmp_path / "c.toml"), "--libvirt"]) == 0

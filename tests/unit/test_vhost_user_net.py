@@ -14,7 +14,7 @@ from transports.vhost_user.endpoint import Listen
 from transports.vhost_user.operations import Announce, SetMtu
 from virtio.errors import PeerError
 
-SEND_RARP, SET_MTU = 19, 20
+SEND_RARP, SET_MTU, ADD_REGION, REMOVE_REGION = 19, 20, 37, 38
 NET_FEATURES = wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU
 MAC = bytes.fromhex("02 00 5e 10 20 30")
 
@@ -41,6 +41,26 @@ def test_a_disk_offers_neither() -> None:
     d = Dialogue()
     assert d.ask(15) == wire.reply_to(15, u64(wire.ALL_PROTOCOL_FEATURES))
     assert "were not offered" in d.violate(16, u64(NET_FEATURES))
+
+
+def test_memory_that_is_shared_once_for_each_pair_of_queues_is_shared_once() -> None:
+    """QEMU before 8.0 adds and removes every region as often as the interface has pairs."""
+    with wire.no_fd_leaks():
+        d = Dialogue(is_network_interface=True, queue_count=5)
+        d.negotiate(protocol=NET_FEATURES)
+        whole = wire.single_region(0, wire.MIB, 0x7F00_0000_0000)
+        for _ in range(2):
+            assert d.ask(ADD_REGION, whole, [wire.memfd()], need_reply=True) == wire.reply_to(ADD_REGION, u64(0))
+        assert len(d.session.state.memory.regions) == 1
+        (region,) = d.session.state.memory.regions
+        for _ in range(2):
+            assert d.ask(REMOVE_REGION, whole, need_reply=True) == wire.reply_to(REMOVE_REGION, u64(0))
+        assert d.session.state.memory.regions == ()
+        region.fd.close()  # as the back-end does
+        d.ask(ADD_REGION, whole, [wire.memfd()])
+        other = wire.single_region(0, wire.MIB, 0x7F00_0000_0000, offset=4096)
+        assert "overlap" in d.violate(ADD_REGION, other, [wire.memfd()])
+        d.close()
 
 
 async def test_the_back_end_hears_of_both_and_what_it_refuses_ends_nothing() -> None:

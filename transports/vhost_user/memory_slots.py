@@ -47,6 +47,14 @@ class MemoryTable:
         kept = tuple(region for region in self.regions if (region.gpa, region.uva, region.size) != key)
         return kept if len(kept) < len(self.regions) else None
 
+    def has(self, description: RegionDescription) -> bool:
+        """Whether exactly this region is in the table."""
+        return any(
+            (one.gpa, one.uva, one.size, one.offset)
+            == (description.gpa, description.uva, description.size, description.offset)
+            for one in self.regions
+        )
+
     def holds(self, uva: int, size: int) -> bool:
         """Whether ``size`` bytes at the user address lie in one region ("IOMMU support")."""
         return any(region.uva <= uva and uva + size <= region.uva + region.size for region in self.regions)

@@ -127,7 +127,10 @@ def _get_max_mem_slots(state: ConnectionState, frame: Frame) -> Operation:
 
 
 def _add_mem_reg(state: ConnectionState, frame: Frame) -> Operation:
-    regions = state.memory.with_added(payloads.parse_memory_region(frame.payload), frame.fds[0])
+    description = payloads.parse_memory_region(frame.payload)
+    if state.repeats_memory and state.memory.has(description):
+        return Answer()
+    regions = state.memory.with_added(description, frame.fds[0])
     if len(regions) > messages.VHOST_USER_MAX_RAM_SLOTS:
         return Refuse(f"all {messages.VHOST_USER_MAX_RAM_SLOTS} memory slots are taken")
     return SetMemory(regions)
@@ -136,6 +139,8 @@ def _add_mem_reg(state: ConnectionState, frame: Frame) -> Operation:
 def _rem_mem_reg(state: ConnectionState, frame: Frame) -> Operation:
     description = payloads.parse_memory_region(frame.payload)
     regions = state.memory.with_removed(description)
+    if regions is None and state.repeats_memory:
+        return Answer()
     if regions is None:
         return Refuse(f"there is no memory region of {description.size:#x} bytes at {description.gpa:#x}")
     return SetMemory(regions)

@@ -47,6 +47,7 @@ class Session:
             ),
             queue_size_max=queue_size_max,
             rings=[Vring(index) for index in range(queue_count)],
+            repeats_memory=is_network_interface,
         )
         self._framer = Framer()
         self._pending: Request | None = None

@@ -38,13 +38,16 @@ class ConnectionState:
 
     ``offered_features`` includes VHOST_USER_F_PROTOCOL_FEATURES; ``features`` and
     ``protocol_features`` are None until they were set; ``queue_size_max`` counts entries;
-    ``has_used_iotlb``: VIRTIO_F_ACCESS_PLATFORM was negotiated at some time on this connection.
+    ``has_used_iotlb``: VIRTIO_F_ACCESS_PLATFORM was negotiated at some time on this connection. ``repeats_memory``:
+    the front-end may add and remove each memory region once for every pair of queues, as QEMU before 8.0 does with a
+    network interface; only the first time counts.
     """
 
     offered_features: int
     offered_protocol_features: int
     queue_size_max: int
     rings: list[Vring]
+    repeats_memory: bool = False
     features: int | None = None
     protocol_features: int | None = None
     has_owner: bool = False
