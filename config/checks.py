@@ -88,6 +88,35 @@ def _check_workers(
         yield Finding(path, message, f"name fewer workers, or set queues = {len(names)}")
 
 
+def check_sharers(
+    devices: Iterable[tuple[str, BaseModel, tuple[str, ...]]],
+) -> Iterator[tuple[str, str, str]]:
+    """Devices (name, options, workers) that stand on one thing without a lock, which one worker must therefore drive:
+    (device, message, hint) of each that another worker would drive.
+
+    What it is their options say: ``shares``, for instance 'the switch "lan"', and ``sharers_max``.
+    """
+    sharers: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for name, options, workers in devices:
+        thing: str | None = getattr(options, "shares", None)
+        if thing is None:
+            continue
+        first, first_workers = sharers.setdefault(thing, [(name, workers)])[0]
+        if first != name:
+            sharers[thing].append((name, workers))
+        limit: int = getattr(options, "sharers_max", 0)
+        if len(workers) > 1:
+            message = f"names {len(workers)} workers, but all devices on {thing} must be driven by one"
+            yield name, message, f"for example: worker = {toml_value(workers[0])}"
+        elif len(first_workers) == 1 and workers != first_workers:
+            message = (
+                f'{thing} is driven by worker {toml_value(first_workers[0])}, of device "{first}", not by {workers[0]}'
+            )
+            yield name, message, f"for example: worker = {toml_value(first_workers[0])}"
+        if len(sharers[thing]) == limit + 1:
+            yield name, f"{thing} has room for {limit} devices", "put some of them on another one"
+
+
 class _Claim(NamedTuple):
     """A file that something uses; ``shared`` when it only reads it."""
 

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from config.checks import DeviceDraft, Finding, check_device, check_paths, resolved_workers
+from config.checks import DeviceDraft, Finding, check_device, check_paths, check_sharers, resolved_workers
 from config.origins import KeyPath, Origins
 from config.problems import ConfigError, Problem, closest, explain, toml_value
 from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, DeviceTypes, WorkerConfig
@@ -249,6 +249,14 @@ class _Loader:
         for draft in drafts:
             for finding in check_device(draft, workers, self.transports):
                 self._add(*finding)
+        sharers = [
+            (draft.name, draft.options, resolved_workers(draft.common, draft.type))
+            for draft in drafts
+            if draft.options is not None and draft.type is not None
+        ]
+        for name, message, hint in check_sharers(sharers):
+            common = next(draft.common for draft in drafts if draft.name == name)
+            self._add(("devices", name, "workers" if common.workers is not None else "worker"), message, hint)
         sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
         for finding in check_paths(drafts, sockets, self.folder):
             self._add(*finding)

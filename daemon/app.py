@@ -25,6 +25,7 @@ from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Service, make_devices
 from daemon.control import serve_control
 from daemon.doorbell_meter import DoorbellMeter, open_meter
+from daemon.links import Links
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.policies import Policies
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
@@ -114,7 +115,8 @@ class App:
         if config.daemon.hypercall_socket is not None:
             await nursery.start(self._serve_qemu_doorbells, config.daemon.hypercall_socket)
         if config.daemon.control is not None:
-            await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies)
+            links = Links(self._assembly.devices)
+            await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies, links)
         if config.daemon.metrics_address is not None:
             host, port = await stack.enter_async_context(serve_metrics(*config.daemon.metrics_address, self.snapshot))
             self._metrics_url = metrics_url(host, port)

@@ -23,6 +23,8 @@ from daemon.catalogue import device_types
 from daemon.control import ask
 from daemon.doorbells import run as run_doorbells
 from daemon.failures import leaves
+from daemon.links import EPILOG as LINK_EPILOG
+from daemon.links import add_options as add_link_options
 from daemon.microvm_options import EPILOG as MICROVM_EPILOG
 from daemon.microvm_options import add_options as add_microvm_options
 from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
@@ -169,6 +171,19 @@ def hypercall(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def link(arguments: argparse.Namespace) -> int:
+    """Plug a network interface's cable in or out, in the running daemon."""
+    answer = ask(_control_of(arguments), "link", device=arguments.device, state=arguments.state)
+    print(f"{arguments.device}: {arguments.state}{'' if answer['changed'] else ' (as before)'}")
+    if not answer["guest_is_told"]:
+        print(
+            f"note: {arguments.device}: no guest is told of it: none is connected, or its front-end (QEMU's is such) "
+            "takes no notice",
+            file=sys.stderr,
+        )
+    return EXIT_OK
+
+
 def microvm(arguments: argparse.Namespace) -> int:
     """Run a Linux guest of our own."""
     from daemon.microvm import run  # only here: nothing else needs a KVM that can be talked to
@@ -243,6 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_qemu_options(add("qemu-args", qemu_args, "print the QEMU options that attach the devices", _QEMU_EPILOG))
     _add_start_options(add("qemu", qemu, "start QEMU so that its guest can ring by hypercall", _START_EPILOG))
     _add_hypercall_options(add("hypercall", hypercall, "change who may ring by hypercall", _HYPERCALL_EPILOG))
+    link_parser = add("link", link, "plug a network interface's cable in or out", LINK_EPILOG)
+    add_link_options(link_parser)
+    _add_control(link_parser)
     text = "run a Linux guest on virtio-mmio devices of ours, without QEMU"
     add_microvm_options(add("microvm", microvm, text, MICROVM_EPILOG), _memory)
     add_new_device_arguments(add("new-device", new_device, "write a device, its test and its file", NEW_DEVICE_EPILOG))

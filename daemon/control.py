@@ -1,7 +1,8 @@
 """The control socket: one JSON object a line in, one a line out. ``hyperbell show`` is its client.
 
-Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter, and
-``{"command": "hypercall", "device": NAME, "policy": "offer"}`` (or withhold, auto) changes who may ring by hypercall.
+Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter,
+``{"command": "hypercall", "device": NAME, "policy": "offer"}`` (or withhold, auto) changes who may ring by hypercall,
+and ``{"command": "link", "device": NAME, "state": "down"}`` (or up) pulls a network interface's cable.
 An answer has ``"ok"``; when it is false, ``"error"`` says why. The socket has mode 0600: its user is the daemon's
 user (or root).
 """
@@ -13,12 +14,14 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 import trio
 
+from daemon.links import STATES, Links, guest_is_told
 from daemon.policies import POLICIES, Policies
 from daemon.state import DaemonState, DeviceState, version
 from transports.vhost_user.endpoint import Listen, SocketFile
@@ -36,6 +39,7 @@ async def serve_control(
     path: Path,
     snapshot: Callable[[], DaemonState],
     policies: Policies | None = None,
+    links: Links | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the Unix socket ``path`` until cancelled, and remove it then; started once it listens.
@@ -49,14 +53,18 @@ async def serve_control(
     try:
         listener = trio.socket.from_stdlib_socket(socket_file.socket)
         task_status.started()
-        await _accept(listener, snapshot, policies)
+        await _accept(listener, partial(_answer, snapshot=snapshot, policies=policies, links=links))
     finally:
         socket_file.close()
 
 
-async def _accept(
-    listener: trio.socket.SocketType, snapshot: Callable[[], DaemonState], policies: Policies | None
-) -> None:
+def _answer(
+    line: bytes, *, snapshot: Callable[[], DaemonState], policies: Policies | None, links: Links | None
+) -> Answer:
+    return respond(line, snapshot(), policies, links)
+
+
+async def _accept(listener: trio.socket.SocketType, answer: Callable[[bytes], Answer]) -> None:
     clients = trio.CapacityLimiter(CLIENTS_MAX)
     async with trio.open_nursery() as nursery:
         while True:
@@ -66,22 +74,19 @@ async def _accept(
                 structlog.get_logger().warning("the control socket cannot accept", error=str(error))
                 await trio.sleep(0.1)
                 continue
-            nursery.start_soon(_serve_client, connection, clients, snapshot, policies)
+            nursery.start_soon(_serve_client, connection, clients, answer)
 
 
 async def _serve_client(
-    connection: trio.socket.SocketType,
-    clients: trio.CapacityLimiter,
-    snapshot: Callable[[], DaemonState],
-    policies: Policies | None,
+    connection: trio.socket.SocketType, clients: trio.CapacityLimiter, answer: Callable[[bytes], Answer]
 ) -> None:
     stream = trio.SocketStream(connection)
     async with stream, clients:
         with contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
             async for line in _lines(stream):
-                answer = respond(line, snapshot(), policies)
+                reply = json.dumps(answer(line), default=str).encode()
                 with trio.fail_after(IDLE_SECONDS):
-                    await stream.send_all(json.dumps(answer, default=str).encode() + b"\n")
+                    await stream.send_all(reply + b"\n")
 
 
 async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
@@ -101,8 +106,9 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
     yield buffer
 
 
-def respond(line: bytes, state: DaemonState, policies: Policies | None = None) -> Answer:
-    """The answer to one request line, which may change ``policies``; no I/O, so it is tested without a socket."""
+def respond(line: bytes, state: DaemonState, policies: Policies | None = None, links: Links | None = None) -> Answer:
+    """The answer to one request line, which may change ``policies`` or ``links``; no I/O, so it is tested without a
+    socket."""
     try:
         request = json.loads(line) if len(line) <= LINE_MAX else None
     except (ValueError, RecursionError):
@@ -116,8 +122,25 @@ def respond(line: bytes, state: DaemonState, policies: Policies | None = None) -
         return {"ok": True, "version": version(), **asdict(state)}
     if command == "hypercall" and policies is not None:
         return _change_policy(request, policies)
-    commands = "list, stats" if policies is None else "list, stats, hypercall"
+    if command == "link" and links is not None:
+        return _change_link(request, state, links)
+    more = {"hypercall": policies, "link": links}
+    commands = ", ".join(["list", "stats", *(name for name, taker in more.items() if taker is not None)])
     return {"ok": False, "error": f"there is no command {json.dumps(command)}; there are: {commands}"}
+
+
+def _change_link(request: Mapping[str, Any], state: DaemonState, links: Links) -> Answer:
+    device, wanted = request.get("device"), request.get("state")
+    if not isinstance(device, str) or not isinstance(wanted, str) or wanted not in STATES:
+        example = '{"command": "link", "device": "lan", "state": "down"}'
+        return {"ok": False, "error": f"a link is {' or '.join(STATES)}, for instance: {example}"}
+    try:
+        changed = links.set(device, STATES[wanted])
+    except HostError as error:
+        return {"ok": False, "error": str(error)}
+    structlog.get_logger().info("link", device=device, state=wanted, changed=changed)
+    told = guest_is_told(device, state)
+    return {"ok": True, "device": device, "state": wanted, "changed": changed, "guest_is_told": told}
 
 
 def _change_policy(request: Mapping[str, Any], policies: Policies) -> Answer:

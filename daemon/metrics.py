@@ -81,6 +81,7 @@ class StateCollector(Collector):
         state = self._snapshot()
         yield from _op_metrics(state.devices)
         yield from _queue_metrics(state.devices)
+        yield from _network_metrics(state.devices)
         yield from _connection_metrics(state.devices)
         yield from _worker_metrics(state.workers)
         yield from _hypercall_metrics(state)
@@ -117,6 +118,24 @@ def _op_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
 def _cumulative(buckets: tuple[int, ...]) -> list[tuple[str, int]]:
     """Prometheus counts what is *at most* a bound, and its last bucket is +Inf."""
     return list(zip((*map(repr, DURATION_BOUNDS), "+Inf"), accumulate(buckets), strict=True))
+
+
+def _network_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
+    """What moved is in the requests: of an interface, each is a frame, and its operation the direction."""
+    backends = [device.backend for device in devices]
+    lost = CounterMetricFamily(
+        "hyperbell_frames_lost",
+        "Frames that were lost on their way from (transmit) or to (receive) the guest.",
+        labels=("device", "direction", "reason"),
+    )
+    up = GaugeMetricFamily("hyperbell_link_up", "1 while the interface's cable is plugged in.", labels=("device",))
+    for backend in backends:
+        for loss in backend.lost:
+            lost.add_metric((backend.device, loss.direction, loss.reason), loss.frames)
+        if backend.link_up is not None:
+            up.add_metric((backend.device,), backend.link_up)
+    yield lost
+    yield up
 
 
 def _queue_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:

@@ -23,6 +23,7 @@ from daemon.catalogue import make_devices
 from daemon.control import serve_control
 from daemon.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.failures import leaves
+from daemon.links import Links
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.microvm_options import MicrovmOptions, read_options
 from daemon.policies import Policies
@@ -125,7 +126,8 @@ class Microvm:
         if self._meter is not None:
             nursery.start_soon(self._meter.run, self.snapshot)
         if daemon.control is not None:
-            await nursery.start(serve_control, daemon.control, self.snapshot, policies)
+            links = Links(self._assembly.devices)
+            await nursery.start(serve_control, daemon.control, self.snapshot, policies, links)
         if daemon.metrics_address is not None:
             host, port = await stack.enter_async_context(serve_metrics(*daemon.metrics_address, self.snapshot))
             self._log.info("metrics", url=metrics_url(host, port))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from daemon.columns import table
 from daemon.worth_table import render_worth
 
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
+_NET_COLUMNS: Final = ("INTERFACE", "LINK", "DIRECTION", "FRAMES", "BYTES", "LOST", "BECAUSE")
 _VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
 _BELL_COLUMNS: Final = ("DEVICE", "QUEUE", "VM", "BELL", "POLICY", "HYPERCALL")
 _DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "REFUSED", "ERRORS", "SOCKET")
@@ -26,6 +27,9 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     queues = [_queue_row(device["backend"]["device"], queue) for device in devices for queue in _queues(device)]
     if queues:
         text += "\n\n" + table(_QUEUE_COLUMNS, queues)
+    interfaces = [row for device in devices for row in _interface_rows(device["backend"])]
+    if interfaces:
+        text += "\n\n" + table(_NET_COLUMNS, interfaces)
     if stats["vms"]:
         text += "\n\n" + table(_VM_COLUMNS, [_vm_row(vm, now) for vm in stats["vms"]])
         text += "\n\n" + table(_BELL_COLUMNS, _bell_rows(stats["vms"], stats["policies"]))
@@ -102,6 +106,24 @@ def _queue_row(device: str, queue: Mapping[str, Any]) -> Sequence[str]:
         str(sum(queue["doorbells"].values())),
         f"{queue['notifications_suppressed'] / notifications:.0%}" if notifications else "-",
     )
+
+
+def _interface_rows(backend: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """Two for a network interface, one a direction as the guest sees it."""
+    if backend["link_up"] is None:
+        return
+    for direction in ("transmit", "receive"):
+        moved = [queue["ops"][direction] for queue in backend["queues"]]
+        lost = {loss["reason"]: loss["frames"] for loss in backend["lost"] if loss["direction"] == direction}
+        yield (
+            backend["device"],
+            "up" if backend["link_up"] else "down",
+            direction,
+            str(sum(op["requests"] - op["errors"] for op in moved)),
+            size(sum(op["bytes"] for op in moved)),
+            str(sum(lost.values())),
+            ", ".join(f"{reason.replace('_', ' ')} {frames}" for reason, frames in lost.items() if frames) or "-",
+        )
 
 
 def size(count: float) -> str:

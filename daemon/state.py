@@ -18,7 +18,8 @@ from virtio.stats import BackendStats, WorkerStats
 class ConnectionState:
     """A copy of a transport's ``ConnectionStats``, for threads that must not see them change.
 
-    ``since`` is the wall clock time in seconds at which ``connected`` last changed.
+    ``since`` is the wall clock time in seconds at which ``connected`` last changed, ``hears_changes`` says whether the
+    front-end can be told of changes of the device's configuration.
     """
 
     connected: bool
@@ -29,6 +30,7 @@ class ConnectionState:
     memory_regions: int
     protocol_errors: Mapping[str, int]
     since: float
+    hears_changes: bool = False
 
     @classmethod
     def of(cls, counts: ConnectionStats) -> ConnectionState:

@@ -421,6 +421,8 @@ class Backend:
             type=self._device.type_name,
             driver_features=self._driver_features,
             queues=tuple(q.vq.stats(self._device.ops, q.running, now) for q in self._queues),
+            lost=self._device.lost(),
+            link_up=self._device.link_up,
         )
 
 

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 from virtio.chain import Chain
 from virtio.disk import NativeDevice
-from virtio.errors import PeerError
+from virtio.errors import HostError, PeerError
 from virtio.pump import Queue
+from virtio.stats import Lost
 
-__all__ = ["Chain", "Device", "DeviceOptions", "Queue"]
+__all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue"]
 
 
 class DeviceOptions(BaseModel):
@@ -85,6 +86,19 @@ class Device:
     def prepare_announcement(self, address: bytes) -> None:
         """Of a network interface: have its worker, when nudged, tell the network that ``address`` is here now."""
         raise PeerError(f"a {self.type_name} device has no address to announce")
+
+    def lost(self) -> tuple[Lost, ...]:
+        """Of a network interface: frames that did not arrive, by reason. Any thread."""
+        return ()
+
+    @property
+    def link_up(self) -> bool | None:
+        """Of a network interface: whether its cable is plugged in."""
+        return None
+
+    def set_link(self, up: bool) -> bool:
+        """Plug the cable in or out, and tell the driver; False: it was so already. ``HostError``: there is none."""
+        raise HostError(f"a {self.type_name} device has no link")
 
     def refresh(self) -> bool:
         """Look again at what the device stands on (SIGHUP); True when something changed."""

@@ -52,6 +52,15 @@ class QueueStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """How many frames were lost on their way from (``transmit``) or to (``receive``) the guest, and why."""
+
+    direction: str
+    reason: str
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendStats:
     """One device's queues, and which features its driver accepted (0 before negotiation)."""
 
@@ -59,6 +68,10 @@ class BackendStats:
     type: str
     driver_features: int
     queues: tuple[QueueStats, ...]
+    lost: tuple[Lost, ...] = ()
+    """Of a network interface: every reason, also those that never came about."""
+    link_up: bool | None = None
+    """Of a network interface."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from known_types import KnownTypes
@@ -282,3 +282,51 @@ def test_a_drop_in_with_bad_syntax_does_not_hide_mistakes_elsewhere_nor_invent_a
 def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     problem = the_problem(tmp_path, DISK + f'queues = "{"x" * 500}"\n')
     assert len(problem.message) < 100
+
+
+class PortOptions(BaseModel):
+    """A device that shares something with others, for these tests."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    switch: str | None = None
+    sharers_max: ClassVar[int] = 3
+
+    @property
+    def shares(self) -> str | None:
+        return self.switch and f'the switch "{self.switch}"'
+
+
+PORTS = KnownTypes({"port": DeviceType(PortOptions, frozenset(), True, 1, 8, 2, 1024)})
+
+
+def port(name: str, more: str = 'switch = "lan"\n') -> str:
+    return f'[devices.{name}]\ntype = "port"\nsocket = "{name}.sock"\n{more}'
+
+
+def port_problems(folder: Path, text: str) -> list[tuple[int, str, str, str]]:
+    file = folder / "ports.toml"
+    file.write_text(text + "[workers.w]\n[workers.v]\n")
+    try:
+        load(file, PORTS, {"vhost-user"})
+    except ConfigError as error:
+        return [(problem.line, problem.key, problem.message, problem.hint) for problem in error.problems]
+    return []
+
+
+def test_devices_that_share_something_must_be_driven_by_one_worker(tmp_path: Path) -> None:
+    assert port_problems(tmp_path, port("a") + port("b") + port("c", 'switch = "wan"\nworker = "w"\n')) == []
+    assert port_problems(tmp_path, port("a", 'worker = "w"\n') + port("b", 'worker = "v"\n')) == []
+    assert port_problems(tmp_path, port("a", 'switch = "lan"\nworker = "w"\n') + port("b")) == [
+        (
+            6,
+            "worker",
+            'the switch "lan" is driven by worker "w", of device "a", not by default',
+            'for example: worker = "w"',
+        )
+    ]
+    (found,) = port_problems(tmp_path, port("a", 'switch = "lan"\nworkers = ["w", "v"]\n') + port("b"))
+    assert found[:2] == (5, "workers")
+    assert found[2] == 'names 2 workers, but all devices on the switch "lan" must be driven by one'
+    (found,) = port_problems(tmp_path, "".join(port(name) for name in "abcde"))
+    assert found[2] == 'the switch "lan" has room for 3 devices'

@@ -119,6 +119,7 @@ class Connection:
             self._stats.messages += 1
             reply = await self._serve(request)
             self._stats.memory_regions = len(self.session.state.memory.regions)
+            self._stats.hears_changes = self._hears_changes
             if reply:
                 await self._send(reply)
             self._current = ""
@@ -194,8 +195,13 @@ class Connection:
             return miss
         if self._config_changed:
             self._config_changed = False
-            return ConfigChanged() if state.has_protocol_feature(VHOST_USER_PROTOCOL_F_CONFIG) else None
+            return ConfigChanged() if self._hears_changes else None
         return None
+
+    @property
+    def _hears_changes(self) -> bool:
+        has_config = self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_CONFIG)
+        return has_config and self._channel is not None
 
     async def _tell(self, event: ConfigChanged | IotlbMiss) -> None:
         channel = self._channel

@@ -12,6 +12,7 @@ class ConnectionStats:
     """Counters since the server began, written by the server's tasks only.
 
     ``since`` is the wall clock time (seconds) at which ``connected`` last changed.
+    ``hears_changes``: the front-end has agreed to be told of changes of the config space.
     ``reconnects`` counts connections after the first. The keys of ``protocol_errors`` are names from
     the message tables, so there is a fixed number of them.
     """
@@ -24,6 +25,7 @@ class ConnectionStats:
     messages: int = 0
     memory_regions: int = 0
     since: float = field(default_factory=time.time)
+    hears_changes: bool = False
 
     def begin(self) -> None:
         self.connected = True
@@ -34,4 +36,5 @@ class ConnectionStats:
     def end(self) -> None:
         self.connected = False
         self.memory_regions = 0
+        self.hears_changes = False
         self.since = time.time()

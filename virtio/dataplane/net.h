@@ -176,7 +176,7 @@ static inline bool net_filters(const struct net_device *net)
 
 extern const struct net_backend net_switch_backend;
 struct net_switch *net_switch_ref(struct net_switch *lan);
-void net_switch_plug(struct net_device *net);
+void net_switch_plug(struct net_device *net, const struct worker *w);
 void net_switch_unplug(struct net_device *net);
 
 /* ---- net_fd.c ---- */

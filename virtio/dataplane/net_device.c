@@ -193,7 +193,7 @@ static void net_attached(struct native_device *device, struct worker *w, struct 
 	if (!pair)
 		return;
 	if (net->lan && !pair->rx && !pair->tx)
-		net_switch_plug(net);
+		net_switch_plug(net, w);
 	if (net->backend->receive && !pair->rx && !pair->tx)
 		source_add(w, &pair->source, device);
 	if (is_receive(vq)) {

@@ -15,7 +15,8 @@ struct station {
 };
 
 struct net_switch {
-	int refs; /* atomic */
+	int refs;                    /* atomic */
+	const struct worker *worker; /* atomic: who drives its ports, the first that ever did */
 	struct net_device *ports[NET_SWITCH_PORTS_MAX];
 	struct station stations[SETS][WAYS];
 	uint8_t victim[SETS]; /* who makes room next */
@@ -43,9 +44,15 @@ void net_switch_unref(struct net_switch *lan)
 }
 
 /* A port is plugged in while any of its pairs is driven. */
-void net_switch_plug(struct net_device *net)
+void net_switch_plug(struct net_device *net, const struct worker *w)
 {
+	const struct worker *nobody = NULL;
+
 	if (net->lan_pairs++)
+		return;
+	/* The configuration sees to it that this never happens; if it did, nothing but frames would be lost. */
+	if (!__atomic_compare_exchange_n(&net->lan->worker, &nobody, w, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED) &&
+	    nobody != w)
 		return;
 	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++) {
 		if (net->lan->ports[port])

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
-from virtio.device import Device
+from virtio.device import Device, Lost
 from virtio.devices.net_socket import Peer, SocketOptions, open_socket
 from virtio.devices.tap import (
     NAME_MAX as TAP_NAME_MAX,
@@ -31,7 +31,7 @@ from virtio.devices.tap import (
     Tap,
 )
 from virtio.errors import HostError, PeerError
-from virtio.nic import OPS, PAIRS_MAX, NativeNic, NativeSwitch, NicBackend
+from virtio.nic import OPS, PAIRS_MAX, PORTS_MAX, NativeNic, NativeSwitch, NicBackend
 
 VIRTIO_NET_F_CSUM: Final = 0
 VIRTIO_NET_F_GUEST_CSUM: Final = 1
@@ -83,6 +83,17 @@ _TAP_OFFLOADS: Final = {
     VIRTIO_NET_F_GUEST_USO4: TUN_F_USO4,
     VIRTIO_NET_F_GUEST_USO6: TUN_F_USO6,
 }
+_LOST: Final = (
+    ("malformed", "transmit", "malformed"),
+    ("sent_link_down", "transmit", "link_down"),
+    ("dropped", "transmit", "nobody_there"),
+    ("no_buffers", "receive", "no_buffers"),
+    ("refused", "receive", "too_large"),
+    ("received_link_down", "receive", "link_down"),
+    ("filtered", "receive", "filtered"),
+    ("misreceived", "receive", "malformed"),
+)
+"""Counters of the data plane, which way such a frame was going, and why it did not get there."""
 _UDP_SEGMENTS: Final = 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6
 _OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.values()))
 
@@ -169,6 +180,15 @@ class NetOptions(SocketOptions):
     def pairs_max(self) -> int:
         """Pairs of queues that this back end can have."""
         return 1 if self.backend == "socket" else PAIRS_MAX
+
+    @property
+    def shares(self) -> str | None:
+        """What else stands on the same switch must be driven by the same worker: there is no lock in it."""
+        return None if self.switch is None else f'the switch "{self.switch}"'
+
+    @property
+    def sharers_max(self) -> int:
+        return PORTS_MAX
 
     def address(self, name: str) -> bytes:
         """The address of the device called ``name``."""
@@ -321,11 +341,16 @@ class Net(Device):
         }
         return bytes(VIRTIO_NET_CONFIG.build(fields))
 
-    def set_link(self, up: bool) -> bool:
-        """Plug the cable in or out; the driver is told (5.1.4). False: it was so already.
+    def lost(self) -> tuple[Lost, ...]:
+        counts = self._nic.counters()
+        return tuple(Lost(direction, reason, getattr(counts, name)) for name, direction, reason in _LOST)
 
-        A guest that is plugged in again may be somewhere else, so it is asked to announce itself.
-        """
+    @property
+    def link_up(self) -> bool:
+        return self._link_up
+
+    def set_link(self, up: bool) -> bool:
+        """5.1.4. A guest that is plugged in again may be somewhere else, so it is asked to announce itself."""
         if up == self._link_up:
             return False
         self._link_up = up
