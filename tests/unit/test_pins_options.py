@@ -52,3 +52,34 @@ def test_wrong_options_of_gpio_are_named(
 def test_a_control_socket_that_something_else_uses_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = complaints(tmp_path, capsys, GPIO + 'lines = ["a"]\ncontrol = "s.sock"')
     assert "is already" in said
+
+
+I2C = 'type = "i2c"\nsocket = "s.sock"\n'
+CHIP = "[[devices.d.chips]]\naddress = 0x48\n"
+REGISTERS = "registers = [{number = 0}]\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (CHIP, 'kind = "registers" needs registers'),
+        (CHIP + "registers = [{number = 0}, {number = 0}]", "number 0 is there twice"),
+        (CHIP + "registers = [{number = 0, value = 256}]", "has no room in 1 bytes"),
+        (CHIP + REGISTERS + "page = 8", 'kind = "registers" has no page'),
+        (CHIP + 'kind = "eeprom"\nauto_increment = true', 'kind = "eeprom" has no auto_increment'),
+        (CHIP + 'kind = "eeprom"\nsize = 300', "must be a power of two, not 300"),
+        (CHIP + 'kind = "eeprom"\nsize = 16\npage = 32', "larger than the memory of 16"),
+        (CHIP.replace("0x48", "0x7c") + REGISTERS, "one of the addresses that I2C reserves"),
+        (CHIP.replace("0x48", "0x400") + REGISTERS, "address: must be at most"),
+        (CHIP + REGISTERS + CHIP + REGISTERS, "two of them have the address 0x48"),
+        ("addresses = [0x50]", 'backend = "simulated" has no addresses'),
+        ('backend = "adapter"\naddresses = [0x50]', "needs adapter, for example"),
+        ('backend = "adapter"\nadapter = "/dev/i2c-1"', "needs addresses"),
+        ('backend = "adapter"\nadapter = "a"\naddresses = [1]', "addresses.0: must be at least 3"),
+        ('backend = "adapter"\nadapter = "a"\naddresses = [80]\ncontrol = "c"', "neither chips nor control"),
+    ],
+)
+def test_wrong_options_of_i2c_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, expected: str
+) -> None:
+    assert expected in complaints(tmp_path, capsys, I2C + keys)

@@ -9,6 +9,7 @@ from virtio.device import Device
 from virtio.devices.blk import Blk
 from virtio.devices.console import Console
 from virtio.devices.gpio import Gpio
+from virtio.devices.i2c import I2c
 from virtio.devices.net import Net
 from virtio.devices.rng import Rng
 from virtio.devices.vsock import Vsock
@@ -17,6 +18,7 @@ REGISTRY: Final[Mapping[str, type[Device]]] = {
     "blk": Blk,
     "console": Console,
     "gpio": Gpio,
+    "i2c": I2c,
     "net": Net,
     "rng": Rng,
     "vsock": Vsock,

@@ -1,0 +1,337 @@
+"""The I2C adapter (5.21): segments reach the chips in order, groups fail as one, and no request can confuse it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from frontend import Plugged, Setting, every_python_setting, plugged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from line_client import talking
+
+from virtio.devices.i2c import REQUEST_MAX, SEGMENT_MAX, SEGMENTS_MAX, I2c, decode_address
+from virtio.devices.i2c_options import I2cOptions
+from virtio.testing import attach
+
+FAIL_NEXT, M_RD = 1, 2
+OK, ERR = 0, 1
+SENSOR, EEPROM, WIDE = 0x48, 0x50, 0x123
+F_ZERO_LENGTH = 1 << 0
+
+LM75: dict[str, Any] = {
+    "address": SENSOR,
+    "auto_increment": False,
+    "registers": [
+        {"number": 0, "size": 2, "value": 0x1900, "writable": 0},
+        {"number": 1, "value": 0, "writable": 0x7F},
+        {"number": 2, "size": 2, "value": 0x4B00},
+        {"number": 3, "size": 2, "value": 0x5000},
+    ],
+}
+
+
+def i2c(*chips: dict[str, Any], control: Path | None = None) -> I2c:
+    chosen = chips or (LM75, {"kind": "eeprom", "address": EEPROM})
+    return I2c("bus", I2cOptions.model_validate({"chips": chosen, "control": control}), 1, 64)
+
+
+def header(address: int, flags: int) -> bytes:
+    return struct.pack("<HHI", address << 1, 0, flags)
+
+
+def add_write(p: Plugged, address: int, data: bytes, flags: int = 0) -> int:
+    pieces = [header(address, flags), data] if data else [header(address, flags)]
+    return p.guest.queues[0].driver.add(pieces, [1])
+
+
+def add_read(p: Plugged, address: int, length: int, flags: int = 0) -> int:
+    room = [length, 1] if length else [1]
+    return p.guest.queues[0].driver.add([header(address, flags | M_RD)], room)
+
+
+async def results(p: Plugged, count: int) -> list[tuple[int, bytes]]:
+    """(status, what was read) of so many requests, in the order they came back."""
+    p.guest.queues[0].kick()
+    back = [b"".join(used.buffers)[: used.written] for used in await p.guest.queues[0].used(count)]
+    return [(each[-1], each[:-1]) for each in back]
+
+
+async def write(p: Plugged, address: int, data: bytes) -> int:
+    add_write(p, address, data)
+    ((status, _),) = await results(p, 1)
+    return status
+
+
+async def read(p: Plugged, address: int, length: int) -> tuple[int, bytes]:
+    add_read(p, address, length)
+    ((status, data),) = await results(p, 1)
+    return status, data
+
+
+async def read_from(p: Plugged, address: int, register: bytes, length: int) -> tuple[int, bytes]:
+    """A register, in one transaction."""
+    add_write(p, address, register, FAIL_NEXT)
+    add_read(p, address, length)
+    first, second = await results(p, 2)
+    assert first == (second[0], b"")
+    return second
+
+
+@every_python_setting
+async def test_a_register_is_chosen_by_a_write_and_read_after_it(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        assert await read_from(p, SENSOR, b"\0", 2) == (OK, b"\x19\x00")
+        assert await write(p, SENSOR, b"\x03\x55\x80") == OK
+        assert await read_from(p, SENSOR, b"\x03", 2) == (OK, b"\x55\x80")
+        assert await read(p, SENSOR, 4) == (OK, b"\x55\x80\x55\x80")  # the pointer stays
+        assert await write(p, SENSOR, b"\x00\xff\xff") == OK
+        assert await read_from(p, SENSOR, b"\0", 2) == (OK, b"\x19\x00"), "it is read-only"
+        assert await write(p, SENSOR, b"\x01\xff") == OK
+        assert await read_from(p, SENSOR, b"\1", 1) == (OK, b"\x7f")
+        assert await read_from(p, SENSOR, b"\x77", 2) == (OK, b"\xff\xff"), "nobody drives the bus"
+        assert p.op("read")[1] == p.op("write")[1] == 0
+
+
+@every_python_setting
+async def test_a_chip_may_go_on_to_the_next_register(setting: Setting) -> None:
+    registers = [{"number": 0xFE, "value": 1}, {"number": 0xFF, "size": 2, "value": 0x0203}, {"number": 0, "value": 4}]
+    async with plugged(i2c({"address": 0x20, "byte_order": "little", "registers": registers}), setting) as p:
+        assert await read_from(p, 0x20, b"\xfe", 5) == (OK, b"\x01\x03\x02\x04\xff")
+        assert await write(p, 0x20, b"\xfe\x0a\x0b\x0c\x0d") == OK
+        assert await read_from(p, 0x20, b"\xfe", 4) == (OK, b"\x0a\x0b\x0c\x0d")
+        assert await write(p, 0x20, b"\xff\x77") == OK  # half of it
+        assert await read_from(p, 0x20, b"\xff", 2) == (OK, b"\x0b\x0c")
+
+
+@every_python_setting
+async def test_a_request_without_data_only_asks_who_is_there(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        for address, status in ((SENSOR, OK), (EEPROM, OK), (0x51, ERR)):
+            assert await write(p, address, b"") == status
+            assert await read(p, address, 0) == (status, b"")
+        assert p.op("write") == (3, 1)
+        assert p.op("read") == (3, 1)
+
+
+@every_python_setting
+async def test_a_page_write_wraps_within_its_page_and_a_read_over_the_whole_memory(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        assert await read_from(p, EEPROM, b"\x00", 256) == (OK, b"\xff" * 256)
+        assert await write(p, EEPROM, b"\x0d" + b"abcde") == OK
+        assert await read_from(p, EEPROM, b"\x08", 8) == (OK, b"de\xff\xff\xffabc")
+        assert await write(p, EEPROM, b"\xff" + b"z") == OK
+        assert await read_from(p, EEPROM, b"\xff", 2) == (OK, b"z\xff")
+        assert await read(p, EEPROM, 1) == (OK, b"\xff")  # goes on behind what was read last
+        assert await write(p, EEPROM, b"\x10" + bytes(range(20))) == OK  # more than twice round
+        assert await read_from(p, EEPROM, b"\x10", 8) == (OK, bytes([16, 17, 18, 19, 12, 13, 14, 15]))
+
+
+@every_python_setting
+async def test_a_large_eeprom_has_addresses_of_two_bytes(setting: Setting) -> None:
+    async with plugged(i2c({"kind": "eeprom", "address": EEPROM, "size": 4096, "page": 32}), setting) as p:
+        assert await write(p, EEPROM, b"\x0f\xfe" + b"end") == OK
+        assert await read_from(p, EEPROM, b"\x0f\xfe", 3) == (OK, b"en\xff")
+        assert await read_from(p, EEPROM, b"\x0f\xe0", 1) == (OK, b"d")
+        assert await write(p, EEPROM, b"\x00") == OK  # half an address
+
+
+@every_python_setting
+async def test_addresses_of_ten_bits_reach_their_chip(setting: Setting) -> None:
+    async with plugged(i2c({"address": WIDE, "registers": [{"number": 0, "value": 7}]}), setting) as p:
+        field = (WIDE & 0xFF) << 8 | 0xF0 | (WIDE >> 8) << 1
+        used = await p.guest.queues[0].request([struct.pack("<HHI", field, 0, M_RD)], [1, 1])
+        assert used.buffers == [b"\x07", b"\x00"]
+        assert await write(p, WIDE & 0x7F, b"") == ERR
+
+
+@given(st.integers(0, 0x3FF))
+def test_an_address_comes_out_as_it_was_put_in(address: int) -> None:
+    assert decode_address((address & 0xFF) << 8 | 0xF0 | (address >> 8) << 1) == (address, True)
+    if address <= 0x77:
+        assert decode_address(address << 1) == (address, False)
+
+
+# --- groups ---
+
+
+@every_python_setting
+async def test_a_group_that_fails_is_not_tried_any_further(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        add_write(p, EEPROM, b"\x00a", FAIL_NEXT)
+        add_write(p, 0x51, b"\x00b", FAIL_NEXT)
+        add_write(p, EEPROM, b"\x00c", FAIL_NEXT)
+        add_write(p, EEPROM, b"\x00d")
+        add_write(p, EEPROM, b"\x01e")  # a transaction of its own
+        assert [status for status, _ in await results(p, 5)] == [OK, ERR, ERR, ERR, OK]
+        assert await read_from(p, EEPROM, b"\x00", 2) == (OK, b"ae")
+
+
+@every_python_setting
+async def test_a_group_that_comes_in_parts_still_fails_as_one(setting: Setting) -> None:
+    # As when the driver's ring is too small for all of it: it waits for the first ones, so they are not held back.
+    async with plugged(i2c(), setting) as p:
+        add_write(p, 0x51, b"\x00a", FAIL_NEXT)
+        assert await results(p, 1) == [(ERR, b"")]
+        add_write(p, EEPROM, b"\x00b", FAIL_NEXT)
+        assert await results(p, 1) == [(ERR, b"")]
+        add_write(p, EEPROM, b"\x00c")
+        assert await results(p, 1) == [(ERR, b"")]
+        assert await read_from(p, EEPROM, b"\x00", 1) == (OK, b"\xff")
+        add_write(p, EEPROM, b"\x00d", FAIL_NEXT)
+        assert await results(p, 1) == [(OK, b"")]
+        add_read(p, EEPROM, 1)
+        assert await results(p, 1) == [(OK, b"\xff")]
+
+
+@every_python_setting
+async def test_a_group_longer_than_any_adapter_takes_is_served_in_parts(setting: Setting) -> None:
+    async with plugged(i2c(), setting, queue_size=128) as p:
+        count = SEGMENTS_MAX + 3
+        for n in range(count):
+            add_write(p, EEPROM, bytes([n, n]), FAIL_NEXT if n < count - 1 else 0)
+            if n % 15 == 14:
+                await results(p, 15)
+        assert await read_from(p, EEPROM, b"\x00", count) == (OK, bytes(range(count)))
+
+
+@every_python_setting
+async def test_a_reset_forgets_a_group_that_had_failed(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        add_write(p, 0x51, b"", FAIL_NEXT)
+        assert await results(p, 1) == [(ERR, b"")]
+        p.guest.close()
+        if p.server is None:
+            await p.backend.reset()
+        guest = await p.connect()
+        await guest.start()
+        assert await write(p, SENSOR, b"") == OK
+
+
+@every_python_setting
+async def test_a_driver_that_does_not_know_zero_lengths_gets_nothing(setting: Setting) -> None:
+    async with plugged(i2c(), setting, without=F_ZERO_LENGTH) as p:
+        assert await write(p, SENSOR, b"\0") == ERR
+        assert await read(p, SENSOR, 2) == (ERR, b"\0\0")
+
+
+# --- what a hostile driver does ---
+
+
+@every_python_setting
+@pytest.mark.parametrize(
+    ("readable", "writable", "answer"),
+    [
+        (header(SENSOR, M_RD) + b"data", 3, b"\0\0\1"),  # both ways at once
+        (header(SENSOR, 0) + b"\0", 3, b"\0\0\1"),  # room to read into without M_RD
+        (header(SENSOR, 4), 1, b"\1"),
+        (header(SENSOR, 0x80000000), 1, b"\1"),
+        (struct.pack("<HHI", SENSOR << 1 | 1, 0, 0), 1, b"\1"),
+        (struct.pack("<HHI", 0xFFFF, 0, 0), 1, b"\1"),
+        (struct.pack("<HHI", 0x0100, 0, 0), 1, b"\1"),
+        (b"short", 1, b"\1"),
+        (b"", 1, b"\1"),
+        (b"", 4, b"\0\0\0\1"),
+        (header(SENSOR, 0), 0, b""),
+        (header(SENSOR, M_RD), 0, b""),
+        (header(SENSOR, M_RD), SEGMENT_MAX + 2, bytes(SEGMENT_MAX + 1) + b"\1"),
+        (header(SENSOR, 0) + bytes(SEGMENT_MAX + 1), 1, b"\1"),
+    ],
+)
+async def test_nonsense_fails_and_nothing_breaks(
+    setting: Setting, readable: bytes, writable: int, answer: bytes
+) -> None:
+    async with plugged(i2c(), setting) as p:
+        used = await p.guest.queues[0].request([readable] if readable else [], [writable] if writable else [])
+        assert b"".join(used.buffers)[: used.written] == answer
+        assert await read_from(p, SENSOR, b"\0", 2) == (OK, b"\x19\x00")
+
+
+@every_python_setting
+async def test_a_segment_nobody_could_send_breaks_the_queue_and_returns_every_buffer(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        add_write(p, SENSOR, b"\0", FAIL_NEXT)
+        add_read(p, SENSOR, REQUEST_MAX + 1)
+        p.guest.queues[0].kick()
+        await p.guest.queues[0].broken()
+        assert p.backend.stats().queues[0].inflight == 0
+
+
+@every_python_setting
+async def test_a_queue_that_stops_in_the_middle_of_a_flood_loses_nothing(setting: Setting) -> None:
+    async with plugged(i2c(), setting) as p:
+        for n in range(20):
+            add_write(p, EEPROM, bytes([n, n]), FAIL_NEXT)
+        p.guest.queues[0].kick()
+        base = await p.guest.link.stop(0)
+        await p.guest.start_queue(0, base=base)
+        assert await results(p, 20) == [(OK, b"")] * 20
+        add_read(p, EEPROM, 1)
+        assert await results(p, 1) == [(OK, b"\xff")]
+        assert await read_from(p, EEPROM, b"\x00", 20) == (OK, bytes(range(20)))
+
+
+CHAINS = st.tuples(st.binary(max_size=24), st.integers(0, 40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CHAINS, min_size=1, max_size=20))
+def test_whatever_comes_every_buffer_goes_back_with_a_status(chains: list[tuple[bytes, int]]) -> None:
+    async def scenario() -> None:
+        async with attach(i2c()) as driver:
+            sent = {driver.post(0, readable, room): room for readable, room in chains if readable or room}
+            if sent:
+                for token, answer in await driver.answers(0, len(sent)):
+                    assert len(answer) == sent[token]
+                    assert not answer or answer[-1] in (OK, ERR)
+            assert await driver.request(0, header(SENSOR, 0), 1) in (b"\0", b"\1")
+            assert await driver.request(0, header(SENSOR, 0), 1) == b"\0"
+
+    trio.run(scenario)
+
+
+# --- the other side ---
+
+
+async def test_a_sensor_measures_what_it_is_told_over_the_control_socket(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    async with plugged(i2c(control=path), Setting("waist", "split")) as p, talking(path) as client:
+        assert await client.command("list") == ["chip 0x48 registers present", "chip 0x50 eeprom present", "ok"]
+        assert await client.command("set 0x48 0 0xe700") == ["ok"]
+        assert await read_from(p, SENSOR, b"\0", 2) == (OK, b"\xe7\x00")
+        assert await client.command("watch") == ["ok"]
+        assert await write(p, SENSOR, b"\x01\x60") == OK
+        assert await client.line() == "write 0x48 0x01 0x60"
+        assert await write(p, EEPROM, b"\x08hello") == OK
+        assert await client.line() == "write 0x50 0x08 0x68656c6c6f"
+        assert await client.command("get 72 1") == ["value 0x48 0x01 0x60", "ok"]
+        assert await client.command("get 0x50 8") == ["value 0x50 0x08 0x68", "ok"]
+        assert await client.command("set 0x50 8 0x6a") == ["ok"]
+        assert await read_from(p, EEPROM, b"\x08", 5) == (OK, b"jello")
+
+
+async def test_a_chip_that_is_removed_answers_no_more_until_it_is_inserted(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    async with plugged(i2c(control=path), Setting("waist", "split")) as p, talking(path) as client:
+        assert await client.command("remove 0x48") == ["ok"]
+        assert (await client.command("list"))[0] == "chip 0x48 registers absent"
+        assert await write(p, SENSOR, b"") == ERR
+        assert await client.command("insert 0x48") == ["ok"]
+        assert await write(p, SENSOR, b"") == OK
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("get", "get 0x48", "get 0x49 0", "get 0x48 9", "get 0x50 256", "set 0x48 0 0x10000", "set 0x50 0 256"),
+        *("set 0x48 0 -1", "set 0x48 zero 1", "get 0x48 0x", "remove 0x49", "lists", "set 0x48 0 99999999999"),
+    ],
+)
+async def test_a_wrong_command_is_an_error_that_helps(tmp_path: Path, command: str) -> None:
+    async with attach(i2c(control=tmp_path / "c")), talking(tmp_path / "c") as client:
+        (answer,) = await client.command(command)
+        assert answer.startswith("error ")
+        assert await client.command("get 0x48 1") == ["value 0x48 0x01 0x00", "ok"]
