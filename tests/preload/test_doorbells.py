@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import struct
 from pathlib import Path
 
@@ -145,6 +146,23 @@ def test_a_second_vm_in_the_place_of_the_first_has_a_connection_of_its_own(liste
     assert second.order(Type.REGISTER, reported).result == 0
     assert program.ring(vm, BELL ^ KEY) == 0
     assert program.read_eventfd(fd) == 1
+
+
+def test_the_last_quarter_of_the_descriptors_is_left_to_the_program(listener: Listener, start: Start) -> None:
+    program = start()
+    vm = started(program)
+    peer = listener.accept()
+    bell(program, vm, peer)
+    own = program.eventfd()
+    used = len(program.descriptors())
+    pid, hard = program.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 2, hard))
+    program.ioeventfd(vm, PORT + 4, 0, own)  # the plain doorbell is there
+    assert len(program.descriptors()) == used
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used * 4, hard))
+    _, reported = bell(program, vm, peer, PORT + 8)
+    assert reported.bell == BELL + 0x800
+    assert "too few descriptors" in program.end()
 
 
 # Rules 3 and 4: the daemon may be anywhere

@@ -98,6 +98,15 @@ def test_without_a_socket_it_is_not_there(kvm: None, fake: Path) -> None:
         assert "HYPERBELL_SOCKET names no socket" in program.end()
 
 
+def test_a_full_pipe_of_complaints_that_nobody_reads_holds_up_nobody(listener: Listener, start: Start) -> None:
+    program = start()
+    vcpu = program.create_vcpu(program.create_vm(), 0)
+    assert program.shell("dd if=/dev/zero of=/proc/$PPID/fd/2 oflag=nonblock bs=4096 count=256 2>/dev/null") == 1
+    program.set_cpuid(vcpu, [VENDOR, PLAIN, *KVM_LEAVES])  # about which there is something to say
+    assert shown(listener.accept()).result == Reason.NO_HYPERV
+    assert "hv-relaxed" not in program.end()
+
+
 # Rule 2: the platform key
 
 
@@ -165,6 +174,26 @@ def test_a_full_table_of_leaves_goes_in_unchanged_and_the_vm_has_no_ids(listener
     assert peer.order(Type.REGISTER, reported).result != 0
     assert program.ids() == []
     assert "table of CPUID leaves is full" in program.end()
+
+
+def test_a_vcpu_keeps_its_leaf_when_the_vm_loses_its_ids(listener: Listener, start: Start) -> None:
+    """KVM refuses other leaves once the vCPU has run, and QEMU gives them again when one is plugged in again."""
+    program = start()
+    vm = program.create_vm()
+    first, second = program.create_vcpu(vm, 0), program.create_vcpu(vm, 1)
+    program.set_cpuid(first, ORDINARY)
+    given = seen(program, first)
+    program.set_cpuid(second, [*ORDINARY, *([0x80000000 + number, 0, 0, 0, 0] for number in range(250))])
+    assert seen(program, second) == UNCHANGED
+    program.set_cpuid(first, ORDINARY)
+    assert seen(program, first) == given != UNCHANGED
+    program.set_cpuid(second, ORDINARY)
+    assert seen(program, second) == UNCHANGED
+    peer = listener.accept()
+    message = peer.expect(Type.VM)
+    while message.result != Reason.CPUID_REFUSED:
+        message = peer.expect(Type.VM)
+    assert VmFlag.KEY_SHOWN not in VmFlag(message.flags)
 
 
 def test_what_kvm_refuses_from_the_program_itself_is_refused_as_ever(listener: Listener, start: Start) -> None:

@@ -35,13 +35,14 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 	argument = va_arg(arguments, void *);
 	va_end(arguments);
 
-	if (request == KVM_SET_CPUID2 && argument)
+	/* The kernel looks at 32 bits; an int of QEMU's may have come with its sign in the others. */
+	if ((unsigned int)request == KVM_SET_CPUID2 && argument)
 		return vcpu_set_cpuid(fd, argument);
 	result = kvm_ioctl(fd, request, argument);
 	if (result < 0)
 		return result;
 	error = errno;
-	switch (request) {
+	switch ((unsigned int)request) {
 	case KVM_CREATE_VM:
 		vm_created(result);
 		break;

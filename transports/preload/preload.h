@@ -42,6 +42,7 @@ struct vcpu {
 	int stats_fd;		/* ours; -1: KVM has none */
 	uint32_t number;
 	bool reported;
+	bool key_shown;		/* it was given the leaf, and KVM takes nothing else from now on */
 };
 
 /* Everything but fd, key and wake_fd is behind the lock. */

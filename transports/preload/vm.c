@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "preload.h"
@@ -203,6 +204,9 @@ static void note_cpuid(int fd, uint32_t flags, int reason)
 	pthread_mutex_lock(&state_lock);
 	vm = vm_by_vcpu(fd, &vcpu);
 	if (vm) {
+		vcpu->key_shown |= (flags & WIRE_VM_KEY_SHOWN) != 0;
+		if (vm->reason)
+			flags &= ~WIRE_VM_KEY_SHOWN;
 		if ((vm->flags | flags) != vm->flags) {
 			vm->flags |= flags;
 			vm->changed = true;
@@ -228,7 +232,7 @@ int vcpu_set_cpuid(int fd, struct kvm_cpuid2 *cpuid)
 	pthread_mutex_lock(&state_lock);
 	vm = vm_by_vcpu(fd, &vcpu);
 	if (vm) {
-		has_key = !vm->reason;
+		has_key = !vm->reason || vcpu->key_shown;
 		key = vm->key;
 	}
 	pthread_mutex_unlock(&state_lock);
@@ -283,10 +287,22 @@ static void bell_gone(const struct vm *vm, struct bell *bell)
 	bell->used = bell->reported;	/* until the daemon was told */
 }
 
+/* A duplicate of our own; -1: the last quarter of the descriptors that the process may have is QEMU's alone. */
+static int fd_duplicate(int fd)
+{
+	struct rlimit limit;
+	int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+
+	if (own < 0 || getrlimit(RLIMIT_NOFILE, &limit) < 0 || (rlim_t)own < limit.rlim_cur - limit.rlim_cur / 4)
+		return own;
+	close(own);
+	return -1;
+}
+
 static bool bell_appeared(struct vm *vm, uint32_t number, int fd)
 {
 	struct bell *bell = bell_by_number(vm, number);
-	int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	int own = fd_duplicate(fd);
 	bool reported = bell && bell->reported;
 
 	if (bell && bell->fd >= 0)
@@ -298,7 +314,7 @@ static bool bell_appeared(struct vm *vm, uint32_t number, int fd)
 			close(own);
 		if (bell && !reported)
 			*bell = (struct bell){ .fd = -1 };
-		return bell != NULL;
+		return false;
 	}
 	*bell = (struct bell){
 		.number = number, .serial = ++vm->serial, .fd = own, .used = true, .reported = reported, .changed = true,
@@ -336,7 +352,7 @@ void ioeventfd_changed(int vm_fd, const struct kvm_ioeventfd *change)
 		link_wake(vm);
 	pthread_mutex_unlock(&state_lock);
 	if (!fits)
-		say("more than %d doorbells: the others stay plain", BELLS_MAX);
+		say("more than %d doorbells, or too few descriptors (ulimit -n): the others stay plain", BELLS_MAX);
 }
 
 /* A new daemon, or the old one again, knows nothing: everything is to be reported. */
