@@ -298,9 +298,20 @@ def test_an_error_nobody_knows_has_a_name_too(doorbells: QemuDoorbells) -> None:
     library = Library(doorbells)
     library.bell(5)
     library.orders()
-    for error in (12345, -1, 99999):
-        library.answer(error, False)
+    with capture_logs() as logs:
+        for error in (12345, -1, 99999):
+            library.answer(error, False)
     assert doorbells.refusals == {"other": 3}
+    assert len(logs) == 1  # whatever numbers a peer may think of
+
+
+@pytest.mark.parametrize("later", [Reason.NONE, Reason.INCOMING])
+def test_a_reason_that_changes_ends_the_connection(doorbells: QemuDoorbells, later: Reason) -> None:
+    """Else each change would be a line in the log and a count, as often as a peer likes."""
+    library = Library(doorbells, SHOWN, Reason.CPUID_REFUSED)
+    with pytest.raises(PeerError, match="the first one given stays"):
+        library.tell(SHOWN, later)
+    assert doorbells.refusals == {"cpuid_refused": 1}
 
 
 def test_two_vms_do_not_disturb_each_other(doorbells: QemuDoorbells) -> None:

@@ -206,6 +206,29 @@ async def test_too_many_libraries_are_turned_away(
             sock.close()
 
 
+async def test_libraries_that_never_stop_talking_keep_no_other_waiting(path: Path, doorbells: QemuDoorbells) -> None:
+    async def talk(sock: trio.socket.SocketType) -> None:
+        while True:
+            await send(sock, HELLO)
+
+    with OwnedFd(os.eventfd(0)) as kick, capture_logs() as logs:
+        async with serving(path, doorbells) as connect:
+            talkers = [await connect() for _ in range(8)]
+            async with trio.open_nursery() as nursery:
+                for sock in talkers:
+                    nursery.start_soon(talk, sock)
+                honest = await connect()
+                await send(honest, HELLO)
+                assert await receive(honest) == (Type.WELCOME, 0, 0)
+                doorbells.kick_changed("disk", 0, eventfd_id(kick.fileno()))
+                await send(honest, Message(Type.BELL, bell=BELL, serial=1), kick.fileno())
+                assert await receive(honest) == (Type.REGISTER, BELL, 1)
+                nursery.cancel_scope.cancel()
+            assert len(logs) <= len(talkers) + 1  # a line for each that came, none for what it says again
+            for sock in (honest, *talkers):
+                sock.close()
+
+
 async def test_a_library_that_reads_nothing_holds_up_nobody_and_learns_what_is_true_when_it_reads(
     path: Path, doorbells: QemuDoorbells
 ) -> None:

@@ -71,7 +71,7 @@ class Vm:
     bells: dict[int, Bell] = field(default_factory=dict)
     vcpus: dict[int, VcpuStatistics] = field(default_factory=dict)
     due: dict[int, bool] = field(default_factory=dict)  # bell number: to be registered or not
-    logged: set[int] = field(default_factory=set)  # errors that have had their log line
+    logged: set[str] = field(default_factory=set)  # errors that have had their log line
     since: float = field(default_factory=time.time)
 
     def commands(self) -> Iterator[Message]:
@@ -170,8 +170,10 @@ class QemuDoorbells:
             reason = Reason(message.result)
         except ValueError:
             raise PeerError(f"there is no reason {message.result}") from None
+        if vm.reason not in (Reason.NONE, reason):
+            raise PeerError(f"the reason {vm.reason.name} has become {reason.name}: the first one given stays")
         if not vm.known:
-            vm.name = self._name_for(message.name)
+            vm.name = self._name_for(message.name, vm.pid)
             vm.known = True
             self._log.info("a VM's QEMU connected", vm=vm.name, pid=vm.pid)
         vm.flags = VmFlag(message.flags & sum(VmFlag))
@@ -183,13 +185,13 @@ class QemuDoorbells:
             self._judge(bell)
         vm.changed()
 
-    def _name_for(self, wanted: str) -> str:
+    def _name_for(self, wanted: str, pid: int) -> str:
         """``wanted`` if it is a name and free, else vm0, vm1, ...: never anything the guest has chosen."""
         taken = {vm.name for vm in self._vms}
         if is_vm_name(wanted) and wanted not in taken:
             return wanted
         if wanted:
-            self._log.warning("this name of a VM is taken or is none", name=ascii(wanted), pid=self._vms[-1].pid)
+            self._log.warning("this name of a VM is taken or is none", name=ascii(wanted), pid=pid)
         return next(name for name in (f"vm{number}" for number in range(len(self._vms) + 1)) if name not in taken)
 
     def _bell_appeared(self, vm: Vm, message: Message, eventfd: int | None) -> None:
@@ -219,8 +221,8 @@ class QemuDoorbells:
         if bell.error:
             name = errno.errorcode.get(bell.error, "other")
             self.refusals[name] += 1
-            if bell.error not in vm.logged:
-                vm.logged.add(bell.error)
+            if name not in vm.logged:
+                vm.logged.add(name)
                 self._log.warning("KVM refuses a connection id", vm=vm.name, bell=f"{bell.number:#08x}", error=name)
 
     def _forget(self, bell: Bell) -> None:
