@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import trio
 
 TAIL_LINES = 25
-READY_SECONDS = 120.0
+READY_SECONDS = 60.0
 
 
 class MachineError(Exception):
@@ -47,6 +47,8 @@ class Answer:
 
 class Console(ABC):
     """The console of a booted guest. One task at a time talks to it; it is read while somebody waits for it."""
+
+    patience: float = 1  # how many times longer than it was told it waits
 
     def __init__(self, listen: Listener) -> None:
         self.console: list[ConsoleLine] = []
@@ -87,7 +89,7 @@ class Console(ABC):
     async def expect(self, start: str, timeout_seconds: float, what: str = "") -> str:
         """The next console line that begins with ``start``, not looking twice at any line. ``MachineError`` if late."""
         what = what or f"'{start}'"
-        with trio.move_on_after(timeout_seconds):
+        with trio.move_on_after(timeout_seconds * self.patience):
             while True:
                 while self._seen < len(self.console):
                     text = self.console[self._seen].text
@@ -97,7 +99,7 @@ class Console(ABC):
                     self._examine(text, what)
                 if not await self._read():
                     raise MachineError(f"{await self._why_ended()} while we waited for {what}", self.tail())
-        raise self._late(f"the guest did not come to {what} within {timeout_seconds:.0f} s")
+        raise self._late(f"the guest did not come to {what} within {timeout_seconds * self.patience:.0f} s")
 
     async def expect_userspace(self, timeout_seconds: float) -> None:
         """Wait for init's first word, before it loads any driver of ours."""

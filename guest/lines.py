@@ -27,6 +27,8 @@ class Line:
 class LineConsole(Console):
     """The console at the end of ``line``. What it says is also appended to the line's record."""
 
+    patience = 4  # everything here is emulated, beside whatever else the machine does
+
     def __init__(self, name: str, line: Line) -> None:
         super().__init__(self._write_down)
         self.name = name
