@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guest.level import Guest, Level, LevelDaemon, NestedMachine
 from guest.pattern import SECTOR_SIZE, sector_content
@@ -81,7 +81,7 @@ async def doorbell_guest(
 
 async def rings_by_kind(daemon: LevelDaemon, name: str, earlier: Mapping[str, int] | None = None) -> dict[str, int]:
     """How often each kind of doorbell of disk ``name`` rang, as the daemon counts (since ``earlier``)."""
-    now = (await daemon.metrics()).by("kind", "hyperbell_doorbells_total", device=name)
+    now = (await daemon.metrics("hyperbell_doorbells")).by("kind", "hyperbell_doorbells_total", device=name)
     since = {kind: int(count) - (earlier or {}).get(kind, 0) for kind, count in now.items()}
     return {kind: count for kind, count in since.items() if count}
 
@@ -103,12 +103,26 @@ class Queue:
     plain: int
     refused: int
 
+    def since(self, earlier: Queue) -> Queue:
+        """The same queue, with what was counted after ``earlier``."""
+        return replace(
+            self,
+            hypercall=self.hypercall - earlier.hypercall,
+            plain=self.plain - earlier.plain,
+            refused=self.refused - earlier.refused,
+        )
+
+
+# To read a disk's serial number is a request of its own and rings its doorbell, so each disk is asked once.
+SERIALS = "for b in /sys/block/vd*; do s=/tmp/serial.$(basename $b); [ -e $s ] || cat $b/serial >$s; done"
+
 
 async def module_queues(guest: Level) -> dict[str, Queue]:
     """The module's table, by the serial number of the disk."""
     answer = await guest.run(
-        "for b in /sys/block/vd*; do"
-        " result serial.$(basename $(readlink -f $b/device)) $(cat $b/serial); done;"
+        f"{SERIALS};"
+        " for s in /tmp/serial.*; do"
+        " result serial.$(basename $(readlink -f /sys/block/${s##*.}/device)) $(cat $s); done;"
         " cat /sys/kernel/debug/hyperbell/queues"
     )
     serials = {key.removeprefix("serial."): value for key, value in answer.results.items()}
@@ -131,7 +145,7 @@ async def module_totals(guest: Level) -> dict[str, str]:
 async def disk_of(guest: Level, serial: str) -> str:
     """The device node of the disk with this serial number."""
     answer = await guest.run(
-        f'for b in /sys/block/vd*; do [ "$(cat $b/serial)" = {serial} ] && result disk /dev/$(basename $b); done; true'
+        f'{SERIALS}; for s in /tmp/serial.*; do [ "$(cat $s)" = {serial} ] && result disk /dev/${{s##*.}}; done; true'
     )
     return answer.results["disk"]
 
