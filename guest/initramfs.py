@@ -50,7 +50,7 @@ def prepare_initramfs(
     entries.append(Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
     entries.append(_program("init", (HERE / "init").read_bytes()))
     entries.append(_program("bin/busybox", _busybox()))
-    entries.append(_program("bin/diskcheck", _diskcheck(progress)))
+    entries.append(_program("bin/diskcheck", compiled_program("diskcheck", DISKCHECK_SOURCES, progress)))
     order = module_order(kernel.modules, modules)
     entries += [_program(f"modules/{path.name}", path.read_bytes()) for path in order]
     entries.append(_program("modules/order", "".join(f"{path.stem}\n" for path in order).encode()))
@@ -131,17 +131,17 @@ def _busybox() -> bytes:
     return content
 
 
-def _diskcheck(progress: Progress) -> bytes:
-    """The compiled ``diskcheck``, from the cache while its sources are the same."""
-    sources = [HERE / name for name in DISKCHECK_SOURCES]
+def compiled_program(name: str, files: Sequence[str], progress: Progress) -> bytes:
+    """A static program of ours for guests, from the cache while its sources (``files`` of guest/) are the same."""
+    sources = [HERE / file for file in files]
     digest = hashlib.sha256("\0".join(COMPILE).encode())
     for source in sources:
         digest.update(source.read_bytes())
     cache = cache_folder()
-    target = cache / f"diskcheck-{digest.hexdigest()[:16]}"
+    target = cache / f"{name}-{digest.hexdigest()[:16]}"
     if target.exists():
         return target.read_bytes()
-    progress("compiling the guest's diskcheck")
+    progress(f"compiling the guest's {name}")
     with scratch_folder(cache) as scratch:
         made = scratch / target.name
         units = [str(source) for source in sources if source.suffix == ".c"]
@@ -156,6 +156,6 @@ def _diskcheck(progress: Progress) -> bytes:
         except FileNotFoundError as error:
             raise PrepareError("gcc is not installed; install the Debian packages 'gcc' and 'libc6-dev'") from error
         if done.returncode != 0:
-            raise PrepareError(f"guest/diskcheck.c does not compile:\n{done.stderr.strip()}")
+            raise PrepareError(f"guest/{name}.c does not compile:\n{done.stderr.strip()}")
         made.rename(target)
     return target.read_bytes()

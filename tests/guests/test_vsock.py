@@ -1,0 +1,150 @@
+"""Two real Linux guests with AF_VSOCK sockets: to the host, from the host, and to each other through one daemon."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from blk_driver import pattern
+from guests.testbed import Testbed
+
+from guest.initramfs import compiled_program, prepare_initramfs
+from guest.machine import Guest, Machine, shared_memory
+from guest.service import Daemon, free_port, qemu_arguments, serve
+
+pytestmark = pytest.mark.guest
+
+MIB = 1024 * 1024
+CIDS = {"ann": 3, "bob": 4}
+CONFIG = "\n".join(
+    f"""
+[devices.{name}]
+type = "vsock"
+socket = "{name}.sock"
+cid = {cid}
+path = "{name}.vsock"
+group = "lab"
+"""
+    for name, cid in CIDS.items()
+)
+
+
+async def machine(testbed: Testbed, initramfs: Path, config: Path, name: str) -> Machine:
+    """As ``hyperbell qemu-args`` says, but for the memory, which every machine of the tests has alike."""
+    options = await qemu_arguments(config, 256, [name])
+    start = options.index("-chardev")
+    return Machine(testbed.kernel.image, initramfs, [*shared_memory(256), *options[start:]])
+
+
+@pytest.fixture
+async def guests(testbed: Testbed, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
+    program = compiled_program("vsockcat", ["vsockcat.c"], print)
+    modules = ("virtio_pci", "vmw_vsock_virtio_transport")
+    initramfs = prepare_initramfs(testbed.kernel, print, modules, {"/bin/vsockcat": program})
+    port = free_port()
+    config = folder / "vsock.toml"
+    config.write_text(f'[daemon]\nmetrics = "127.0.0.1:{port}"\n{CONFIG}')
+    async with (
+        serve(config, folder, port) as daemon,
+        testbed.hypervisor.boot(await machine(testbed, initramfs, config, "ann")) as ann,
+        testbed.hypervisor.boot(await machine(testbed, initramfs, config, "bob")) as bob,
+    ):
+        yield daemon, ann, bob
+        await ann.power_off()
+        await bob.power_off()
+        await daemon.stop()
+
+
+async def listening(guest: Guest, command: str) -> None:
+    """Run a ``vsockcat listen`` in the background, and wait until it listens."""
+    await guest.run(f"{command} 2>/tmp/said & until grep -q ready /tmp/said; do usleep 10000; done")
+
+
+async def converse(stream: trio.SocketStream, data: bytes) -> bytes:
+    """Send ``data`` and its end, while everything that comes is read until its end."""
+    received = bytearray()
+
+    async def send() -> None:
+        await stream.send_all(data)
+        await stream.send_eof()
+
+    async with stream, trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        async for piece in stream:
+            received += piece
+    return bytes(received)
+
+
+def digest(data: bytes) -> list[str]:
+    return [f"{hashlib.sha256(data).hexdigest()}  -"]
+
+
+async def test_bytes_reach_the_host_the_guest_and_the_other_guest_unchanged(
+    guests: tuple[Daemon, Guest, Guest], folder: Path
+) -> None:
+    daemon, ann, bob = guests
+    await guest_to_host(ann, folder)
+    await host_to_guest(ann, folder)
+    await guest_to_guest(ann, bob)
+    await nobody_there(ann, bob)
+    metrics = await daemon.metrics()
+    assert metrics.total("hyperbell_queue_broken") == 0
+    assert metrics.total("hyperbell_request_errors_total") == 0
+    assert metrics.total("hyperbell_request_bytes_total", device="ann", op="transmit") > 24 * MIB
+
+
+async def guest_to_host(ann: Guest, folder: Path) -> None:
+    """The guest connects to port 5000 of the host; a program there answers with other bytes."""
+    answer = pattern(5 * MIB + 1, 1)
+    received: list[bytes] = []
+    raw = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await raw.bind(str(folder / "ann.vsock_5000"))
+    raw.listen(1)
+    await ann.run(f"head -c {8 * MIB} /dev/urandom >/tmp/up")
+    async with trio.SocketListener(raw) as listener, trio.open_nursery() as nursery:
+
+        async def serve_one() -> None:
+            received.append(await converse(await listener.accept(), answer))
+
+        nursery.start_soon(serve_one)
+        got = await ann.run("vsockcat connect 2 5000 </tmp/up | sha256sum", timeout_seconds=40)
+        assert got.lines == digest(answer)
+    assert (await ann.run("sha256sum </tmp/up")).lines == digest(received[0])
+    assert len(received[0]) == 8 * MIB
+
+
+async def host_to_guest(ann: Guest, folder: Path) -> None:
+    """A program of the host says CONNECT; the guest answers with the bytes it has."""
+    question = pattern(8 * MIB + 3, 2)
+    await listening(ann, "vsockcat listen 1234 </tmp/up >/tmp/down")
+    stream = await trio.open_unix_socket(folder / "ann.vsock")
+    await stream.send_all(b"CONNECT 1234\n")
+    greeting = b""
+    while not greeting.endswith(b"\n"):
+        greeting += bytes(await stream.receive_some(1))
+    assert greeting.startswith(b"OK ")
+    with trio.fail_after(90):
+        answer = await converse(stream, question)
+    assert (await ann.run("sha256sum </tmp/up")).lines == digest(answer)
+    assert (await ann.run("wait; sha256sum </tmp/down")).lines == digest(question)
+
+
+async def guest_to_guest(ann: Guest, bob: Guest) -> None:
+    """Both send and receive at once."""
+    await bob.run(f"head -c {4 * MIB} /dev/urandom >/tmp/up")
+    await listening(bob, "vsockcat listen 80 </tmp/up >/tmp/down")
+    got = await ann.run("vsockcat connect 4 80 </tmp/up | sha256sum", timeout_seconds=40)
+    assert got.lines == (await bob.run("sha256sum </tmp/up")).lines
+    received = await bob.run("wait; sha256sum </tmp/down", timeout_seconds=40)
+    assert received.lines == (await ann.run("sha256sum </tmp/up")).lines
+
+
+async def nobody_there(ann: Guest, bob: Guest) -> None:
+    """Who is not there refuses at once: the host's port, the guest's port, and a guest that does not exist."""
+    for guest, cid in ((ann, 2), (ann, 4), (bob, 3), (bob, 77)):
+        answer = await guest.run(f"vsockcat connect {cid} 9999", status=1)
+        assert answer.lines == ["vsockcat: connect: Connection reset by peer"]
