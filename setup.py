@@ -17,6 +17,7 @@ setup(
     ext_modules=[preload],
     cffi_modules=[
         "virtio/dataplane/build.py:ffibuilder",
+        "virtio/usernet/build.py:ffibuilder",
         "transports/kvm/native/build.py:ffibuilder",
     ],
 )

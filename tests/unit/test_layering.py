@@ -103,6 +103,12 @@ def test_the_compiled_module_has_one_door_and_few_who_may_use_it(module: str) ->
 
 
 @pytest.mark.parametrize("module", FILES)
+def test_libslirp_is_only_ever_loaded_into_a_process_of_its_own(module: str) -> None:
+    if module != "virtio.usernet.__main__":
+        assert not {name for name in imports_of(module) if name in ("virtio._usernet", "virtio.usernet.__main__")}
+
+
+@pytest.mark.parametrize("module", FILES)
 def test_the_compiled_machine_has_one_door_and_few_who_may_use_it(module: str) -> None:
     if module != "transports.kvm.native":
         assert "transports._vmm" not in imports_of(module)

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BORDERS = {  # what Python and C share: the stub that is made from it
     ROOT / "virtio" / "dataplane" / "dataplane.cdef.h": ROOT / "virtio" / "_dataplane.pyi",
+    ROOT / "virtio" / "usernet" / "usernet.cdef.h": ROOT / "virtio" / "_usernet.pyi",
     ROOT / "transports" / "kvm" / "native" / "vmm.cdef.h": ROOT / "transports" / "_vmm.pyi",
 }
 

@@ -18,6 +18,7 @@ from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device, Lost
 from virtio.devices.net_socket import Peer, SocketOptions, open_socket
+from virtio.devices.net_user import UserOptions, UserPeer
 from virtio.devices.tap import (
     NAME_MAX as TAP_NAME_MAX,
 )
@@ -101,19 +102,21 @@ _OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.va
 _KEYS_OF: Final = {
     "switch": ("switch",),
     "tap": ("tap", "tap_fds", "bridge"),
-    "socket": ("local", "remote"),
+    "socket": tuple(SocketOptions.model_fields),
+    "user": tuple(UserOptions.model_fields),
 }
 """Options that only one back end has."""
 
 
-class NetOptions(SocketOptions):
+class NetOptions(SocketOptions, UserOptions):
     """Options of ``type = "net"``."""
 
-    backend: Literal["null", "socket", "switch", "tap"] = Field(
+    backend: Literal["null", "socket", "switch", "tap", "user"] = Field(
         "null",
         description='"null": no network behind it; "switch": the other guests of this daemon on that switch; '
         '"tap": an interface of the host; "socket": a peer at the other end of a socket, '
-        "which speaks QEMU's stream or dgram format.",
+        "which speaks QEMU's stream or dgram format; "
+        '"user": the host\'s own connections, for which nothing need be set up.',
     )
     frames: Literal["drop", "reflect"] = Field(
         "drop",
@@ -174,12 +177,14 @@ class NetOptions(SocketOptions):
             raise ValueError("tap_fds stands beside tap or bridge: whoever opened the tap sets it up too")
         if self.backend == "socket":
             self.check_socket()
+        if self.backend == "user":
+            self.user_setup(self.mtu)
         return self
 
     @property
     def pairs_max(self) -> int:
         """Pairs of queues that this back end can have."""
-        return 1 if self.backend == "socket" else PAIRS_MAX
+        return 1 if self.backend in ("socket", "user") else PAIRS_MAX
 
     @property
     def shares(self) -> str | None:
@@ -281,11 +286,14 @@ class Net(Device):
         return tap
 
     def _open_peer(self) -> Peer | None:
-        if self._options.backend != "socket":
+        options = self._options
+        if options.backend not in ("socket", "user"):
             return None
-        if self._pairs > self._options.pairs_max:
-            raise HostError(f'queues = {self._pairs}: with backend = "{self._options.backend}" there is one pair')
-        return open_socket(self.name, self._options)
+        if self._pairs > options.pairs_max:
+            raise HostError(f'queues = {self._pairs}: with backend = "{options.backend}" there is one pair')
+        if options.backend == "user":
+            return UserPeer(self.name, options.user_setup(options.mtu))
+        return open_socket(self.name, options)
 
     def _close_outside(self) -> None:
         if self._tap is not None:
