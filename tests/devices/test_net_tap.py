@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -12,13 +13,16 @@ import pytest
 import trio
 from blk_driver import pattern
 from frontend import REACTORS, RINGS, Guest, Plugged, Setting, plugged
+from links import WaistLink
 from own_network import own_network
 from packets import GSO, KINDS, packet
 from pydantic import ValidationError
 
+from virtio.backend import Backend
 from virtio.devices.net import Net, NetOptions
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
+from virtio.worker import Worker
 
 RECEIVE, TRANSMIT = 0, 1
 PLAIN = bytes(12)
@@ -128,6 +132,41 @@ async def test_a_frame_waits_for_buffers_in_order_and_without_loss(setting: Sett
             for each in frames:
                 listen(p.guest, 1)
                 assert (await heard(p))[1] == each
+
+
+@every_tap
+@pytest.mark.parametrize("waiting", [False, True], ids=["nothing-sent", "short-of-buffers"])
+async def test_a_worker_with_nothing_that_it_could_do_sleeps(setting: Setting, waiting: bool) -> None:
+    device = on_tap()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(device.close)
+        worker = await stack.enter_async_context(Worker("idle", reactor=setting.reactor))
+        backend = await stack.enter_async_context(Backend(device, workers=[worker]))
+        guest = Guest(WaistLink(backend), setting.ring)
+        stack.callback(guest.close)
+        await guest.start()
+        host = stack.enter_context(Host())
+        await guest.queues[TRANSMIT].request([PLAIN, frame(HOST, device.mac, b"x" * 60)], [])
+        big = frame(device.mac, HOST, pattern(400, 3))
+        if waiting:
+            listen(guest, 2, 112)  # a frame of 414 bytes with its header needs four
+            host.send(big)
+        await trio.sleep(0.1)  # whatever it polls for has ended by then
+        before = worker.stats()
+        await trio.sleep(0.3)
+        after = worker.stats()
+        assert after.wakeups == before.wakeups
+        assert after.cpu_seconds - before.cpu_seconds < 0.01
+        if waiting:
+            for _ in range(2):
+                assert not guest.queues[RECEIVE].driver.has_used()
+                listen(guest, 1, 112)
+            listen(guest, 1, 112)
+            back = await guest.queues[RECEIVE].used(4)
+            assert b"".join(b"".join(used.buffers)[: used.written] for used in back)[12:] == big
+            host.send(big)  # and with a frame that has to wait, it stops all the same
+            listen(guest, 1, 112)
+        await backend.reset()
 
 
 @every_tap

@@ -336,6 +336,8 @@ void source_removed(struct worker *w, struct source *source);
 /* For a device that does not simply serve chains as they come (a NIC's receive queues). Worker thread. */
 struct queue_ops {
 	void (*attached)(struct native_device *device, struct worker *w, struct virtqueue *vq);
+	/* No turn of the queue comes any more: give back what it has in flight, or see that it is. */
+	void (*detaching)(struct native_device *device, struct virtqueue *vq);
 	void (*detached)(struct native_device *device, struct worker *w, struct virtqueue *vq);
 	/* Is there something to do now? */
 	bool (*ready)(struct native_device *device, struct virtqueue *vq);

@@ -68,6 +68,14 @@ struct net_frame { /* one frame on its way; the pieces are a guest's memory, or 
 
 struct net_device;
 
+/* Chains one frame may be spread over: 64 KiB in the 1.5 KiB buffers that drivers post, with room to spare. */
+#define NET_MERGE_MAX 64
+
+struct net_taken { /* chains that were popped, and may be given back */
+	uint32_t heads[NET_MERGE_MAX];
+	uint32_t count, slots;
+};
+
 struct net_pair { /* one receive and one transmit queue; worker thread */
 	struct net_device *net;
 	struct virtqueue *rx, *tx;  /* while a worker drives them */
@@ -76,6 +84,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	uint8_t *work;              /* room for a frame that is summed or segmented on its way to the guest */
 	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
 	struct net_header pending_header;
+	struct net_taken held;      /* buffers too few for it, which it keeps while it waits for more */
 	bool listening;             /* the receive queue is driven; under net_device.selecting */
 	bool selected;              /* tap: the kernel spreads flows over this queue too; likewise */
 	struct net_counters counters;
@@ -150,6 +159,9 @@ bool net_frame_read(struct net_device *net, const struct chain_view *chain, stru
 enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED, NET_MALFORMED };
 /* Write a frame to the guest as it is. */
 enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+
+/* The buffers that a waiting frame keeps are the driver's again. */
+void net_give_back(struct net_pair *pair);
 
 /* ---- net_offload.c ---- */
 

@@ -204,6 +204,15 @@ static void net_attached(struct native_device *device, struct worker *w, struct 
 	}
 }
 
+/* The queue stops when nothing of it is in flight any more, and what a frame waits with would be that for ever. */
+static void net_detaching(struct native_device *device, struct virtqueue *vq)
+{
+	struct net_pair *pair = pair_of((struct net_device *)device, vq);
+
+	if (pair && is_receive(vq))
+		net_give_back(pair);
+}
+
 static void net_detached(struct native_device *device, struct worker *w, struct virtqueue *vq)
 {
 	struct net_device *net = (struct net_device *)device;
@@ -263,6 +272,7 @@ static bool net_arm(struct native_device *device, struct virtqueue *vq)
 
 static const struct queue_ops net_queue_ops = {
 	.attached = net_attached,
+	.detaching = net_detaching,
 	.detached = net_detached,
 	.ready = net_ready,
 	.turn = net_turn,

@@ -1,9 +1,6 @@
 /* Frames out of and into the rings: section 5.1.6. What a header claims is checked here, once, against a copy. */
 #include "net.h"
 
-/* Chains one frame may be spread over: 64 KiB in the 1.5 KiB buffers that drivers post, with room to spare. */
-#define MERGE_MAX 64
-
 static bool gso_allowed(const struct net_device *net, uint8_t gso_type)
 {
 	if (gso_type & VIRTIO_NET_HDR_GSO_ECN && !net_has(net, VIRTIO_NET_F_HOST_ECN))
@@ -49,13 +46,25 @@ bool net_frame_read(struct net_device *net, const struct chain_view *chain, stru
 }
 
 struct merge { /* the chains that one frame has taken so far */
-	uint32_t heads[MERGE_MAX], written[MERGE_MAX], slots[MERGE_MAX];
-	uint32_t count, slots_sum;
+	struct net_taken taken;
+	uint32_t written[NET_MERGE_MAX], slots[NET_MERGE_MAX];
+	uint32_t count;
 };
 
-static enum net_result give_up(struct virtqueue *vq, const struct merge *merge, enum net_result result)
+void net_give_back(struct net_pair *pair)
 {
-	virtqueue_unpop(vq, merge->heads, merge->count, merge->slots_sum);
+	virtqueue_unpop(pair->rx, pair->held.heads, pair->held.count, pair->held.slots);
+	pair->held.count = pair->held.slots = 0;
+}
+
+static enum net_result give_up(struct net_pair *pair, struct merge *merge, enum net_result result)
+{
+	merge->taken.count = merge->count;
+	/* A frame that waits keeps what it has: then only more buffers are work, and only they are worth a kick. */
+	if (result == NET_NO_BUFFERS && pair->net->backend->receive && virtqueue_runnable(pair->rx))
+		pair->held = merge->taken;
+	else
+		virtqueue_unpop(pair->rx, merge->taken.heads, merge->taken.count, merge->taken.slots);
 	return result;
 }
 
@@ -64,16 +73,16 @@ static uint64_t buffer_take(struct virtqueue *vq, struct chain_view *chain, stru
 			    enum net_result *result)
 {
 	*result = NET_NO_BUFFERS;
-	if (merge->count == MERGE_MAX) {
+	if (merge->count == NET_MERGE_MAX) {
 		*result = NET_REFUSED;
 		return 0;
 	}
 	if (virtqueue_pop(vq, chain) != VQ_CHAIN)
 		return 0;
-	merge->heads[merge->count] = chain->head;
+	merge->taken.heads[merge->count] = chain->head;
 	merge->slots[merge->count] = chain->slots;
 	merge->written[merge->count++] = 0;
-	merge->slots_sum += chain->slots;
+	merge->taken.slots += chain->slots;
 	/* 5.1.6.3.1: a receive buffer has room for a header at least, and is there to be written to. */
 	if (chain->writable_len < NET_HEADER_SIZE) {
 		virtqueue_fail(vq, VQ_FAULT_SHAPE, chain->head, chain->readable_len, chain->writable_len);
@@ -87,7 +96,7 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 {
 	struct virtqueue *vq = pair->rx;
 	struct chain_view chain = { .iov = w->scratch };
-	struct merge merge = { .count = 0, .slots_sum = 0 };
+	struct merge merge;
 	struct pieces from = pieces_of(frame->iov, frame->count), to, header_at;
 	bool mergeable = net_has(pair->net, VIRTIO_NET_F_MRG_RXBUF);
 	struct net_header header = frame->header;
@@ -98,11 +107,13 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 
 	if (!vq || vq->detaching)
 		return NET_NO_BUFFERS;
+	merge.count = merge.taken.slots = 0;
+	net_give_back(pair);
 	room = buffer_take(vq, &chain, &merge, &result);
 	if (!room)
-		return give_up(vq, &merge, result);
+		return give_up(pair, &merge, result);
 	if (!mergeable && room < header_size + left)
-		return give_up(vq, &merge, NET_REFUSED);
+		return give_up(pair, &merge, NET_REFUSED);
 	to = pieces_of(chain.iov + chain.readable_count, chain.writable_count);
 	/* The header is written last, when the number of buffers is known: keep its pieces, at most one a byte. */
 	memcpy(first, to.iov, (to.count < NET_HEADER_SIZE ? to.count : NET_HEADER_SIZE) * sizeof(first[0]));
@@ -119,13 +130,13 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 			break;
 		room = buffer_take(vq, &chain, &merge, &result);
 		if (!room)
-			return give_up(vq, &merge, result);
+			return give_up(pair, &merge, result);
 		to = pieces_of(chain.iov + chain.readable_count, chain.writable_count);
 	}
 	header.num_buffers = (uint16_t)merge.count; /* 5.1.6.4.1: 1 without MRG_RXBUF */
 	pieces_write(&header_at, &header, header_size);
 	for (uint32_t i = 0; i < merge.count; i++)
-		virtqueue_push(vq, merge.heads[i], merge.slots[i], merge.written[i]);
+		virtqueue_push(vq, merge.taken.heads[i], merge.slots[i], merge.written[i]);
 	worker_touch(w, vq);
 	op_stats_add(&vq->stats.ops[NET_OP_RECEIVE], 0, frame->length, false);
 	return NET_DELIVERED;

@@ -191,6 +191,8 @@ static void obey(struct worker *w, struct worker_command *command)
 	case WORKER_DETACH:
 		vq->detaching = command; /* acknowledged by detach_if_drained */
 		doorbells_remove(w, vq);
+		if (queue_ops(vq))
+			queue_ops(vq)->detaching(vq->device, vq);
 		break;
 	case WORKER_SET_MEMORY:
 		virtqueue_set_memory(vq, command->table);
