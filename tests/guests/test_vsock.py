@@ -83,13 +83,15 @@ def digest(data: bytes) -> list[str]:
     return [f"{hashlib.sha256(data).hexdigest()}  -"]
 
 
-async def test_bytes_reach_the_host_the_guest_and_the_other_guest_unchanged(
+async def test_bytes_and_messages_reach_the_host_the_guest_and_the_other_guest_unchanged(
     guests: tuple[Daemon, Guest, Guest], folder: Path
 ) -> None:
     daemon, ann, bob = guests
     await guest_to_host(ann, folder)
     await host_to_guest(ann, folder)
     await guest_to_guest(ann, bob)
+    await messages_to_and_from_host(ann, folder)
+    await messages_between_guests(ann, bob)
     await nobody_there(ann, bob)
     metrics = await daemon.metrics()
     assert metrics.total("hyperbell_queue_broken") == 0
@@ -141,6 +143,43 @@ async def guest_to_guest(ann: Guest, bob: Guest) -> None:
     assert got.lines == (await bob.run("sha256sum </tmp/up")).lines
     received = await bob.run("wait; sha256sum </tmp/down", timeout_seconds=40)
     assert received.lines == (await ann.run("sha256sum </tmp/up")).lines
+
+
+async def messages_to_and_from_host(ann: Guest, folder: Path) -> None:
+    """What was sent as one message arrives as one, on either side."""
+    await ann.run("head -c 250000 /tmp/up >/tmp/messages")
+    raw = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    await raw.bind(str(folder / "ann.vsock_6000"))
+    raw.listen(1)
+    sizes = [1, 44, 4096, 4097, 70_000, 65_536]
+    received: list[bytes] = []
+
+    async def serve_one() -> None:
+        client, _ = await raw.accept()
+        with client:
+            while message := await client.recv(1 << 18):
+                received.append(bytes(message))
+            for size in sizes:
+                await client.send(pattern(size, size))
+
+    with raw:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_one)
+            got = await ann.run("vsockcat -m 100000 connect 2 6000 </tmp/messages 2>/tmp/lengths | sha256sum")
+    assert [len(message) for message in received] == [100_000, 100_000, 50_000]
+    assert (await ann.run("sha256sum </tmp/messages")).lines == digest(b"".join(received))
+    assert got.lines == digest(b"".join(pattern(size, size) for size in sizes))
+    assert (await ann.run("cat /tmp/lengths")).lines == [f"message {size}" for size in sizes]
+
+
+async def messages_between_guests(ann: Guest, bob: Guest) -> None:
+    await bob.run("head -c 10000 /tmp/up >/tmp/messages")
+    await listening(bob, "vsockcat -m 999 listen 81 </tmp/messages >/tmp/down")
+    got = await ann.run("vsockcat -m 100000 connect 4 81 </tmp/messages 2>/tmp/lengths | sha256sum")
+    assert got.lines == (await bob.run("sha256sum </tmp/messages")).lines
+    assert (await ann.run("cat /tmp/lengths")).lines == ["message 999"] * 10 + ["message 10"]
+    assert (await bob.run("wait; cat /tmp/said")).lines == ["ready", *["message 100000"] * 2, "message 50000"]
+    assert (await bob.run("sha256sum </tmp/down")).lines == (await ann.run("sha256sum </tmp/messages")).lines
 
 
 async def nobody_there(ann: Guest, bob: Guest) -> None:
