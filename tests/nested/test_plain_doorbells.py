@@ -1,16 +1,24 @@
-"""The plain doorbells of a real guest on real KVM: every kick ends in an eventfd inside the kernel."""
+"""The plain doorbells of a real guest on real KVM: every kick ends in an eventfd inside the kernel.
+
+The guest is shown our platform leaf but no Hyper-V leaves, so its module, loaded at the end, must refuse.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from nested.doorbell_guest import (
     READS,
+    Queue,
+    by_hypercall,
     disk_of,
     doorbell_guest,
     image_differs,
+    load_module,
+    module_queues,
+    module_totals,
     rings_by_kind,
     use_disk,
     vhost_user_disk,
@@ -33,6 +41,10 @@ class Record:
     counted: dict[str, Mapping[str, int]]
     differs: dict[str, str]
     ports: str
+    totals: dict[str, str] = field(default_factory=dict)  # the module's
+    rung: Queue | None = None
+    kicks: dict[int, int] = field(default_factory=dict)  # of the port's disk, with the module
+    calls: dict[int, int] = field(default_factory=dict)
 
 
 async def scenario(host: Level) -> Record:
@@ -40,7 +52,7 @@ async def scenario(host: Level) -> Record:
     devices = [*vhost_user_disk("mmio"), *vhost_user_disk("pio", ",modern-pio-notify=on")]
     record = Record({}, {}, {}, "")
     async with (
-        doorbell_guest(host, list(SEEDS), NestedMachine(devices)) as (daemon, guest),
+        doorbell_guest(host, list(SEEDS), NestedMachine(devices, launcher=by_hypercall())) as (daemon, guest),
         watch_doorbells(host) as trace,
     ):
         for name, seed in SEEDS.items():
@@ -51,6 +63,13 @@ async def scenario(host: Level) -> Record:
             record.counted[name] = await rings_by_kind(daemon, name, rings)
             record.differs[name] = await image_differs(host, name, seed)
         record.ports = (await guest.run("result ports $(grep -i virtio-pci /proc/ioports)")).results["ports"]
+        await load_module(guest)
+        record.totals = await module_totals(guest)
+        queue, before = (await module_queues(guest))["pio"], await trace.counts()
+        await use_disk(guest, await disk_of(guest, "pio"), SEEDS["pio"])
+        seen = (await trace.counts()).since(before)
+        record.kicks, record.calls = seen.ioeventfds, seen.hypercalls
+        record.rung = (await module_queues(guest))["pio"].since(queue)
     return record
 
 
@@ -87,3 +106,13 @@ def test_daemon_counts_exactly_the_kicks_that_kvm_saw(record: Record, name: str)
 @pytest.mark.parametrize("name", SEEDS)
 def test_answers_come_back_as_interrupts_that_kvm_injects(record: Record, name: str) -> None:
     assert sum(record.seen[name].interrupts.values()) >= READS
+
+
+def test_module_refuses_without_hyperv_leaves_and_the_plain_doorbell_goes_on(record: Record) -> None:
+    assert record.totals["available"] == "0"
+    assert "no Hyper-V leaves" in record.totals["reason"]
+    assert record.rung is not None
+    (kicks,) = record.kicks.values()
+    assert kicks >= READS // 4
+    assert record.calls == {}
+    assert (record.rung.hypercall, record.rung.refused) == (0, 0)
