@@ -39,6 +39,7 @@ FRONT_ENDS: Final[Mapping[str, FrontEnd]] = {
     "blk": FrontEnd("vhost-user-blk-pci", queue_options=True),
     "gpio": FrontEnd("vhost-user-gpio-pci", queue_options=False, queue_size=256),
     "i2c": FrontEnd("vhost-user-i2c-pci", queue_options=False, queue_size=4),
+    "input": FrontEnd("vhost-user-input-pci", queue_options=False, queue_size=64),
     "net": FrontEnd("virtio-net-pci", queue_options=False),
     "rng": FrontEnd("vhost-user-rng-pci", queue_options=False),
     "vsock": FrontEnd("vhost-user-vsock-pci", queue_options=False),

@@ -83,3 +83,47 @@ def test_wrong_options_of_i2c_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, expected: str
 ) -> None:
     assert expected in complaints(tmp_path, capsys, I2C + keys)
+
+
+INPUT = 'type = "input"\nsocket = "s.sock"\n'
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ('events = ["KEY_NONE"]', "there is no event 'KEY_NONE'"),
+        ('events = ["KEY_768"]', "there is no event 'KEY_768'"),
+        ("range = [5, 5]", "range: the first value must be less"),
+        (f'label = "{"x" * 129}"', "label"),
+        ("grab = false", 'backend = "script" has no grab'),
+        ('evdev = "/dev/input/event0"', 'backend = "script" has no evdev'),
+        ('backend = "evdev"', "needs evdev, for example"),
+        ('backend = "evdev"\nevdev = "e"\ncontrol = "c"', 'backend = "evdev" has no control'),
+    ],
+)
+def test_wrong_options_of_input_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, expected: str
+) -> None:
+    assert expected in complaints(tmp_path, capsys, INPUT + keys)
+
+
+@pytest.mark.parametrize(
+    ("table", "missing"),
+    [
+        (GPIO + 'backend = "chip"\nlines = [0]\nchip = "none"', "chip"),
+        (I2C + 'backend = "adapter"\naddresses = [80]\nadapter = "none"', "adapter"),
+        (INPUT + 'backend = "evdev"\nevdev = "none"', "evdev"),
+    ],
+    ids=["gpio", "i2c", "input"],
+)
+def test_a_device_node_that_is_not_there_is_named_when_checked_and_when_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str, missing: str
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[daemon]\nmetrics = "off"\n[devices.d]\n' + table)
+    main(["check", str(file)])
+    said = "".join(capsys.readouterr())
+    assert f"{missing}: {tmp_path}/none does not exist" in said
+    assert main(["serve", str(file)]) == 1
+    said = "".join(capsys.readouterr())
+    assert f"[devices.d] {missing} {tmp_path}/none: No such file or directory; " in said

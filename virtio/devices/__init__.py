@@ -10,6 +10,7 @@ from virtio.devices.blk import Blk
 from virtio.devices.console import Console
 from virtio.devices.gpio import Gpio
 from virtio.devices.i2c import I2c
+from virtio.devices.input import Input
 from virtio.devices.net import Net
 from virtio.devices.rng import Rng
 from virtio.devices.vsock import Vsock
@@ -19,6 +20,7 @@ REGISTRY: Final[Mapping[str, type[Device]]] = {
     "console": Console,
     "gpio": Gpio,
     "i2c": I2c,
+    "input": Input,
     "net": Net,
     "rng": Rng,
     "vsock": Vsock,
