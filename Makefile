@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=68' 'cffi>=1.16'
 PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
-# The folders with C of ours (setup.py): of the first two cffi makes Python modules, by their build.py.
+# The folders with C of ours (setup.py): of all but the last cffi makes Python modules, by their build.py.
 C_FOLDERS := virtio/dataplane virtio/usernet transports/kvm/native transports/preload
 C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -72,6 +73,22 @@ async def station(name: str, *, listening: bool = True, **options: Any) -> Async
         if listening:
             found.listen()
         yield found
+
+
+async def joined(*stations: Station) -> None:
+    """Returns once a frame of each reaches the other; what is sent to nobody is lost, as on a wire."""
+    one, other = stations
+    for sender, receiver in ((one, other), (other, one)):
+        with trio.fail_after(GUARD):
+            while True:
+                await sender.send(b"are you there?")
+                with trio.move_on_after(0.05):
+                    await receiver.next_frame()
+                    break
+    # What was sent while only one of them knew the other is on its way, or gone.
+    for sender, receiver in ((one, other), (other, one)):
+        last = await sender.send(os.urandom(20))
+        assert await receiver.wait_for(last.__eq__)
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:

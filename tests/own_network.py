@@ -20,6 +20,11 @@ def _call(function: str, *arguments: int) -> None:
         raise OSError(code, f"{function}: {os.strerror(code)}")
 
 
+def enter_network(namespace: int) -> None:
+    """This thread goes to the network of that file descriptor."""
+    _call("setns", namespace, CLONE_NEWNET)
+
+
 @contextmanager
 def own_network() -> Iterator[None]:
     """This thread is in a network of its own inside the block. Skips where that may not be, or there is no tun."""
@@ -38,6 +43,6 @@ def own_network() -> Iterator[None]:
                 ipv6.write_text("1")
             yield
         finally:
-            _call("setns", before, CLONE_NEWNET)
+            enter_network(before)
     finally:
         os.close(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 import tempfile
@@ -16,7 +15,7 @@ import structlog
 import trio
 import trio.testing
 from blk_driver import pattern
-from net_station import BROADCAST, ETHERTYPE, Station, free_port, station
+from net_station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
 from pydantic import ValidationError
 
 from daemon.cli import main
@@ -41,22 +40,6 @@ def frame(payload: bytes, source: bytes = PEER) -> bytes:
 
 def in_stream(*frames: bytes) -> bytes:
     return b"".join(struct.pack(">I", len(each)) + each for each in frames)
-
-
-async def joined(*stations: Station) -> None:
-    """Returns once a frame of each reaches the other; what is sent to nobody is lost, as on a wire."""
-    one, other = stations
-    for sender, receiver in ((one, other), (other, one)):
-        with trio.fail_after(GUARD):
-            while True:
-                await sender.send(b"are you there?")
-                with trio.move_on_after(0.05):
-                    await receiver.next_frame()
-                    break
-    # What was sent while only one of them knew the other is on its way, or gone.
-    for sender, receiver in ((one, other), (other, one)):
-        last = await sender.send(os.urandom(20))
-        assert await receiver.wait_for(last.__eq__)
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix", "udp", "unixgram"])
