@@ -65,7 +65,7 @@ void net_mac(struct native_device *device, uint8_t mac[MAC_SIZE])
 
 static bool set_switch(struct pieces *data, uint64_t size, uint32_t *flag)
 {
-	uint8_t on;
+	uint8_t on = 2; /* neither */
 
 	if (size != 1)
 		return false;
