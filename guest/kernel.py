@@ -1,4 +1,4 @@
-"""Fetch a Debian cloud kernel as a package, without installing it, and unpack what a guest needs of it."""
+"""Fetch a Debian kernel as a package, without installing it, and unpack what a guest needs of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transports.kvm.bzimage import is_bzimage, unpack_bzimage
 from virtio.errors import HostError
 
 META_PACKAGE = "linux-image-cloud-amd64"
+GENERIC_META_PACKAGE = "linux-image-amd64"  # it has what the cloud kernel leaves out: GPIO, I2C, sensors
 APT_ADVICE = "run 'apt-get update' as root and try again (Debian 12's own package sources are enough)"
 
 
@@ -26,18 +27,21 @@ class Kernel:
     modules: Path
 
 
-def prepare_kernel(progress: Progress) -> Kernel:
-    """The cached kernel, or the one that Debian's ``linux-image-cloud-amd64`` names now, fetched and unpacked.
+def prepare_kernel(progress: Progress, meta_package: str = META_PACKAGE) -> Kernel:
+    """The cached kernel, or the one that ``meta_package`` of Debian names now, fetched and unpacked.
 
     Works as root and as any user who may run apt-get. Raises ``PrepareError`` with advice.
     """
     cache = cache_folder()
+    if meta_package != META_PACKAGE:
+        cache /= meta_package  # a folder of its own, so that the kernels of one are never taken for those of another
+        cache.mkdir(exist_ok=True)
     cached = sorted(cache.glob("linux-image-*/vmlinuz"), key=lambda image: image.stat().st_mtime)
     if cached:
         return _kernel_in(cached[-1].parent)
     if platform.machine() != "x86_64":
         raise PrepareError(f"real guests need an x86_64 host; this one is {platform.machine()}")
-    package = _concrete_package()
+    package = _concrete_package(meta_package)
     with scratch_folder(cache) as scratch:
         archive = fetch_package(package, scratch, progress)
         progress(f"unpacking {archive.name}")
@@ -74,15 +78,15 @@ def run_tool(command: list[str], what: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def _concrete_package() -> str:
+def _concrete_package(meta_package: str) -> str:
     """The versioned package that the meta package depends on."""
     try:
-        text = run_tool(["apt-cache", "depends", "--important", META_PACKAGE], "looking for a cloud kernel")
+        text = run_tool(["apt-cache", "depends", "--important", meta_package], "looking for a kernel")
     except PrepareError as error:
         raise PrepareError(f"{error}; {APT_ADVICE}") from error
     found = re.search(r"Depends: (linux-image-\S+)", text)
     if found is None:
-        raise PrepareError(f"apt does not know {META_PACKAGE}; {APT_ADVICE}")
+        raise PrepareError(f"apt does not know {meta_package}; {APT_ADVICE}")
     return found.group(1)
 
 

@@ -1,14 +1,14 @@
-"""Build the guest's kernel module for exactly the kernel that guests boot, against headers that are not installed."""
+"""Build kernel modules for exactly the kernel that guests boot, against headers that are not installed."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
 from guest.kernel import Kernel, fetch_package, run_tool
 
 HERE = Path(__file__).resolve().parent
@@ -29,29 +29,38 @@ def prepare_module(kernel: Kernel, progress: Progress) -> Path:
     Raises ``PrepareError`` with advice.
     """
     sources = module_sources()
-    cache = cache_folder()
-    target = cache / f"hyperbell-{_digest(kernel, sources)}.ko"
+    target = cache_folder() / f"hyperbell-{sources_digest(kernel, sources)}.ko"
     if target.exists():
         return target
+    progress(f"compiling the guest's kernel module for {_release(kernel)}")
+    (made,) = compile_modules(kernel, sources, (MODULE,), "guest/linux", progress)
+    return store_file(target, made)
+
+
+def compile_modules(
+    kernel: Kernel, sources: Mapping[str, bytes], modules: Sequence[str], what: str, progress: Progress
+) -> list[bytes]:
+    """The ``modules`` that ``sources``, among them a Kbuild, make for ``kernel``. ``what`` says whose they are.
+
+    Raises ``PrepareError`` with advice.
+    """
     headers = prepare_headers(kernel, progress)
     for command, package in TOOLS.items():
         if shutil.which(command) is None:
             raise PrepareError(f"'{command}' is not installed; install the Debian package '{package}'")
-    progress(f"compiling the guest's kernel module for {_release(kernel)}")
-    with scratch_folder(cache) as scratch:
+    with scratch_folder(cache_folder()) as scratch:
         for name, content in sources.items():
             (scratch / name).write_bytes(content)
         try:
-            run_tool(["make", "-C", str(headers), f"M={scratch}", "modules"], "building guest/linux")
+            run_tool(["make", "-C", str(headers), f"M={scratch}", "modules"], f"building {what}")
         except PrepareError as error:
             raise PrepareError(
                 f"{error} (with the headers in {headers}; if they are damaged, remove that folder to fetch them anew; "
                 f"objtool needs the Debian package '{LIBELF}')"
             ) from error
-        made = scratch / MODULE
-        run_tool(["strip", "--strip-debug", str(made)], f"stripping {MODULE}")
-        made.rename(target)
-    return target
+        for module in modules:
+            run_tool(["strip", "--strip-debug", str(scratch / module)], f"stripping {module}")
+        return [(scratch / module).read_bytes() for module in modules]
 
 
 def module_sources() -> Mapping[str, bytes]:
@@ -109,7 +118,8 @@ def _release(kernel: Kernel) -> str:
     return kernel.package.removeprefix("linux-image-")
 
 
-def _digest(kernel: Kernel, sources: Mapping[str, bytes]) -> str:
+def sources_digest(kernel: Kernel, sources: Mapping[str, bytes]) -> str:
+    """Another one for every kernel and every change of the sources."""
     digest = hashlib.sha256(kernel.package.encode())
     for name, content in sources.items():
         digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())

@@ -1,0 +1,153 @@
+"""A Linux guest with its own drivers on a simulated GPIO chip, I2C bus and keyboard.
+
+Debian's kernels lack two of the drivers, so they are built from Debian's kernel source for its generic kernel.
+QEMU 7.2 does not pass VIRTIO_GPIO_F_IRQ on, so no interrupt of a line reaches a guest there, and it attaches a
+vhost-user input device only to guests that run with KVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from guests.testbed import Testbed
+from line_client import talking
+
+from guest.cache import PrepareError
+from guest.initramfs import prepare_initramfs
+from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel
+from guest.kernel_source import prepare_drivers
+from guest.machine import Guest, Machine
+from guest.service import free_port, qemu_arguments, serve
+
+MEMORY_MIB = 256
+MODULES = ("virtio_pci", "virtio_input", "evdev", "i2c-dev", "at24", "lm75")
+PAGE = b"hyperbel"
+
+DAEMON = """
+[daemon]
+metrics = "127.0.0.1:PORT"
+"""
+PINS_AND_BUS = """
+[devices.pins]
+type = "gpio"
+socket = "pins.sock"
+lines = ["button", "led", "", "Ethernet reset"]
+control = "pins.control"
+
+[devices.bus]
+type = "i2c"
+socket = "bus.sock"
+control = "bus.control"
+
+[[devices.bus.chips]]
+address = 0x48
+auto_increment = false
+registers = [
+    {number = 0, size = 2, value = 0x1900, writable = 0},
+    {number = 1, writable = 0x7f},
+    {number = 2, size = 2, value = 0x4b00},
+    {number = 3, size = 2, value = 0x5000},
+]
+
+[[devices.bus.chips]]
+kind = "eeprom"
+address = 0x50
+path = "eeprom.bin"
+"""
+KEYBOARD = """
+[devices.keyboard]
+type = "input"
+socket = "keyboard.sock"
+label = "Test keys"
+control = "keyboard.control"
+"""
+
+GPIO = "/sys/class/gpio"
+I2C = "/sys/bus/i2c/devices/i2c-0"
+
+
+@asynccontextmanager
+async def booted(testbed: Testbed, folder: Path, devices: str) -> AsyncIterator[Guest]:
+    """A guest with these devices, whose drivers are loaded."""
+    try:
+        kernel = prepare_kernel(print, GENERIC_META_PACKAGE)
+        drivers = prepare_drivers(kernel, print)
+    except PrepareError as error:
+        pytest.skip(f"no drivers for a guest here: {error}")
+    extra = {f"/{name}.ko": module for name, module in drivers.items()}
+    initramfs = prepare_initramfs(kernel, print, MODULES, extra)
+    config, port = folder / "c.toml", free_port()
+    config.write_text((DAEMON + devices).replace("PORT", str(port)))
+    async with serve(config, folder, port):
+        arguments = await qemu_arguments(config, MEMORY_MIB)
+        machine = Machine(kernel.image, initramfs, arguments, memory_mib=MEMORY_MIB)
+        async with testbed.hypervisor.boot(machine) as guest:
+            await guest.run(" && ".join(f"insmod /{name}.ko" for name in drivers))
+            yield guest
+
+
+async def test_a_guest_drives_simulated_lines_and_talks_to_simulated_chips(testbed: Testbed, folder: Path) -> None:
+    async with (
+        booted(testbed, folder, PINS_AND_BUS) as guest,
+        talking(folder / "pins.control") as pins,
+        talking(folder / "bus.control") as bus,
+    ):
+        await lines_are_driven_and_read(guest)
+        assert (await pins.command("list"))[1] == "line 1 output 1 none led"
+        await pins.command("set button 1")
+        answer = await guest.run(f"result button $(cat {GPIO}/button/value)")
+        assert answer.results["button"] == "1"
+
+        # The kernel's own drivers of a sensor and a memory.
+        await guest.run(f"echo lm75 0x48 >{I2C}/new_device && echo 24c02 0x50 >{I2C}/new_device")
+        answer = await guest.run(f"result millidegrees $(cat {I2C}/0-0048/hwmon/hwmon*/temp1_input)")
+        assert answer.results["millidegrees"] == "25000"
+        assert await bus.command("set 0x48 0 0xe700") == ["ok"]
+        answer = await guest.run(f"result millidegrees $(cat {I2C}/0-0048/hwmon/hwmon*/temp1_input)")
+        assert answer.results["millidegrees"] == "-25000"
+        await guest.run(f"printf {PAGE.decode()} | dd of={I2C}/0-0050/eeprom bs=1 seek=60 2>/dev/null")
+        answer = await guest.run(f"result kept $(dd if={I2C}/0-0050/eeprom bs=1 skip=60 count={len(PAGE)} 2>/dev/null)")
+        assert answer.results["kept"] == PAGE.decode()
+        assert (folder / "eeprom.bin").read_bytes()[60 : 60 + len(PAGE)] == PAGE
+
+        # And by hand: who is there, and what it holds.
+        await guest.run(f"echo 0x48 >{I2C}/delete_device; echo 0x50 >{I2C}/delete_device")
+        answer = await guest.run("result found $(i2cdetect -y -r 0 | grep -o -E ' (48|50)'); true")
+        assert answer.results["found"] == "48 50"
+        answer = await guest.run("result byte $(i2cget -y 0 0x50 0x3c b); i2cset -y 0 0x50 0 0x5a b")
+        assert answer.results["byte"] == hex(PAGE[0])
+        assert await bus.command("get 0x50 0") == ["value 0x50 0x00 0x5a", "ok"]
+        assert (await guest.run("i2cget -y 0 0x51 0 b", status=None)).status != 0
+
+
+async def test_keys_arrive_in_a_guest(testbed: Testbed, folder: Path) -> None:
+    if testbed.hypervisor.acceleration.name != "kvm":
+        pytest.skip(f"QEMU's vhost-user-input needs KVM: {testbed.hypervisor.acceleration.why}")
+    async with booted(testbed, folder, KEYBOARD) as guest, talking(folder / "keyboard.control") as keys:
+        # The reader says so once it has the device open, for events before that are nobody's.
+        answer = await guest.run("result label $(cat /sys/class/input/event*/device/name | grep Test)")
+        assert answer.results["label"] == "Test keys"
+        await guest.run(
+            "event=$(basename $(dirname $(dirname $(grep -l Test /sys/class/input/event*/device/name))));"
+            '(hexdump -n 48 -e \'8/2 "%04x " 1/2 "%x " 1/2 "%x " 1/4 "%x\\n"\' </dev/input/$event >/tmp/keys; '
+            "echo KEYS came) & "
+            "for i in $(seq 500); do ls -l /proc/$!/fd 2>/dev/null | grep -q $event && break; usleep 10000; done"
+        )
+        assert await keys.command("key KEY_A press") == ["ok"]
+        await guest.expect("KEYS came", 20)
+        said = (await guest.run("cat /tmp/keys")).lines
+        events = [line.split()[-3:] for line in said if line.endswith(("1e 1", "0 0 0"))]
+        assert events == [["1", "1e", "1"], ["0", "0", "0"]]
+
+
+async def lines_are_driven_and_read(guest: Guest) -> None:
+    answer = await guest.run(
+        f"base=$(cat {GPIO}/gpiochip*/base); result lines $(cat {GPIO}/gpiochip*/ngpio);"
+        f"for n in 0 1; do echo $((base + n)) >{GPIO}/export; done; echo high >{GPIO}/led/direction;"
+        f"echo in >{GPIO}/button/direction; result led $(cat {GPIO}/led/value);"
+        f"result button $(cat {GPIO}/button/value)"
+    )
+    assert (answer.results["lines"], answer.results["led"], answer.results["button"]) == ("4", "1", "0")
