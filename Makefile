@@ -63,6 +63,7 @@ c-check: setup
 
 bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
+	@$(BIN)/python -m tests.bench.vsock
 
 stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
