@@ -116,6 +116,11 @@ static void notrace hb_status_entered(unsigned long ip, unsigned long parent_ip,
 		hb_queues_forget((struct virtio_device *)regs->di);
 }
 
+/*
+ * A hook is set again when its transport is loaded again. The filter of the last time is still there then, and is freed
+ * by ftrace_set_filter(). It must not be freed any sooner: Linux 6.1's ftrace_free_filter() leaves the ops pointing at
+ * what it has freed, and ftrace_set_filter() would free it a second time.
+ */
 static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transport)
 {
 	int error;
@@ -125,18 +130,10 @@ static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transpor
 	error = ftrace_set_filter(&hook->ops, (unsigned char *)hook->function, strlen(hook->function), 1);
 	if (!error)
 		error = register_ftrace_function(&hook->ops);
-	if (error) {
-		ftrace_free_filter(&hook->ops);
+	if (error)
 		pr_warn("%s: %s() cannot be hooked (%d); its queues keep their plain doorbell\n", transport->module,
 			hook->function, error);
-	}
 	return error;
-}
-
-static void hb_hook_clear(struct hb_hook *hook)
-{
-	unregister_ftrace_function(&hook->ops);
-	ftrace_free_filter(&hook->ops);
 }
 
 /* The status first: a queue must not be armed while nobody watches whether its device is reset. */
@@ -149,7 +146,7 @@ static void hb_transport_hook(struct hb_transport *transport, struct module *own
 	if (hb_hook_set(&transport->status, transport))
 		return;
 	if (hb_hook_set(&transport->notify, transport)) {
-		hb_hook_clear(&transport->status);
+		unregister_ftrace_function(&transport->status.ops);
 		return;
 	}
 	transport->hooked = true;
@@ -160,8 +157,8 @@ static void hb_transport_unhook(struct hb_transport *transport)
 	lockdep_assert_held(&hb_hooks_lock);
 	if (!transport->hooked)
 		return;
-	hb_hook_clear(&transport->notify);
-	hb_hook_clear(&transport->status);
+	unregister_ftrace_function(&transport->notify.ops);
+	unregister_ftrace_function(&transport->status.ops);
 	transport->hooked = false;
 }
 
@@ -236,8 +233,11 @@ void hb_hooks_stop(void)
 
 	unregister_module_notifier(&hb_module_notifier);
 	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
 		hb_transport_unhook(&hb_transports[i]);
+		ftrace_free_filter(&hb_transports[i].notify.ops);
+		ftrace_free_filter(&hb_transports[i].status.ops);
+	}
 	mutex_unlock(&hb_hooks_lock);
 	/*
 	 * A task may have been preempted between ftrace's trampoline and the end of hb_rung(). None sleeps there of its
