@@ -232,3 +232,22 @@ def test_a_network_interface_with_queues_too_small_for_qemu_is_named(
     (tmp_path / "c.toml").write_text(NET.replace("512", "128"))
     assert main(["qemu-args", str(tmp_path / "c.toml"), "lan"]) == 1
     assert "256 to 1024 entries; set queue_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "driver", "entries"),
+    [
+        ('type = "gpio"\nlines = ["a"]', "vhost-user-gpio-pci", 256),
+        ('type = "i2c"\n[[devices.d.chips]]\nkind = "eeprom"\naddress = 80', "vhost-user-i2c-pci", 4),
+        ('type = "input"', "vhost-user-input-pci", 64),
+    ],
+)
+def test_queues_smaller_than_what_qemu_insists_on_are_refused_with_the_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: str, driver: str, entries: int
+) -> None:
+    for size, status in ((entries, 0), (entries // 2, 1)):
+        (tmp_path / "c.toml").write_text(f'[devices.d]\nsocket = "s.sock"\nqueue_size = {size}\n{keys}\n')
+        assert main(["qemu-args", str(tmp_path / "c.toml"), "d"]) == status
+        said = capsys.readouterr()
+        assert (f"{driver},chardev=char-d" in said.out) == (status == 0)
+        assert (f"set queue_size = {entries} or more" in said.err) == (status == 1)
