@@ -61,7 +61,7 @@ c-check: setup
 	  gcc -m$$bits -std=gnu11 -O2 -ffreestanding -fno-strict-aliasing -mgeneral-regs-only \
 	    -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done; done
 
-bench: setup ## figures beside qemu-storage-daemon (takes minutes; wants a quiet machine)
+bench: setup ## figures beside qemu-storage-daemon and DPDK (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
 	@$(BIN)/python -m tests.bench.vsock
 

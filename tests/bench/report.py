@@ -9,11 +9,18 @@ from typing import Any
 
 from tests.bench.matrix import BACK_ENDS, OURS, BackEnd, Bar, ratio
 from tests.bench.measure import Idle, Load, Sample, Timing
+from tests.bench.packets import BURST, BURSTS, FRAME_BYTES, POLL_US, QUEUE_SIZE, PacketResult
 
 LEGEND = (
     "Each cell: IOPS · p50/p99 latency in µs · CPU seconds of the server for a million requests. Medians of {rounds} "
     "interleaved runs of {seconds:g} s. Ratios: hyperbell's figure divided by the other's, {others}; "
     "more IOPS and less CPU and p50 are better."
+)
+PACKET_TITLE = f"packets: {FRAME_BYTES} bytes, {BURSTS * BURST} on their way round, split rings of {QUEUE_SIZE}"
+PACKET_LEGEND = (
+    f"Driver: testpmd's net_virtio_user, which always polls. hyperbell reflects frames with poll_us = {POLL_US}, "
+    "testpmd's net_vhost forwards them in macswap mode and never sleeps: both poll. "
+    "Ratio: hyperbell's rate divided by the other's."
 )
 
 
@@ -27,6 +34,7 @@ class Report:
     results: dict[BackEnd, dict[Load, dict[str, Sample]]] = field(default_factory=dict)
     memory: dict[BackEnd, dict[str, int]] = field(default_factory=dict)
     idle: dict[str, Idle] = field(default_factory=dict)
+    packets: dict[str, PacketResult] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
 
@@ -37,7 +45,9 @@ def render(report: Report, *, markdown: bool) -> str:
     lines = [f"{name}: {value}" for name, value in report.machine.items()]
     lines = ["  \n".join(lines) if markdown else "\n".join(lines), ""]
     names = " / ".join(others) or "none was measured"
-    lines += [LEGEND.format(rounds=report.timing.rounds, seconds=report.timing.seconds, others=names), ""]
+    timing = report.timing
+    if report.results:
+        lines += [LEGEND.format(rounds=timing.rounds, seconds=timing.seconds, others=names), ""]
     for back_end, loads in report.results.items():
         lines += [_heading(BACK_ENDS[back_end], markdown=markdown), ""]
         lines += _table(_load_rows(report.contenders, others, loads), markdown=markdown)
@@ -47,6 +57,10 @@ def render(report: Report, *, markdown: bool) -> str:
         lines += [_heading("idle, one front-end connected", markdown=markdown), ""]
         lines += _table(_idle_rows(report.idle), markdown=markdown)
         lines.append("")
+    if report.packets:
+        runs = f"Medians of {timing.rounds} interleaved runs of {timing.seconds:g} s."
+        lines += [_heading(PACKET_TITLE, markdown=markdown), "", f"{PACKET_LEGEND} {runs}", ""]
+        lines += [*_table(_packet_rows(report.packets), markdown=markdown), ""]
     for note in report.notes:
         lines += [f"Note: {note}.", ""]
     if report.bars:
@@ -69,6 +83,7 @@ def render_json(report: Report) -> str:
         "timing": asdict(report.timing),
         "back_ends": back_ends,
         "idle": {name: asdict(idle) for name, idle in report.idle.items()},
+        "packets": {name: asdict(result) for name, result in report.packets.items()},
         "notes": report.notes,
         "bars": [{"text": bar.text, "passed": bar.passed} for bar in report.bars],
     }
@@ -98,6 +113,17 @@ def _idle_rows(idle: Mapping[str, Idle]) -> list[list[str]]:
     rows = [["server", "CPU ms", "wake-ups", "seconds"]]
     for name, seen in idle.items():
         rows.append([name, f"{seen.cpu_seconds * 1000:.3f}", str(seen.wakeups), f"{seen.seconds:g}"])
+    return rows
+
+
+def _packet_rows(results: Mapping[str, PacketResult]) -> list[list[str]]:
+    rows = [["server", "packets/s", "ratio", "CPU s a million", "sleeps/s", "CPU ms when nothing is sent"]]
+    for name, result in results.items():
+        run = result.run
+        share = ratio(results[OURS].run.packets_per_second, run.packets_per_second)
+        figures = [f"{run.packets_per_second:,.0f}", "-" if name == OURS else f"{share:.2f}"]
+        figures += [f"{run.cpu_s_per_million:.3f}", f"{run.sleeps_per_second:.0f}"]
+        rows.append([name, *figures, f"{result.idle_cpu_seconds * 1000:.3f} in {result.idle_seconds:g} s"])
     return rows
 
 

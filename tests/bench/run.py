@@ -1,4 +1,4 @@
-"""The benchmark: hyperbell and qemu-storage-daemon in turns, under the same front-end. ``README.md`` explains it."""
+"""The benchmark: hyperbell in turns with qemu-storage-daemon and with testpmd. ``README.md`` explains it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -28,11 +28,13 @@ from tests.bench.matrix import (
     quick_matrix,
 )
 from tests.bench.measure import DISTURBED, Contender, Load, Timing, run_in_turns, watch_idle
+from tests.bench.packets import check_packet_bars, measure_packets
 from tests.bench.report import Report, render, render_json
 from tests.bench.servers import Disk, Server, ServerError, hyperbell_command, qemu_command
 from tests.bench.storage import StorageError, check_folder, drop_cache, make_file, warm_cache
 
 MIB: Final = 1 << 20
+PARTS: Final = (*BACK_ENDS, "packets")
 QUEUES: Final = 2  # of every server; a load may use fewer
 FULL: Final = Timing(seconds=1.0, warm_up=0.2, rounds=5, retries=3, idle=5.0)
 QUICK: Final = Timing(seconds=0.4, warm_up=0.1, rounds=3, retries=0, idle=5.0)
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
-    parser.add_argument("--only", metavar="LIST", help=f"back ends to measure, of {','.join(BACK_ENDS)}")
+    parser.add_argument("--only", metavar="LIST", help=f"what to measure, of {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each load is repeated for the median")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of one run")
     parser.add_argument("--size", type=int, metavar="MIB", help="size of the files (1024; --quick: 256)")
@@ -90,7 +92,9 @@ class Bench:
         )
         self._size = (arguments.size or (256 if quick else 1024)) * MIB
         self._server_cpu, self._frontend_cpu = choose_cpus(arguments.cpus)
-        back_ends = choose_back_ends(arguments.only)
+        parts = choose_parts(arguments.only)
+        back_ends = {name: title for name, title in BACK_ENDS.items() if name in parts}
+        self._packets = "packets" in parts
         self._matrix = quick_matrix(back_ends) if quick else full_matrix(back_ends)
         self._disturbed = 0
         self._report = Report(describe_machine(self._server_cpu, self._frontend_cpu), self._timing)
@@ -105,6 +109,8 @@ class Bench:
         try:
             for back_end, loads in self._matrix.items():
                 self._measure_back_end(back_end, loads)
+            if self._packets:
+                report.packets = measure_packets(self._server_cpu, self._frontend_cpu, self._timing, self)
         finally:
             os.sched_setaffinity(0, before)
             self.progress("")
@@ -115,7 +121,7 @@ class Bench:
                 f"other processes took part of the two CPUs in {self._disturbed} of {loads_count} loads: "
                 "the figures are rough, measure again on a quiet machine"
             )
-        report.bars = check_bars(report.results, report.idle)
+        report.bars = check_bars(report.results, report.idle) + check_packet_bars(report.packets)
         return report
 
     def _measure_back_end(self, back_end: BackEnd, loads: Sequence[Load]) -> None:
@@ -201,13 +207,13 @@ def choose_cpus(text: str | None) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def choose_back_ends(text: str | None) -> Mapping[BackEnd, str]:
-    """The back ends named in ``text``, or all."""
+def choose_parts(text: str | None) -> Sequence[str]:
+    """The parts named in ``text``, or all."""
     if text is None:
-        return BACK_ENDS
-    if unknown := set(text.split(",")) - set(BACK_ENDS):
-        sys.exit(f"bench: --only {text}: {', '.join(sorted(unknown))} is none of {', '.join(BACK_ENDS)}")
-    return {name: title for name, title in BACK_ENDS.items() if name in text.split(",")}
+        return PARTS
+    if unknown := set(text.split(",")) - set(PARTS):
+        sys.exit(f"bench: --only {text}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    return text.split(",")
 
 
 def describe_machine(server_cpu: int, frontend_cpu: int) -> dict[str, str]:

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Self
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
+SOCKET_NAME: Final = "device.sock"
 NULL_DISK: Final = f"{Path(__file__).parent / 'null_disk.py'}:NullDisk"
 CPUCLOCK_SCHED: Final = 2  # of clock ids made from a process id, see clock_getcpuclockid(3)
 
@@ -35,20 +36,25 @@ class Disk:
 
 
 def hyperbell_command(folder: Path, disk: Disk, queues: int, cpu: int, poll_us: int | None = None) -> list[str]:
-    """Write a configuration into ``folder`` and return the command that serves it."""
-    program = Path(sys.executable).parent / "hyperbell"
-    if not program.exists():
-        raise ServerError(f"{program} is missing: run make setup")
+    """The command that serves ``disk``."""
     lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]"]
     if poll_us is not None:
         lines.append(f"poll_us = {poll_us}")
-    lines += ["[devices.disk]", f'socket = "{folder / "disk.sock"}"', f"queues = {queues}"]
+    lines += ["[devices.disk]", f'socket = "{folder / SOCKET_NAME}"', f"queues = {queues}"]
     if disk.python:
         lines += [f'type = "{NULL_DISK}"', f"size = {disk.size}"]
     elif disk.path is None:
         lines += ['type = "blk"', 'worker = "w0"', 'backend = "null"', f"size = {disk.size}"]
     else:
         lines += ['type = "blk"', 'worker = "w0"', f'path = "{disk.path}"', f"direct = {str(disk.direct).lower()}"]
+    return serve_command(folder, lines)
+
+
+def serve_command(folder: Path, lines: Sequence[str]) -> list[str]:
+    """Write a configuration into ``folder`` and return the command that serves it."""
+    program = Path(sys.executable).parent / "hyperbell"
+    if not program.exists():
+        raise ServerError(f"{program} is missing: run make setup")
     config = folder / "bench.toml"
     config.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return [str(program), "serve", str(config)]
@@ -68,7 +74,7 @@ def qemu_command(folder: Path, disk: Disk, queues: int, aio: str) -> list[str]:
         direct = "on" if disk.direct else "off"
         blockdev = f"driver=file,node-name=disk,filename={disk.path},aio={aio},cache.direct={direct},locking=off"
     export = "type=vhost-user-blk,id=export,node-name=disk,writable=on,iothread=io0,addr.type=unix"
-    export += f",addr.path={folder / 'disk.sock'},num-queues={queues}"
+    export += f",addr.path={folder / SOCKET_NAME},num-queues={queues}"
     return [program, "--object", "iothread,id=io0", "--blockdev", blockdev, "--export", export]
 
 
@@ -78,7 +84,7 @@ class Server:
     def __init__(self, name: str, command: list[str], folder: Path, cpu: int) -> None:
         self.name = name
         self.cpu = cpu
-        self.socket = folder / "disk.sock"
+        self.socket = folder / SOCKET_NAME
         self._log: IO[bytes] = (folder / "log").open("w+b")
         with pinned(cpu):  # a child inherits it, with every thread it makes
             self._process = subprocess.Popen(
@@ -116,11 +122,8 @@ class Server:
         return text[-1000:] or "it printed nothing"
 
     def cpu_seconds(self) -> float:
-        """User and system time of all threads so far, also of ended ones.
-
-        The sum of utime and stime of ``/proc/PID/stat``, but from the process's CPU clock: in nanoseconds, not ticks.
-        """
-        return time.clock_gettime(~self._process.pid << 3 | CPUCLOCK_SCHED)
+        """User and system time of all threads so far, also of ended ones."""
+        return process_cpu_seconds(self._process.pid)
 
     def memory_bytes(self) -> int:
         """Resident memory without the guest's own pages (they are the same for every server)."""
@@ -158,6 +161,11 @@ class Server:
                 self._process.kill()
                 self._process.wait()
         self._log.close()
+
+
+def process_cpu_seconds(pid: int) -> float:
+    """The sum of utime and stime of ``/proc/PID/stat``, but from the process's CPU clock: in nanoseconds, not ticks."""
+    return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
 
 
 def read_status(path: Path) -> dict[str, str]:
