@@ -151,6 +151,34 @@ async def test_a_string_of_bytes_is_printed_in_order() -> None:
         assert bytes(m.output) == bytes(range(256)) * 4
 
 
+async def test_a_guest_that_prints_faster_than_anybody_reads_keeps_nobody_else_waiting() -> None:
+    """Each chunk is followed by as much again before it is taken; a task beside it still has its turn, and stops it."""
+    chunks, stopped = 0, False
+
+    def slow(_chunk: bytes) -> None:
+        nonlocal chunks
+        chunks += 1
+        assert chunks < 50, "the task beside it never had a turn"
+        dropped = m.vm.stats().output_dropped
+        while m.vm.stats().output_dropped == dropped and not stopped:  # until there is a whole chunk again
+            pass
+
+    async def stop() -> None:
+        nonlocal stopped
+        while chunks < 3:
+            await trio.lowlevel.checkpoint()
+        stopped = True
+        m.vm.stop()
+
+    with machine() as m:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            end = await m.run(
+                "cld; mov $0xe9, %dx; 1: mov $0x3000, %esi; mov $0x400, %ecx; rep outsl; jmp 1b", on_output=slow
+            )
+        assert end.kind == "stopped"
+
+
 async def test_output_that_nobody_reads_is_dropped_and_counted() -> None:
     """The guest never waits for a reader: it prints on and on while Python sits in on_output."""
 

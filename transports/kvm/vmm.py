@@ -220,7 +220,8 @@ class Vm:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._join()
-            self._pass_output(on_output)
+            while self._pass_output(on_output):
+                pass
             end = self._end()
             return VmEnd("stopped", reason="stopped from outside") if end is None else end
         finally:
@@ -230,7 +231,8 @@ class Vm:
         access = ffi.new("struct access *")
         while True:
             await self._next_event()
-            self._pass_output(on_output)
+            if self._pass_output(on_output):
+                os.eventfd_write(self._event_fd.fileno(), 1)  # the rest in its turn: C tells only of the first byte
             while lib.vm_take_access(self._pointer, access):
                 taken = Access(
                     window=self._windows[access.window],
@@ -249,9 +251,12 @@ class Vm:
             value = await on_access(access)
         lib.vm_answer(self._pointer, access.vcpu, value & ((1 << 8 * access.length) - 1))
 
-    def _pass_output(self, on_output: OnOutput) -> None:
-        while count := lib.vm_take_output(self._pointer, self._output, OUTPUT_CHUNK):
+    def _pass_output(self, on_output: OnOutput) -> bool:
+        """One chunk; whether there may be more. Not all there is: a guest may print faster than anybody can read."""
+        count = lib.vm_take_output(self._pointer, self._output, OUTPUT_CHUNK)
+        if count:
             on_output(bytes(ffi.buffer(self._output, count)))
+        return count == OUTPUT_CHUNK
 
     async def _next_event(self) -> None:
         await trio.lowlevel.wait_readable(self._event_fd.fileno())
@@ -270,8 +275,9 @@ class Vm:
 
     def stop(self) -> None:
         """End the run: ``run`` returns. From the event loop's thread; harmless when it does not run."""
-        self._stop_wanted = True
-        os.eventfd_write(self._event_fd.fileno(), 1)
+        if self._busy:
+            self._stop_wanted = True
+            os.eventfd_write(self._event_fd.fileno(), 1)
 
     def stats(self) -> VmStats:
         raw = ffi.new("struct vm_stats *")

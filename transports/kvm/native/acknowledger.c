@@ -4,6 +4,7 @@
  */
 #include "vmm.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -73,7 +74,7 @@ struct acknowledger *acknowledger_new(int event_fd, int ram_fd, uint64_t gpa, in
 		return NULL;
 	}
 	a->page_size = (size_t)sysconf(_SC_PAGESIZE);
-	a->event_fd = dup(event_fd);
+	a->event_fd = fcntl(event_fd, F_DUPFD_CLOEXEC, 0);
 	a->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	a->page = mmap(NULL, a->page_size, PROT_READ | PROT_WRITE, MAP_SHARED, ram_fd, (off_t)gpa);
 	*error = a->event_fd < 0 || a->stop_fd < 0 || a->page == MAP_FAILED ? -errno : 0;
