@@ -12,13 +12,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from guests.simulated import GPIO, I2C, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
 from guests.testbed import Testbed
 from line_client import talking
 
-from guest.cache import PrepareError
 from guest.initramfs import prepare_initramfs
-from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel
-from guest.kernel_source import prepare_drivers
 from guest.machine import Guest, Machine
 from guest.service import free_port, qemu_arguments, serve
 
@@ -30,33 +28,6 @@ DAEMON = """
 [daemon]
 metrics = "127.0.0.1:PORT"
 """
-PINS_AND_BUS = """
-[devices.pins]
-type = "gpio"
-socket = "pins.sock"
-lines = ["button", "led", "", "Ethernet reset"]
-control = "pins.control"
-
-[devices.bus]
-type = "i2c"
-socket = "bus.sock"
-control = "bus.control"
-
-[[devices.bus.chips]]
-address = 0x48
-auto_increment = false
-registers = [
-    {number = 0, size = 2, value = 0x1900, writable = 0},
-    {number = 1, writable = 0x7f},
-    {number = 2, size = 2, value = 0x4b00},
-    {number = 3, size = 2, value = 0x5000},
-]
-
-[[devices.bus.chips]]
-kind = "eeprom"
-address = 0x50
-path = "eeprom.bin"
-"""
 KEYBOARD = """
 [devices.keyboard]
 type = "input"
@@ -65,18 +36,11 @@ label = "Test keys"
 control = "keyboard.control"
 """
 
-GPIO = "/sys/class/gpio"
-I2C = "/sys/bus/i2c/devices/i2c-0"
-
 
 @asynccontextmanager
 async def booted(testbed: Testbed, folder: Path, devices: str) -> AsyncIterator[Guest]:
     """A guest with these devices, whose drivers are loaded."""
-    try:
-        kernel = prepare_kernel(print, GENERIC_META_PACKAGE)
-        drivers = prepare_drivers(kernel, print)
-    except PrepareError as error:
-        pytest.skip(f"no drivers for a guest here: {error}")
+    kernel, drivers = kernel_and_drivers()
     extra = {f"/{name}.ko": module for name, module in drivers.items()}
     initramfs = prepare_initramfs(kernel, print, MODULES, extra)
     config, port = folder / "c.toml", free_port()
@@ -141,13 +105,3 @@ async def test_keys_arrive_in_a_guest(testbed: Testbed, folder: Path) -> None:
         said = (await guest.run("cat /tmp/keys")).lines
         events = [line.split()[-3:] for line in said if line.endswith(("1e 1", "0 0 0"))]
         assert events == [["1", "1e", "1"], ["0", "0", "0"]]
-
-
-async def lines_are_driven_and_read(guest: Guest) -> None:
-    answer = await guest.run(
-        f"base=$(cat {GPIO}/gpiochip*/base); result lines $(cat {GPIO}/gpiochip*/ngpio);"
-        f"for n in 0 1; do echo $((base + n)) >{GPIO}/export; done; echo high >{GPIO}/led/direction;"
-        f"echo in >{GPIO}/button/direction; result led $(cat {GPIO}/led/value);"
-        f"result button $(cat {GPIO}/button/value)"
-    )
-    assert (answer.results["lines"], answer.results["led"], answer.results["button"]) == ("4", "1", "0")
