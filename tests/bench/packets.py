@@ -71,7 +71,7 @@ class PacketResult:
 
 @dataclass(frozen=True, slots=True)
 class PacketServer:
-    """How a server is started: it polls without end or nearly so, and each run therefore has one of its own."""
+    """How a server is started: it polls without end or nearly so, and each round therefore starts it anew."""
 
     name: str
     cpu: int
@@ -239,31 +239,30 @@ def measure_packets(server_cpu: int, driver_cpu: int, timing: Timing, log: Log) 
 
 
 def _run_undisturbed(one: PacketServer, timing: Timing) -> PacketSample:
-    """A run that others disturbed is repeated; the least disturbed one counts."""
-    best, left = _run_once(one, timing), timing.retries
-    while best.disturbed > DISTURBED and left:
-        left -= 1
-        best = min(best, _run_once(one, timing), key=lambda sample: sample.disturbed)
-    return best
-
-
-def _run_once(one: PacketServer, timing: Timing) -> PacketSample:
+    """One connection. A run that others disturbed is repeated; the least disturbed one counts."""
     with one.drive() as (server, driver):
-
-        def look() -> tuple[float, ...]:
-            used = server.cpu_seconds(), driver.cpu_seconds()
-            busy = busy_seconds(server.cpu), busy_seconds(driver.cpu)
-            return time.monotonic(), driver.received(), server.wakeups(), *used, *busy
-
         time.sleep(timing.warm_up)
-        before = look()
-        time.sleep(timing.seconds)
-        after = look()
-        server.check()
+        best, left = _run_once(server, driver, timing.seconds), timing.retries
+        while best.disturbed > DISTURBED and left:
+            left -= 1
+            best = min(best, _run_once(server, driver, timing.seconds), key=lambda sample: sample.disturbed)
+        return best
+
+
+def _run_once(server: Server, driver: Driver, seconds: float) -> PacketSample:
+    def look() -> tuple[float, ...]:
+        used = server.cpu_seconds(), driver.cpu_seconds()
+        busy = busy_seconds(server.cpu), busy_seconds(driver.cpu)
+        return time.monotonic(), driver.received(), server.wakeups(), *used, *busy
+
+    before = look()
+    time.sleep(seconds)
+    after = look()
+    server.check()
     passed = (now - then for now, then in zip(after, before, strict=True))
     elapsed, received, sleeps, used, driver_used, busy, driver_busy = passed
     if not received:
-        raise ServerError(f"packets: nothing came back from {one.name} in {elapsed:.1f} s: the frames got lost")
+        raise ServerError(f"packets: nothing came back from {server.name} in {elapsed:.1f} s: the frames got lost")
     return PacketSample(
         packets_per_second=received / elapsed,
         cpu_s_per_million=used / received * 1e6,
