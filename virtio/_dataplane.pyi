@@ -84,6 +84,7 @@ class _Lib:
     WORKER_RESUME: int
     WORKER_QUIT: int
     WORKER_NUDGE: int
+    WORKER_SET_DOORBELL: int
     REACTOR_AUTO: int
     REACTOR_IO_URING: int
     REACTOR_EPOLL: int

@@ -42,6 +42,7 @@ class _QueueState:
         self.started = False
         self.enabled = False
         self.running = False
+        self.changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
         self.broken = False
         self.miss_told = 0  # the last miss that became an event
 
@@ -293,22 +294,27 @@ class Backend:
     async def set_doorbell(self, index: int, kind: Doorbell, fd: OwnedFd | None) -> None:
         """A further eventfd that rings the queue beside its kick fd, at any time; gone again when the queue stops.
 
-        None takes it away: when this returns nobody looks at it any more, and it is closed. The ring is looked at
-        once after either, so whoever withdraws a doorbell need only see that it is not rung in vain from then on.
+        None takes it away: when this returns nobody looks at it any more, and it is closed. The queue goes on
+        meanwhile, so a network device loses no frame. The ring is looked at once after either, so whoever withdraws a
+        doorbell need only see that it is not rung in vain from then on.
         """
         try:
             if kind == Doorbell.KICK:
                 raise ValueError("the kick fd starts the queue: set_kick")
             queue = self._queue(index)
-            await self._halt(queue)
         except BaseException:
             if fd is not None:
                 fd.close()
             raise
-        try:
-            _give(partial(queue.vq.set_doorbell, kind), fd)
-        finally:
-            await self._run_if_due(queue)
+        with trio.CancelScope(shield=True):
+            async with queue.changing:
+                if not queue.running:
+                    _give(partial(queue.vq.set_doorbell, kind), fd)
+                    return
+                try:
+                    await queue.driver.set_doorbell(kind, fd)
+                except HostError as error:
+                    raise PeerError(str(error)) from error
 
     def set_interrupt_status(self, status: InterruptStatus | None) -> None:
         """virtio-mmio: the word whose bit 0 every queue sets before it signals its call fd. While all are stopped."""
@@ -361,10 +367,12 @@ class Backend:
         queue.vq.set_err(None)
 
     async def _run_if_due(self, queue: _QueueState) -> None:
-        if queue.running or not (queue.started and queue.enabled):
-            return
-        await queue.driver.start()
-        queue.running = True
+        with trio.CancelScope(shield=True):
+            async with queue.changing:
+                if queue.running or not (queue.started and queue.enabled):
+                    return
+                await queue.driver.start()
+                queue.running = True
         self._device.queue_running(queue.vq.index, True)
         self._log.debug("queue runs", queue=queue.vq.index)
 
@@ -372,11 +380,12 @@ class Backend:
         if not queue.running:
             return
         with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._warn_while_draining, queue)
-                await queue.driver.stop()
-                nursery.cancel_scope.cancel()
-        queue.running = False
+            async with queue.changing:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._warn_while_draining, queue)
+                    await queue.driver.stop()
+                    nursery.cancel_scope.cancel()
+                queue.running = False
         self._device.queue_running(queue.vq.index, False)
         self._log.debug("queue stopped", queue=queue.vq.index)
 

@@ -40,6 +40,7 @@ class Queue:
         self.outstanding = 0
         self._idle = trio.Event()
         self._in_hand: Chain | None = None  # what the device's task was given last
+        self._waiting: trio.CancelScope | None = None  # for a doorbell
         self.spawned: trio.Nursery  # for as long as the queue runs
 
     def _pop(self, limit: int) -> list[Chain]:
@@ -96,14 +97,25 @@ class Queue:
         if not self._vq.arm():
             return
         fds = [fd for kind in Doorbell if (fd := self._vq.doorbell_fd(kind)) >= 0]
-        if self._vq.doorbell_fd(Doorbell.KICK) < 0:
-            await trio.sleep(POLL_SECONDS)
-        elif len(fds) == 1:
-            await trio.lowlevel.wait_readable(fds[0])
-        else:
-            await _any_readable(fds)
+        with trio.CancelScope() as self._waiting:
+            if self._vq.doorbell_fd(Doorbell.KICK) < 0:
+                await trio.sleep(POLL_SECONDS)
+            elif len(fds) == 1:
+                await trio.lowlevel.wait_readable(fds[0])
+            else:
+                await _any_readable(fds)
+        self._waiting = None
         self._vq.take_kicks()
         self._vq.disarm()
+
+    def leave_doorbells(self) -> None:
+        """A doorbell is about to change: the counts are taken, and when this returns no eventfd is waited for.
+
+        The device's task then looks at the ring, and waits for the doorbells there are by then.
+        """
+        self._vq.take_kicks()
+        if self._waiting is not None:
+            self._waiting.cancel()  # the poll set is left at once, before the task runs again
 
     def chain_at_hand(self) -> Chain | None:
         """The next chain of the queue, taken, if the driver made one available: the caller completes it."""
@@ -153,6 +165,7 @@ async def _any_readable(fds: Sequence[int]) -> None:
     async with trio.open_nursery() as nursery:
 
         async def wait(fd: int) -> None:
+            await trio.lowlevel.checkpoint_if_cancelled()  # the fd may be gone since this task was made
             await trio.lowlevel.wait_readable(fd)
             nursery.cancel_scope.cancel()
 

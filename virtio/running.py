@@ -14,6 +14,7 @@ from virtio.fd import OwnedFd
 from virtio.memory import MemoryTable
 from virtio.pump import Queue
 from virtio.virtqueue import Virtqueue
+from virtio.waist import Doorbell
 from virtio.worker import Worker
 
 log = structlog.get_logger()
@@ -27,6 +28,7 @@ class QueueDriver(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def set_memory(self, table: MemoryTable) -> None: ...
+    async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None: ...
     async def set_call(self, fd: OwnedFd | None) -> None: ...
     async def set_err(self, fd: OwnedFd | None) -> None: ...
     async def resume(self) -> None: ...
@@ -48,6 +50,9 @@ class WorkerQueue:
 
     async def set_memory(self, table: MemoryTable) -> None:
         await self._worker.set_memory(self._vq, table)
+
+    async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
+        await self._worker.set_doorbell(self._vq, kind, fd)
 
     async def set_call(self, fd: OwnedFd | None) -> None:
         await self._worker.set_call(self._vq, fd)
@@ -103,6 +108,11 @@ class PumpedQueue:
 
     async def set_memory(self, table: MemoryTable) -> None:
         self._vq.set_memory(table)
+
+    async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
+        assert self._queue is not None
+        self._queue.leave_doorbells()
+        self._vq.set_doorbell(kind, fd)
 
     async def set_call(self, fd: OwnedFd | None) -> None:
         self._vq.set_call(fd)

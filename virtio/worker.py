@@ -19,6 +19,7 @@ from virtio.fd import OwnedFd
 from virtio.memory import MemoryTable
 from virtio.stats import WorkerStats
 from virtio.virtqueue import Virtqueue
+from virtio.waist import Doorbell
 
 REACTORS: Final[dict[str, int]] = {
     "auto": lib.REACTOR_AUTO,
@@ -143,9 +144,13 @@ class Worker:
     async def set_err(self, vq: Virtqueue, fd: OwnedFd | None) -> None:
         await self._give(lib.WORKER_SET_ERR, vq, fd, "err")
 
-    async def _give(self, op: int, vq: Virtqueue, fd: OwnedFd | None, name: str) -> None:
+    async def set_doorbell(self, vq: Virtqueue, kind: Doorbell, fd: OwnedFd | None) -> None:
+        """The queue goes on meanwhile. The old fd is out of the poll set, and closed, when this returns."""
+        await self._give(lib.WORKER_SET_DOORBELL, vq, fd, kind.label, doorbell=int(kind))
+
+    async def _give(self, op: int, vq: Virtqueue, fd: OwnedFd | None, name: str, **fields: Any) -> None:
         number = fd.fileno() if fd is not None else -1
-        code = await self._command(op, vq, vq=vq.pointer, fd=number)
+        code = await self._command(op, vq, vq=vq.pointer, fd=number, **fields)
         if fd is not None:
             if code >= 0:
                 fd.detach()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import pytest
+import trio
 from blk_driver import pattern
-from frontend import F_VERSION_1, NEEDS_RESET, Guest, Setting, every_native_setting, plugged
+from frontend import F_VERSION_1, NEEDS_RESET, Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
 from pydantic import ValidationError
 
 from virtio.devices.net import Net, NetOptions, mac_from_name
+from virtio.fd import OwnedFd
 from virtio.nic import NicCounters
 from virtio.testing.driver import Used
+from virtio.waist import Doorbell
 
 RECEIVE, TRANSMIT = 0, 1
 F_MRG_RXBUF = 1 << 15
@@ -129,6 +133,33 @@ async def test_every_frame_comes_back_byte_for_byte(setting: Setting, without: i
         assert p.op("transmit", TRANSMIT) == (len(sizes), 0)
         assert p.op("receive", RECEIVE) == (len(sizes), 0)
         assert counters(p.device) == NOTHING_LOST
+
+
+@every_reactor
+async def test_no_frame_is_lost_while_doorbells_come_and_go(setting: Setting) -> None:
+    changes = 0
+
+    async def change(p: Plugged) -> None:
+        nonlocal changes
+        while True:
+            for queue in (RECEIVE, TRANSMIT):
+                await p.backend.set_doorbell(queue, Doorbell.HYPERCALL, OwnedFd(os.eventfd(0, os.EFD_NONBLOCK)))
+                await p.backend.set_doorbell(queue, Doorbell.HYPERCALL, None)
+                changes += 1
+            await trio.lowlevel.checkpoint()
+
+    async with plugged(net("reflect"), setting) as p:
+        with trio.fail_after(40):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(change, p)
+                while changes < 300:
+                    p.guest.queues[RECEIVE].driver.add([], [1526])
+                    seed = changes
+                    await send(p.guest, frame(60, seed))
+                    assert counters(p.device) == NOTHING_LOST
+                    assert await received(p.guest) == [frame(60, seed)]
+                    await trio.lowlevel.checkpoint()  # the answer may have been there at once: changes go on
+                nursery.cancel_scope.cancel()
 
 
 @every_native_setting

@@ -66,14 +66,20 @@ def test_kvm_sees_every_queue_rung_by_its_connection_id_and_no_plain_doorbell(la
 
 
 @pytest.mark.nested
-@pytest.mark.parametrize(("kind", "bits"), [("mmio", 64), ("pio", 32)])
-def test_kvm_sees_the_plain_doorbells_where_they_belong_and_no_hypercall(
-    laboratory: Laboratory, kind: str, bits: int
-) -> None:
-    done = laboratory.play(lambda host: traced(host, f"every_byte and {kind}-{bits}-bit-1"))
-    assert done.run.outcomes == {f"{PLAIN}[{kind}-{bits}-bit-1]": "PASSED"}, done.run.text
+def test_kvm_sees_the_plain_doorbells_where_they_belong_and_no_hypercall(laboratory: Laboratory) -> None:
+    done = laboratory.play(lambda host: traced(host, "every_byte and pio-32-bit-1"))
+    assert done.run.outcomes == {f"{PLAIN}[pio-32-bit-1]": "PASSED"}, done.run.text
     assert done.seen.hypercalls == {}
-    assert done.plain == PLACES[kind]
+    assert done.plain == PLACES["pio"]
+
+
+@pytest.mark.nested
+def test_ids_withdrawn_and_offered_again_under_load_lose_no_request(laboratory: Laboratory) -> None:
+    done = laboratory.play(lambda host: traced(host, UNDER_LOAD))
+    assert done.run.outcomes == {UNDER_LOAD: "PASSED"}, done.run.text
+    assert done.seen.hypercalls.keys() <= CONNECTION_IDS
+    assert done.seen.hypercalls
+    assert done.plain
 
 
 @pytest.mark.nested
@@ -87,11 +93,7 @@ def test_a_taken_id_leaves_its_queue_with_the_plain_doorbell(laboratory: Laborat
 
 @pytest.mark.nested_full
 def test_all_that_a_machine_of_ours_promises_holds_under_mainline_kvm(laboratory: Laboratory) -> None:
-    """Hostile guests too, with an honest one beside them.
-
-    Known to fail at times, and left out: while a doorbell of its receive queue is changed, a network device drops
-    frames, and the toy guest, which counts every one, waits for them.
-    """
-    done = laboratory.play(lambda host: traced(host, f"not {UNDER_LOAD}", ALL_SECONDS))
+    """Hostile guests too, with an honest one beside them."""
+    done = laboratory.play(lambda host: traced(host, "", ALL_SECONDS))
     assert len(done.run.outcomes) > 23, done.run.text
     assert done.run.not_passed == {}, done.run.text

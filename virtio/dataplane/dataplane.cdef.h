@@ -309,6 +309,7 @@ void net_counters(struct native_device *device, struct net_counters *sum);
 #define WORKER_RESUME 6
 #define WORKER_QUIT 7
 #define WORKER_NUDGE 8      /* the device has something for its worker to do */
+#define WORKER_SET_DOORBELL 9 /* arguments: a further doorbell's kind, and the fd, or -1; one at a time a queue */
 
 #define REACTOR_AUTO 0
 #define REACTOR_IO_URING 1
@@ -324,9 +325,9 @@ struct worker_command {
 	struct native_device *device;
 	struct memory_table *table;
 	uint64_t tag;
+	uint32_t doorbell;
 	/* filled in by the worker */
 	int32_t result;
-	uint32_t reserved;
 	struct worker_command *next;
 };
 

@@ -168,6 +168,7 @@ struct virtqueue {
 	/* what a worker keeps here while it drives the queue (worker thread) */
 	struct native_device *device;
 	struct worker_command *detaching;
+	struct worker_command *ringing; /* a change of a doorbell, whose old eventfd is still watched */
 	struct virtqueue *worker_next;
 	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */
 	bool kicked;              /* one fired since the queue was last served */
@@ -249,6 +250,8 @@ static inline bool vring_need_event(uint16_t event, uint16_t new_idx, uint16_t o
 
 /* 0, or -errno; -EINTR when the peer keeps the eventfd full. */
 int eventfd_signal_bounded(int fd);
+/* 0, DP_E_NOT_EVENTFD or -errno. */
+int eventfd_check(int fd);
 /* A thread that signalled and is about to end gives its timer back. */
 void eventfd_signal_thread_end(void);
 
@@ -429,6 +432,13 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 void request_finish(struct request *r, uint32_t written, bool failed);
 /* Called by a reactor: a doorbell of `vq` rang / the eventfd of that kind is no longer watched. */
 void worker_kicked(struct virtqueue *vq);
-void worker_doorbell_removed(struct virtqueue *vq, uint32_t kind);
+void worker_doorbell_removed(struct worker *w, struct virtqueue *vq, uint32_t kind);
+/* Is a doorbell of that kind to be watched no more? */
+bool worker_doorbell_leaves(const struct virtqueue *vq, uint32_t kind);
+
+/* doorbell.c: the eventfds of a queue in the poll set, all at once, and one changed while the queue is at work. */
+int worker_add_doorbells(struct worker *w, struct virtqueue *vq);
+void worker_remove_doorbells(struct worker *w, struct virtqueue *vq);
+void worker_change_doorbell(struct worker *w, struct virtqueue *vq, struct worker_command *command);
 
 #endif

@@ -109,7 +109,7 @@ int eventfd_signal_bounded(int fd)
 	return error == EAGAIN ? 0 : -error;
 }
 
-static int fd_is_eventfd(int fd)
+int eventfd_check(int fd)
 {
 	char path[32], target[32];
 	ssize_t n;
@@ -124,7 +124,7 @@ static int fd_is_eventfd(int fd)
 
 static int fd_replace(int *slot, int fd)
 {
-	int rc = fd < 0 ? 0 : fd_is_eventfd(fd);
+	int rc = fd < 0 ? 0 : eventfd_check(fd);
 
 	if (rc < 0)
 		return rc;

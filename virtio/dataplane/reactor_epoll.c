@@ -59,7 +59,7 @@ static int epoll_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t k
 static void epoll_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
 	epoll_ctl(w->state->epoll_fd, EPOLL_CTL_DEL, vq->doorbell_fds[kind], NULL);
-	worker_doorbell_removed(vq, kind);
+	worker_doorbell_removed(w, vq, kind);
 }
 
 static int epoll_add_source(struct worker *w, struct source *source)

@@ -173,8 +173,8 @@ static void doorbell_rang(struct worker *w, const struct io_uring_cqe *cqe, bool
 	if (!last)
 		return;
 	/* A multishot poll may end by itself, say when the completion queue was full: set it up again. */
-	if (vq->detaching)
-		worker_doorbell_removed(vq, kind);
+	if (worker_doorbell_leaves(vq, kind))
+		worker_doorbell_removed(w, vq, kind);
 	else
 		poll_fd(&w->state->ring, vq->doorbell_fds[kind], POLLIN, cqe->user_data);
 }

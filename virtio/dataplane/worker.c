@@ -119,7 +119,7 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	struct worker_command *command = vq->detaching;
 	struct virtqueue **at = &w->queues;
 
-	if (vq->doorbells_armed || vq->inflight)
+	if (vq->doorbells_armed || vq->ringing || vq->inflight)
 		return;
 	while (*at != vq)
 		at = &(*at)->worker_next;
@@ -135,36 +135,9 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	worker_acknowledge(w, command, 0);
 }
 
-void worker_doorbell_removed(struct virtqueue *vq, uint32_t kind)
-{
-	vq->doorbells_armed &= ~(1u << kind);
-}
-
-static void doorbells_remove(struct worker *w, struct virtqueue *vq)
-{
-	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++)
-		if (vq->doorbells_armed & 1u << kind)
-			w->reactor->remove_doorbell(w, vq, kind);
-}
-
-static int doorbells_add(struct worker *w, struct virtqueue *vq)
-{
-	for (uint32_t kind = 0; kind < DOORBELL_KINDS; kind++) {
-		int rc = vq->doorbell_fds[kind] >= 0 ? w->reactor->add_doorbell(w, vq, kind) : 0;
-
-		if (rc < 0) {
-			doorbells_remove(w, vq);
-			return rc;
-		}
-		if (vq->doorbell_fds[kind] >= 0)
-			vq->doorbells_armed |= 1u << kind;
-	}
-	return 0;
-}
-
 static int attach(struct worker *w, struct virtqueue *vq, struct native_device *device)
 {
-	int rc = doorbells_add(w, vq);
+	int rc = worker_add_doorbells(w, vq);
 
 	if (rc < 0)
 		return rc;
@@ -190,7 +163,7 @@ static void obey(struct worker *w, struct worker_command *command)
 		break;
 	case WORKER_DETACH:
 		vq->detaching = command; /* acknowledged by detach_if_drained */
-		doorbells_remove(w, vq);
+		worker_remove_doorbells(w, vq);
 		if (queue_ops(vq))
 			queue_ops(vq)->detaching(vq->device, vq);
 		break;
@@ -203,6 +176,9 @@ static void obey(struct worker *w, struct worker_command *command)
 		break;
 	case WORKER_SET_ERR:
 		worker_acknowledge(w, command, virtqueue_set_err(vq, command->fd));
+		break;
+	case WORKER_SET_DOORBELL:
+		worker_change_doorbell(w, vq, command);
 		break;
 	case WORKER_RESUME:
 		virtqueue_resume(vq);
