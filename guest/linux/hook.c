@@ -54,6 +54,7 @@ static void hb_status_entered(unsigned long ip, unsigned long parent_ip, struct 
 }
 
 static DEFINE_MUTEX(hb_hooks_lock);
+static bool hb_hooks_stopped;
 
 static struct hb_transport hb_transports[] = {
 	{
@@ -140,7 +141,7 @@ static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transpor
 static void hb_transport_hook(struct hb_transport *transport, struct module *owner)
 {
 	lockdep_assert_held(&hb_hooks_lock);
-	if (transport->hooked)
+	if (transport->hooked || hb_hooks_stopped)
 		return;
 	transport->owner = owner;
 	if (hb_hook_set(&transport->status, transport))
@@ -231,14 +232,20 @@ void hb_hooks_stop(void)
 {
 	unsigned int i;
 
-	unregister_module_notifier(&hb_module_notifier);
+	/*
+	 * The notifier goes last: a transport that is unloaded meanwhile must wait until its functions are unhooked.
+	 * Else their addresses stay in the hooks, and ftrace shuts itself off when another module is loaded there.
+	 */
 	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
+	hb_hooks_stopped = true;
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
 		hb_transport_unhook(&hb_transports[i]);
+	mutex_unlock(&hb_hooks_lock);
+	unregister_module_notifier(&hb_module_notifier);
+	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
 		ftrace_free_filter(&hb_transports[i].notify.ops);
 		ftrace_free_filter(&hb_transports[i].status.ops);
 	}
-	mutex_unlock(&hb_hooks_lock);
 	/*
 	 * A task may have been preempted between ftrace's trampoline and the end of hb_rung(). None sleeps there of its
 	 * own will, so once every task has done that, or was in user space, none is left; the second wait is for what
