@@ -30,7 +30,7 @@ MOUNT_DEBUGFS = "{ mountpoint -q /sys/kernel/debug || mount -t debugfs debugfs /
 CYCLES = 20
 TAINT_ALLOWED = 1 << 12 | 1 << 13  # out of tree, unsigned
 # The allocator checks and poisons: a use of freed memory shows at once, not when luck has it that somebody meets it.
-# It makes a guest several times slower, so only the test that sets hooks again boots with it.
+# It slows a guest down, so only the test that sets hooks again boots with it.
 CHECKED = replace(SPLIT, append="slub_debug=FZP")
 VALIDATE_SLABS = "for cache in /sys/kernel/slab/*; do echo 1 >$cache/validate; done"
 STRESSED = (32 * MIB, 4 * MIB)
