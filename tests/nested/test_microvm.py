@@ -1,0 +1,301 @@
+"""Linux in a machine of our own under mainline KVM: ``hyperbell microvm``, without QEMU, its console as the terminal.
+
+Debian's kernel boots on our virtio-mmio devices, with the guest's module. What H's KVM saw, what the module and the
+metrics counted, and the bytes in the images must agree.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from nested.doorbell_guest import READS, SIZE, Queue, image_differs, load_module, module_totals, use_disk
+from nested.laboratory import Laboratory
+
+from guest.initramfs import prepare_initramfs
+from guest.level import Guest, Job, Level, NestedMachine
+from guest.module import prepare_module
+from guest.service import Metrics
+from guest.tracing import Counts, Trace, watch_doorbells
+from transports.hypercall import connection_id
+from transports.kvm.slots import slot
+
+pytestmark = pytest.mark.nested
+
+KEY = 0x5A5A5A
+INITRD = "/tmp/microvm.cpio"
+CONTROL = "/run/microvm.sock"
+METRICS = "127.0.0.1:9478"
+# The terminal's driver is a module too: nobody can speak there before it is loaded, so init proper begins after that.
+MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio-rng", "virtio_net")
+ON_TERMINAL = """\
+#!/bin/busybox sh
+/bin/busybox mkdir /run
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+while read -r module; do /bin/busybox insmod "/modules/$module.ko"; done </modules/order
+: >/modules/order
+exec /init </dev/hvc0 >/dev/hvc0 2>&1
+"""
+# What `hyperbell hypercall disk POLICY` says; the command itself takes many seconds to start beside a load.
+CHANGE = """
+import json, socket, sys
+sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1]); lines = sock.makefile("rw")
+lines.write(json.dumps({"command": "hypercall", "device": "disk", "policy": sys.argv[2]}) + "\\n"); lines.flush()
+answer = json.loads(lines.readline())
+assert answer["ok"], answer
+"""
+DISKS = {"disk": 1, "held": 2}
+"""By their slots; the terminal is in slot 0. Linux names them in this order, and the virtio devices too."""
+QUEUE_NOTIFY = 0x050
+NODES = {"disk": "/dev/vda", "held": "/dev/vdb"}
+SEEDS = {"disk": 41, "held": 42}
+LOAD_SEED = 6
+LOAD_SPAN = (4 * 1024 * 1024, 512 * 1024)
+LOAD_REQUESTS = 20  # of each round; the load goes round until it is told to end
+
+
+class OwnMachine(NestedMachine):
+    """``hyperbell microvm`` where other levels have QEMU."""
+
+    def command(self, console: str, lines: Sequence[str], images: Sequence[str]) -> str:
+        """Its terminal is the line itself; what it says beside it goes where QEMU's words would."""
+        words = ["hyperbell", "microvm", "--kernel", "/boot/vmlinux", "--initrd", INITRD, "--memory", "256M"]
+        words += ["--cpus", "2", "--append", "quiet rdinit=/on-terminal", "--key", f"{KEY:06x}"]
+        words += ["--metrics", METRICS, "--control", CONTROL, *self.devices]
+        return f"sh -c {shlex.quote(f'exec {shlex.join(words)} <{console} >{console}')}"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A disk used once: what H's KVM saw, what the metrics counted, and the module's table by device and queue."""
+
+    seen: Counts
+    counted: Mapping[str, int]
+    rung: Mapping[tuple[str, int], Queue]
+
+    def queues(self, name: str) -> list[Queue]:
+        return [queue for (device, _), queue in self.rung.items() if device == f"virtio{DISKS[name]}"]
+
+
+@dataclass
+class Record:
+    found: dict[str, str] = field(default_factory=dict)
+    plain: Use | None = None  # of "held", before the module is loaded
+    used: dict[str, Use] = field(default_factory=dict)  # with it
+    differs: dict[str, str] = field(default_factory=dict)
+    totals: dict[str, str] = field(default_factory=dict)
+    under_load: list[Use] = field(default_factory=list)  # offered, withdrawn, offered again
+    load: dict[str, str] = field(default_factory=dict)
+
+
+class Scenario:
+    def __init__(self, host: Level, guest: Guest, trace: Trace) -> None:
+        self.host = host
+        self.guest = guest
+        self.trace = trace
+        self.record = Record()
+        self.has_module = False
+
+    async def count(self, name: str) -> Use:
+        """All until now."""
+        rung = await self.table() if self.has_module else {}
+        page = await self.host.run(f"wget -q -O - http://{METRICS}/metrics | grep ^hyperbell_doorbells")
+        counted = Metrics("\n".join([*page.lines, ""])).by("kind", "hyperbell_doorbells_total", device=name)
+        return Use(await self.trace.counts(), {kind: int(count) for kind, count in counted.items()}, rung)
+
+    async def since(self, name: str, earlier: Use) -> Use:
+        now = await self.count(name)
+        counted = {kind: count - earlier.counted.get(kind, 0) for kind, count in now.counted.items()}
+        return Use(
+            now.seen.since(earlier.seen),
+            {kind: count for kind, count in counted.items() if count},
+            {key: queue.since(earlier.rung[key]) for key, queue in now.rung.items()},
+        )
+
+    async def table(self) -> dict[tuple[str, int], Queue]:
+        """The module's table."""
+        found = {}
+        for line in (await self.guest.run("tail -n +2 /sys/kernel/debug/hyperbell/queues")).lines:
+            words = line.split()
+            if words[0].startswith("virtio"):
+                bell = int(words[2], 16) if words[2] != "-" else -1
+                found[words[0], int(words[1])] = Queue(bell, words[3], *(int(word) for word in words[4:7]))
+        return found
+
+    async def use(self, name: str) -> Use:
+        before = await self.count(name)
+        # From either CPU, each of which has a queue of its own.
+        for cpu in (1, 2):
+            await self.guest.run(f"taskset -p {cpu} $$ >/dev/null")
+            await use_disk(self.guest, NODES[name], SEEDS[name], reads=READS // 2)
+        await self.guest.run("taskset -p 3 $$ >/dev/null")
+        return await self.since(name, before)
+
+    async def run(self) -> None:
+        record = self.record
+        record.found = (
+            await self.guest.run(
+                "result cpus $(cat /sys/devices/system/cpu/online); result network $(ls /sys/class/net);"
+                "result entropy $(cat /sys/class/misc/hw_random/rng_current);"
+                "result devices $(ls /sys/bus/virtio/devices); result queues $(ls /sys/block/vda/mq);"
+                "result drawn $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)"
+            )
+        ).results
+        record.plain = await self.use("held")
+        await load_module(self.guest)
+        self.has_module = True
+        record.totals = await module_totals(self.guest)
+        for name in DISKS:
+            record.used[name] = await self.use(name)
+            record.differs[name] = await image_differs(self.host, name, SEEDS[name])
+        await self.withdraw_under_load()
+
+    async def withdraw_under_load(self) -> None:
+        """The policy changes twice while the disk is busy; the load must not notice."""
+        span = "{} {}".format(*LOAD_SPAN)
+        stress = f"diskcheck load stress {NODES['disk']} {span} {LOAD_SEED} 1 2 {LOAD_REQUESTS} >/tmp/said || exit 1"
+        async with self.guest.job(
+            "load",
+            f"sh -c 'while [ ! -e /tmp/enough ]; do {stress}; echo >>/tmp/rounds; done; cat /tmp/said'",
+        ) as load:
+            for policy in ("", "withhold", "offer"):
+                if policy:
+                    await self.host.run(f"python3 -S /tmp/change.py {CONTROL} {policy}", timeout_seconds=120)
+                if policy == "withhold":
+                    # The first ring of each queue after it is refused and goes to the plain doorbell.
+                    await self.wait_for_round(load)
+                if policy == "offer":
+                    await self.guest.run("echo 1 >/sys/kernel/hyperbell/rearm")
+                before = await self.count("disk")
+                await self.wait_for_round(load)
+                self.record.under_load.append(await self.since("disk", before))
+            await self.guest.run("touch /tmp/enough")
+            self.record.load["status"] = str(await load.wait())
+            self.record.load["rounds"] = (await self.guest.run("result rounds $(wc -l </tmp/rounds)")).results["rounds"]
+            self.record.load["said"] = await load.log()
+
+    async def wait_for_round(self, load: Job) -> None:
+        """Until the load has gone round once more from its beginning, or has failed."""
+        await self.guest.run(
+            "n=$(cat /tmp/rounds 2>/dev/null | wc -l);"
+            "while [ $(cat /tmp/rounds 2>/dev/null | wc -l) -lt $((n + 2)) ];"
+            f"do kill -0 {load.pid} || break; usleep 100000; done",
+            timeout_seconds=120,
+        )
+
+
+async def scenario(host: Level, initrd: bytes) -> Record:
+    await host.write(INITRD, initrd)
+    await host.write("/tmp/change.py", CHANGE)
+    await host.run("; ".join(f"rm -f /tmp/{name}.img; truncate -s {SIZE} /tmp/{name}.img" for name in DISKS))
+    devices = [
+        *("--device", "blk,path=/tmp/disk.img,queues=2,name=disk"),
+        *("--device", "blk,path=/tmp/held.img,queues=1,name=held,hypercall=withhold"),
+        *("--device", "rng", "--device", "net"),
+    ]
+    async with host.boot(OwnMachine(devices)) as guest:
+        async with watch_doorbells(host) as trace:
+            steps = Scenario(host, guest, trace)
+            await steps.run()
+        await guest.power_off()  # raises unless the command ends with status 0
+    return steps.record
+
+
+@pytest.fixture(scope="module")
+def record(laboratory: Laboratory) -> Record:
+    kernel = laboratory.images.kernel
+    extra = {"/on-terminal": ON_TERMINAL.encode(), "/hyperbell.ko": prepare_module(kernel, print).read_bytes()}
+    initrd = prepare_initramfs(kernel, print, MODULES, extra).read_bytes()
+    return laboratory.play(lambda host: scenario(host, initrd))
+
+
+def bell_ids(use: Use, name: str) -> dict[int, int]:
+    """How often the module rang each queue's id."""
+    return {connection_id(queue.bell, KEY): queue.hypercall for queue in use.queues(name)}
+
+
+def kicks_seen(use: Use, name: str) -> int:
+    """How often KVM asked an eventfd at the disk's QueueNotify: once for each kick if it has one queue.
+
+    With two queues there are two eventfds at the address, and KVM may ask both which of them is meant.
+    """
+    return use.seen.ioeventfds.get(slot(DISKS[name]).gpa + QUEUE_NOTIFY, 0)
+
+
+def test_debians_kernel_finds_all_devices_two_cpus_and_two_queues(record: Record) -> None:
+    assert record.found["cpus"] == "0-1"
+    assert record.found["devices"].split() == [f"virtio{number}" for number in range(5)]
+    assert record.found["queues"].split() == ["0", "1"]
+    assert "eth0" in record.found["network"].split()
+    assert record.found["entropy"].startswith("virtio_rng")
+    assert record.found["drawn"] == "64"
+
+
+def test_module_finds_the_key_of_the_platform(record: Record) -> None:
+    assert record.totals["available"] == "1", record.totals["reason"]
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_every_byte_that_the_guest_wrote_is_in_the_image(record: Record, name: str) -> None:
+    assert record.differs[name] == ""
+
+
+def test_without_the_module_queue_notify_is_the_only_doorbell(record: Record) -> None:
+    assert record.plain is not None
+    kicks = kicks_seen(record.plain, "held")
+    assert kicks >= READS // 4
+    assert record.plain.seen.hypercalls == {}
+    assert record.plain.counted == {"kick": kicks}
+
+
+def test_each_queue_is_rung_by_hypercall_alone_with_its_own_id(record: Record) -> None:
+    use = record.used["disk"]
+    ids = bell_ids(use, "disk")
+    assert set(ids) == {connection_id(slot(DISKS["disk"]).bell(queue), KEY) for queue in range(2)}
+    assert min(ids.values()) > 0
+    assert sum(ids.values()) >= READS // 4
+    assert kicks_seen(use, "disk") == 0
+
+
+def test_kvm_module_and_metrics_count_the_same_hypercalls(record: Record) -> None:
+    use = record.used["disk"]
+    ids = bell_ids(use, "disk")
+    assert {number: use.seen.hypercalls.get(number, 0) for number in ids} == ids
+    assert [(queue.plain, queue.refused) for queue in use.queues("disk")] == [(0, 0)] * 2
+    assert use.counted == {"hypercall": sum(ids.values())}
+
+
+def test_the_terminal_itself_is_rung_by_hypercall(record: Record) -> None:
+    """Its commands and answers go through all the while."""
+    use = record.used["disk"]
+    terminal = {connection_id(slot(0).bell(queue), KEY) for queue in range(2)}
+    assert sum(count for number, count in use.seen.hypercalls.items() if number in terminal) > 0
+    assert use.seen.ioeventfds == {}
+
+
+def test_withheld_disk_keeps_its_plain_doorbell(record: Record) -> None:
+    use = record.used["held"]
+    kicks = kicks_seen(use, "held")
+    assert kicks >= READS // 4
+    assert sum(queue.plain for queue in use.queues("held")) == kicks
+    assert [(queue.bell, queue.hypercall, queue.refused) for queue in use.queues("held")] == [(-1, 0, 0)]
+    assert use.counted == {"kick": kicks}
+
+
+def test_withdrawn_ids_leave_the_plain_doorbell_working_and_come_back_when_offered_again(record: Record) -> None:
+    offered, withdrawn, again = record.under_load
+    for use in (offered, again):
+        assert set(use.counted) == {"hypercall"}
+        assert sum(queue.hypercall for queue in use.queues("disk")) > 0
+        assert kicks_seen(use, "disk") == 0
+    assert set(withdrawn.counted) == {"kick"}
+    assert sum(queue.hypercall for queue in withdrawn.queues("disk")) == 0
+    assert kicks_seen(withdrawn, "disk") > 0
+
+
+def test_no_request_is_lost_or_late_while_the_policy_changes_under_load(record: Record) -> None:
+    assert record.load["status"] == "0", record.load["said"]
+    assert int(record.load["rounds"]) >= 6
+    assert "load.error" not in record.load["said"]
