@@ -87,10 +87,16 @@ async def test_a_guest_drives_simulated_lines_and_talks_to_simulated_chips(testb
         assert (await guest.run("i2cget -y 0 0x51 0 b", status=None)).status != 0
 
 
-async def test_keys_arrive_in_a_guest(testbed: Testbed, folder: Path) -> None:
+@pytest.fixture
+def testbed_with_kvm(testbed: Testbed) -> Testbed:
+    """A machine without it skips the test."""
     if testbed.hypervisor.acceleration.name != "kvm":
         pytest.skip(f"QEMU's vhost-user-input needs KVM: {testbed.hypervisor.acceleration.why}")
-    async with booted(testbed, folder, KEYBOARD) as guest, talking(folder / "keyboard.control") as keys:
+    return testbed
+
+
+async def test_keys_arrive_in_a_guest(testbed_with_kvm: Testbed, folder: Path) -> None:
+    async with booted(testbed_with_kvm, folder, KEYBOARD) as guest, talking(folder / "keyboard.control") as keys:
         # The reader says so once it has the device open, for events before that are nobody's.
         answer = await guest.run("result label $(cat /sys/class/input/event*/device/name | grep Test)")
         assert answer.results["label"] == "Test keys"
