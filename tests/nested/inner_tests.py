@@ -30,7 +30,8 @@ class InnerRun:
 async def run_tests_in(host: Level, files: Sequence[str], selection: str, timeout_seconds: float) -> InnerRun:
     """Run what ``selection`` (pytest's ``-k``) leaves of the integration tests in ``files``."""
     places = " ".join(f"tests/integration/{name}.py" for name in files)
-    command = f"cd /project && HYPERBELL_CACHE={CACHE} {PYTEST} --basetemp {CACHE}/tmp {places} -k '{selection}'"
+    pytest = f"HYPERBELL_CACHE={CACHE} {PYTEST} --basetemp {CACHE}/tmp {places} -k '{selection}'"
+    command = f"mkdir -p {CACHE} && cd /project && {pytest}"
     answer = await host.run(command, status=None, timeout_seconds=timeout_seconds)
     found = filter(None, map(OUTCOME.match, answer.lines))
     return InnerRun({match[1]: match[2] for match in found}, "\n".join(answer.lines))
