@@ -7,7 +7,6 @@ does not use stays free for others. Chips behind a slow bus may keep an ioctl wa
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import structlog
 import trio
 
 from virtio.devices import gpio_uapi
+from virtio.devices.device_node import open_node
 from virtio.devices.gpio_lines import (
     VIRTIO_GPIO_DIRECTION_IN,
     VIRTIO_GPIO_DIRECTION_NONE,
@@ -72,15 +72,12 @@ class ChipLines:
         self._thread = trio.CapacityLimiter(1)
         self._nursery: trio.Nursery | None = None
         self.names: Sequence[str]
-        try:
-            self._chip = OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            advice = {
-                errno.ENOENT: "; the chips of this host are /dev/gpiochip*",
-                errno.EACCES: "; let the daemon's user read and write it (a udev rule, or the group that owns it)",
-            }
-            text = f"chip {path}: {os.strerror(error.errno or 0)}{advice.get(error.errno or 0, '')}"
-            raise HostError(text, errno=error.errno or 0) from error
+        self._chip = open_node(
+            path,
+            f"chip {path}",
+            missing="the chips of this host are /dev/gpiochip*",
+            forbidden="let the daemon's user read and write it (a udev rule, or the group that owns it)",
+        )
         try:
             offsets, self.names = self._find(wanted)
         except BaseException:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
-import os
 import struct
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Final
 import trio
 from construct import Int16un, Int32un, Int64un, Padding, Struct
 
+from virtio.devices.device_node import open_node
 from virtio.devices.i2c_bus import Segment
+from virtio.devices.ioctl import call
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
 
 _I2C_FUNCS: Final = 0x0705
 _I2C_RDWR: Final = 0x0707
@@ -40,15 +39,12 @@ class AdapterBus:
         self._addresses = frozenset(addresses)
         # A transaction takes as long as the chips want it to, up to the adapter's own timeout.
         self._thread = trio.CapacityLimiter(1)
-        try:
-            self._fd = OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            advice = {
-                errno.ENOENT: "; load i2c-dev, then this host's adapters are /dev/i2c-*",
-                errno.EACCES: "; let the daemon's user read and write it (usually by the group i2c)",
-            }
-            text = f"adapter {path}: {os.strerror(error.errno or 0)}{advice.get(error.errno or 0, '')}"
-            raise HostError(text, errno=error.errno or 0) from error
+        self._fd = open_node(
+            path,
+            f"adapter {path}",
+            missing="load i2c-dev, then this host's adapters are /dev/i2c-*",
+            forbidden="let the daemon's user read and write it (usually by the group i2c)",
+        )
         try:
             self._check_functions()
         except BaseException:
@@ -56,11 +52,7 @@ class AdapterBus:
             raise
 
     def _check_functions(self) -> None:
-        try:
-            answer = fcntl.ioctl(self._fd.fileno(), _I2C_FUNCS, bytes(8))
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise HostError(f"adapter {self._path} is not an I2C adapter: {reason}", errno=error.errno or 0) from error
+        answer = call(self._fd.fileno(), _I2C_FUNCS, bytes(8), f"adapter {self._path} is not an I2C adapter")
         (functions,) = struct.unpack("=Q", answer)
         if not functions & _FUNC_I2C:
             raise HostError(f"adapter {self._path} knows SMBus commands only, and a guest's adapter is more than that")
@@ -89,19 +81,11 @@ class AdapterBus:
         )
         request = _TRANSFER.build({"msgs": ctypes.addressof(messages), "nmsgs": len(segments)})
         try:
-            fcntl.ioctl(self._fd.fileno(), _I2C_RDWR, request)
-        except OSError as error:
-            if error.errno in (
-                errno.ENXIO,
-                errno.EREMOTEIO,
-                errno.EIO,
-                errno.EOPNOTSUPP,
-                errno.ETIMEDOUT,
-                errno.EAGAIN,
-            ):
-                return []  # a chip that does not answer, or an adapter that cannot: an everyday matter on a bus
-            reason = os.strerror(error.errno or 0)
-            raise HostError(f"adapter {self._path}: {reason}", errno=error.errno or 0) from error
+            call(self._fd.fileno(), _I2C_RDWR, request, f"adapter {self._path}")
+        except HostError as error:
+            if error.errno in _EVERYDAY:
+                return []
+            raise
         return [
             buffer.raw[: segment.length] if segment.read else b""
             for segment, buffer in zip(segments, buffers, strict=True)

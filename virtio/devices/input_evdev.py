@@ -13,11 +13,11 @@ from typing import Final
 import structlog
 import trio
 
+from virtio.devices.device_node import open_node
 from virtio.devices.input_codes import CODE_COUNTS, EV_ABS, EV_KEY, EV_SYN, SYN_DROPPED, SYN_REPORT
 from virtio.devices.input_source import Description, InputEvent
 from virtio.devices.ioctl import call, ior, iow
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
 
 _EVENT: Final = struct.Struct("=qqHHi")  # struct input_event on 64 bits: time, type, code, value
 _IDS: Final = struct.Struct("=4H")
@@ -47,15 +47,13 @@ class EvdevSource:
         self._report: list[InputEvent] = []
         self._lost = False
         self._down: set[int] = set()
-        try:
-            self._fd = OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
-        except OSError as error:
-            advice = {
-                errno.ENOENT: "; the devices of this host are /dev/input/event*",
-                errno.EACCES: "; let the daemon's user read and write it (usually by the group input)",
-            }
-            text = f"{self._what}: {os.strerror(error.errno or 0)}{advice.get(error.errno or 0, '')}"
-            raise HostError(text, errno=error.errno or 0) from error
+        self._fd = open_node(
+            path,
+            self._what,
+            missing="the devices of this host are /dev/input/event*",
+            forbidden="let the daemon's user read and write it (usually by the group input)",
+            flags=os.O_NONBLOCK,
+        )
         try:
             self.description = self._describe()
             if grab:
