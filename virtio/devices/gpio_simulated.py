@@ -70,7 +70,7 @@ class SimulatedLines:
         self.names = names
         self.on_edge: Edge = lambda line, rising: None
         self._lines = [_Line() for _ in names]
-        self._server = LineServer(control, "gpio control", self._obey) if control is not None else None
+        self._server = LineServer(control, "gpio control", self._obey)
 
     # ---- the guest's side ----
 
@@ -105,14 +105,10 @@ class SimulatedLines:
                 self._tell(number)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if self._server is None:
-            task_status.started()
-        else:
-            await self._server.run(task_status=task_status)
+        await self._server.run(task_status=task_status)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._server.close()
 
     # ---- the other side ----
 
@@ -158,5 +154,4 @@ class SimulatedLines:
         return f"line {number} {facts} {self.names[number]}".rstrip()
 
     def _tell(self, number: int) -> None:
-        if self._server is not None:
-            self._server.tell(self._describe(number))
+        self._server.tell(self._describe(number))

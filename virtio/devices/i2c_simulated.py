@@ -36,7 +36,7 @@ class SimulatedBus:
             for options in chips:
                 chip = self._chips[options.address] = make_chip(options)
                 stack.callback(chip.close)
-            self._server = LineServer(control, "i2c control", self._obey) if control is not None else None
+            self._server = LineServer(control, "i2c control", self._obey)
             stack.pop_all()
 
     # ---- the guest's side ----
@@ -63,20 +63,15 @@ class SimulatedBus:
                 await trio.to_thread.run_sync(chip.save)
 
     def _tell(self, address: int, number: int, data: bytes) -> None:
-        if self._server is not None:
-            self._server.tell(f"write {address:#04x} {number:#04x} 0x{data.hex()}")
+        self._server.tell(f"write {address:#04x} {number:#04x} 0x{data.hex()}")
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if self._server is None:
-            task_status.started()
-        else:
-            await self._server.run(task_status=task_status)
+        await self._server.run(task_status=task_status)
 
     def close(self) -> None:
         for chip in self._chips.values():
             chip.close()
-        if self._server is not None:
-            self._server.close()
+        self._server.close()
 
     # ---- the other side ----
 

@@ -37,24 +37,19 @@ class ScriptSource:
         )
         self.emit: Callable[[Sequence[InputEvent]], bool] = lambda report: False
         control = options.control
-        self._server = LineServer(control, "input control", self._obey) if control is not None else None
+        self._server = LineServer(control, "input control", self._obey)
 
     async def status(self, event: InputEvent) -> bool:
         if event.code not in self._codes.get(event.type, ()):
             return False
-        if self._server is not None:
-            self._server.tell(f"light {code_name(event.type, event.code)} {int(bool(event.value))}")
+        self._server.tell(f"light {code_name(event.type, event.code)} {int(bool(event.value))}")
         return True
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if self._server is None:
-            task_status.started()
-        else:
-            await self._server.run(task_status=task_status)
+        await self._server.run(task_status=task_status)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._server.close()
 
     async def _obey(self, client: LineClient, text: str) -> None:
         report: list[InputEvent] = []

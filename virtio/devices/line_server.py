@@ -49,15 +49,18 @@ Command = Callable[[LineClient, str], Awaitable[None]]
 
 
 class LineServer:
-    """Listens at ``path`` (mode 0600) and hands each line to ``command``; ``what`` names the socket in errors."""
+    """Listens at ``path`` (mode 0600) and hands each line to ``command``; ``what`` names the socket in errors.
 
-    def __init__(self, path: Path, what: str, command: Command) -> None:
+    Without a ``path`` nobody ever comes.
+    """
+
+    def __init__(self, path: Path | None, what: str, command: Command) -> None:
         self._path = path
         self._what = what
         self._command = command
         self._clients: set[LineClient] = set()
-        self._listener = listen(path, what)
-        self._identity = file_identity(path)
+        self._listener = listen(path, what) if path is not None else None
+        self._identity = file_identity(path) if path is not None else None
 
     def tell(self, line: str) -> None:
         """A change, for all who watch."""
@@ -66,6 +69,9 @@ class LineServer:
                 client.send(line)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        if self._listener is None:
+            task_status.started()
+            return
         listener = trio.socket.from_stdlib_socket(self._listener)
         async with trio.open_nursery() as nursery:
             task_status.started()
@@ -132,6 +138,8 @@ class LineServer:
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
+        if self._listener is None or self._path is None:
+            return
         self._listener.close()
         if file_identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
