@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import stat
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
+from guest.compiler import run_compiler
 from guest.kernel import Kernel
 from guest.root import Root
 
@@ -145,17 +144,7 @@ def compiled_program(name: str, files: Sequence[str], progress: Progress) -> byt
     with scratch_folder(cache) as scratch:
         made = scratch / target.name
         units = [str(source) for source in sources if source.suffix == ".c"]
-        try:
-            done = subprocess.run(
-                [*COMPILE, "-o", str(made), *units],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except FileNotFoundError as error:
-            raise PrepareError("gcc is not installed; install the Debian packages 'gcc' and 'libc6-dev'") from error
-        if done.returncode != 0:
-            raise PrepareError(f"guest/{name}.c does not compile:\n{done.stderr.strip()}")
+        failed = f"guest/{name}.c does not compile"
+        run_compiler([*COMPILE, "-o", str(made), *units], failed, "packages 'gcc' and 'libc6-dev'")
         made.rename(target)
     return target.read_bytes()

@@ -6,12 +6,11 @@ What it does and its command line: the comment at the top of ``guest/toy/main.c`
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+from guest.cache import Progress, cache_folder, scratch_folder
+from guest.compiler import run_compiler
 
 SOURCES = Path(__file__).resolve().parent / "toy"
 LINKER_SCRIPT = "toy.lds"
@@ -57,17 +56,10 @@ def _compiled(bits: int, progress: Progress) -> Path:
     with scratch_folder(cache) as scratch:
         made = scratch / target.name
         units = [str(source) for source in sources if source.suffix in {".c", ".S"}]
-        try:
-            done = subprocess.run(
-                [*command, "-T", str(SOURCES / LINKER_SCRIPT), "-o", str(made), *units],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except FileNotFoundError as error:
-            raise PrepareError("gcc is not installed; install the Debian package 'gcc'") from error
-        if done.returncode != 0:
-            raise PrepareError(f"guest/toy does not compile for {bits} bit:\n{done.stderr.strip()}")
+        run_compiler(
+            [*command, "-T", str(SOURCES / LINKER_SCRIPT), "-o", str(made), *units],
+            f"guest/toy does not compile for {bits} bit",
+            "package 'gcc'",
+        )
         made.rename(target)
     return target
