@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
+from nested.disk_load import disk_load
 from nested.doorbell_guest import (
     CONTROL_SOCKET,
     HYPERV_CPU,
@@ -40,8 +41,6 @@ SEEDS = {"mmio": 21, "pio": 22, "bell": 23, "held": 24}
 """By memory; by port; by port or hypercall, as offered; the same, but withheld before the start."""
 PIO = ",modern-pio-notify=on"
 LOAD_SEED = 5
-LOAD_SPAN = (4 * 1024 * 1024, 512 * 1024)
-LOAD_REQUESTS = 20  # of each round; the load goes round until it is told to end
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class Record:
     ports: str = ""
     bells: dict[str, int] = field(default_factory=dict)
     under_load: list[Use] = field(default_factory=list)  # offered, withdrawn, offered again
-    states: list[str] = field(default_factory=list)
     load: dict[str, str] = field(default_factory=dict)
 
 
@@ -108,37 +106,19 @@ class Scenario:
 
     async def withdraw_under_load(self) -> None:
         """The policy changes twice while the disk is busy; the load must not notice."""
-        disk = await disk_of(self.guest, "bell")
-        span = "{} {}".format(*LOAD_SPAN)
-        stress = f"diskcheck load stress {disk} {span} {LOAD_SEED} 1 2 {LOAD_REQUESTS} >/tmp/said || exit 1"
-        async with self.guest.job(
-            "load",
-            f"sh -c 'while [ ! -e /tmp/enough ]; do {stress}; echo >>/tmp/rounds; done; cat /tmp/said'",
-        ) as load:
+        async with disk_load(self.guest, await disk_of(self.guest, "bell"), LOAD_SEED) as load:
             for policy in ("", "withhold", "offer"):
                 if policy:
                     await self.host.run(f"hyperbell hypercall bell {policy} --control {CONTROL_SOCKET}")
                 if policy == "withhold":
                     # The first ring after it is refused and goes to the plain doorbell.
-                    await self.wait_for_round()
+                    await load.next_round()
                 if policy == "offer":
                     await self.guest.run("echo 1 >/sys/kernel/hyperbell/rearm")
                 before = await self.count("bell")
-                await self.wait_for_round()
+                await load.next_round()
                 self.record.under_load.append(await self.since("bell", before))
-                self.record.states.append((await module_queues(self.guest))["bell"].state)
-            await self.guest.run("touch /tmp/enough")
-            self.record.load["status"] = str(await load.wait())
-            self.record.load["rounds"] = (await self.guest.run("result rounds $(wc -l </tmp/rounds)")).results["rounds"]
-            self.record.load["said"] = await load.log()
-
-    async def wait_for_round(self) -> None:
-        """Until the load has gone round once more from its beginning."""
-        await self.guest.run(
-            "n=$(cat /tmp/rounds 2>/dev/null | wc -l);"
-            "while [ $(cat /tmp/rounds 2>/dev/null | wc -l) -lt $((n + 2)) ]; do usleep 100000; done",
-            timeout_seconds=120,
-        )
+            self.record.load = await load.end()
 
 
 async def scenario(host: Level) -> Record:

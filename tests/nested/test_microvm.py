@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from nested.disk_load import disk_load
 from nested.doorbell_guest import READS, SIZE, Queue, image_differs, load_module, module_totals, use_disk
 from nested.laboratory import Laboratory
 
 from guest.initramfs import prepare_initramfs
-from guest.level import Guest, Job, Level, NestedMachine
+from guest.level import Guest, Level, NestedMachine
 from guest.module import prepare_module
 from guest.service import Metrics
 from guest.tracing import Counts, Trace, watch_doorbells
@@ -52,8 +53,6 @@ QUEUE_NOTIFY = 0x050
 NODES = {"disk": "/dev/vda", "held": "/dev/vdb"}
 SEEDS = {"disk": 41, "held": 42}
 LOAD_SEED = 6
-LOAD_SPAN = (4 * 1024 * 1024, 512 * 1024)
-LOAD_REQUESTS = 20  # of each round; the load goes round until it is told to end
 
 
 class OwnMachine(NestedMachine):
@@ -154,36 +153,19 @@ class Scenario:
 
     async def withdraw_under_load(self) -> None:
         """The policy changes twice while the disk is busy; the load must not notice."""
-        span = "{} {}".format(*LOAD_SPAN)
-        stress = f"diskcheck load stress {NODES['disk']} {span} {LOAD_SEED} 1 2 {LOAD_REQUESTS} >/tmp/said || exit 1"
-        async with self.guest.job(
-            "load",
-            f"sh -c 'while [ ! -e /tmp/enough ]; do {stress}; echo >>/tmp/rounds; done; cat /tmp/said'",
-        ) as load:
+        async with disk_load(self.guest, NODES["disk"], LOAD_SEED) as load:
             for policy in ("", "withhold", "offer"):
                 if policy:
                     await self.host.run(f"python3 -S /tmp/change.py {CONTROL} {policy}", timeout_seconds=120)
                 if policy == "withhold":
                     # The first ring of each queue after it is refused and goes to the plain doorbell.
-                    await self.wait_for_round(load)
+                    await load.next_round()
                 if policy == "offer":
                     await self.guest.run("echo 1 >/sys/kernel/hyperbell/rearm")
                 before = await self.count("disk")
-                await self.wait_for_round(load)
+                await load.next_round()
                 self.record.under_load.append(await self.since("disk", before))
-            await self.guest.run("touch /tmp/enough")
-            self.record.load["status"] = str(await load.wait())
-            self.record.load["rounds"] = (await self.guest.run("result rounds $(wc -l </tmp/rounds)")).results["rounds"]
-            self.record.load["said"] = await load.log()
-
-    async def wait_for_round(self, load: Job) -> None:
-        """Until the load has gone round once more from its beginning, or has failed."""
-        await self.guest.run(
-            "n=$(cat /tmp/rounds 2>/dev/null | wc -l);"
-            "while [ $(cat /tmp/rounds 2>/dev/null | wc -l) -lt $((n + 2)) ];"
-            f"do kill -0 {load.pid} || break; usleep 100000; done",
-            timeout_seconds=120,
-        )
+            self.record.load = await load.end()
 
 
 async def scenario(host: Level, initrd: bytes) -> Record:
