@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +20,8 @@ FEATURE_PREFIX: Final = "VIRTIO_"
 NO_KEYS_HERE: Final = frozenset({"worker", "workers", "features", "type"})
 """Keys of a file that have no meaning, or another form, on the command line."""
 _KEYS: Final = frozenset(DeviceTable.model_fields) - NO_KEYS_HERE | {"name"}
+_PIECE: Final = re.compile(",,|,|[^,]+")
+_ARRAY_TOKEN: Final = re.compile(r"""'[^']*'|"(?:[^"\\]|\\.)*"|[][{}]""")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,7 +39,7 @@ class OptionDevice:
 
 
 def parse_devices(texts: Sequence[str], device_types: DeviceTypes, switch: str = "--device") -> dict[str, OptionDevice]:
-    """The devices of ``texts`` by name: ``TYPE[,KEY=VALUE]...``, a comma in a value written twice.
+    """The devices of ``texts`` by name: ``TYPE[,KEY=VALUE]...``, a comma in a value written twice, an array as in TOML.
 
     A device is called by its key ``name``, or by its type, with a number from the second one on. A feature's name with
     ``=off`` turns it off. Raises ``ConfigError`` with every mistake.
@@ -65,7 +68,7 @@ class _Parser:
 
     def parse(self, text: str, others: Mapping[str, OptionDevice]) -> OptionDevice | None:
         """The device, or ``None`` after recording what is wrong with it."""
-        type_name, *parts = _split(text)
+        type_name = _split(text)[0]
         try:
             in_file = self._types.from_file(type_name, Path.cwd())
             device_type = in_file[1] if in_file is not None else self._types.get(type_name)
@@ -78,16 +81,17 @@ class _Parser:
         default_name = type_name
         if in_file is not None:
             type_name, default_name = in_file[0], in_file[0].rpartition(":")[2].lower()
-        table = self._table(parts)
+        arrays = _arrays(device_type.options)
+        table = self._table(_split(text, arrays)[1:], arrays)
         if self.problems:
             return None
-        name = table.pop("name", "") or _free_name(default_name, others)
+        name = str(table.pop("name", "")) or _free_name(default_name, others)
         if NAME.fullmatch(name) is None:
             self._add("name", "this name cannot be used", NAME_RULE)
         elif name in others:
             self._add("name", f"there is another device {toml_value(name)}", "give each a name of its own")
         own = {key: value for key, value in table.items() if key not in _KEYS and not key.startswith(FEATURE_PREFIX)}
-        shared: dict[str, object] = {key: value for key, value in table.items() if key in _KEYS}
+        shared = {key: value for key, value in table.items() if key in _KEYS}
         features = {key: value for key, value in table.items() if key.startswith(FEATURE_PREFIX)}
         common = self._model(DeviceTable, {"type": type_name, "features": features} | shared)
         options = self._model(device_type.options, own)
@@ -105,8 +109,8 @@ class _Parser:
             resolved_workers(common, device_type),
         )
 
-    def _table(self, parts: Sequence[str]) -> dict[str, str]:
-        table: dict[str, str] = {}
+    def _table(self, parts: Sequence[str], arrays: Collection[str]) -> dict[str, object]:
+        table: dict[str, object] = {}
         for part in parts:
             key, equals, value = part.partition("=")
             if not equals:
@@ -115,14 +119,21 @@ class _Parser:
                 self._add(key, "stands there twice", "keep one of the two")
             elif "\0" in value:
                 self._add(key, "holds a NUL character", "no name, path or address may have one")
+            elif key in arrays and value.startswith("["):
+                try:
+                    table[key] = tomllib.loads(f"array = {value}")["array"]
+                except tomllib.TOMLDecodeError as error:
+                    self._add(key, f"is not an array as in TOML: {error}", "texts in it stand in double quotes")
             else:
                 table[key] = value
         return table
 
     def _model(self, model: type[Model], table: Mapping[str, object]) -> Model | None:
         known = _KEYS | set(model.model_fields) - NO_KEYS_HERE
+        # Pydantic's way with strings takes nothing else; its lax way with Python's values takes these strings too.
+        plain = not any(isinstance(value, list) for value in table.values())
         try:
-            return model.model_validate_strings(table)
+            return model.model_validate_strings(table) if plain else model.model_validate(table)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 key = str(detail["loc"][-1]) if detail["loc"] else ""
@@ -130,15 +141,41 @@ class _Parser:
             return None
 
 
-def _split(text: str) -> list[str]:
-    """At commas; two of them are one that is meant."""
+def _arrays(model: type[BaseModel]) -> frozenset[str]:
+    """The keys whose values are arrays."""
+    return frozenset(key for key, field in model.model_fields.items() if _is_array(field.annotation))
+
+
+def _is_array(kind: object) -> bool:
+    return get_origin(kind) is tuple or any(get_origin(each) is tuple for each in get_args(kind))
+
+
+def _split(text: str, arrays: Collection[str] = ()) -> list[str]:
+    """At commas; two of them are one that is meant. An array of one of the keys ``arrays`` is left as it is."""
     parts = [""]
-    for piece in re.findall(r",,|,|[^,]+", text):
+    place = 0
+    while found := _PIECE.match(text, place):
+        piece, place = found[0], found.end()
+        key, _, value = piece.partition("=")
         if piece == ",":
             parts.append("")
+        elif parts[-1] == "" and key in arrays and value.startswith("["):
+            begin = found.start() + len(key) + 1
+            place = _array_end(text, begin)
+            parts[-1] = f"{key}={text[begin:place]}"
         else:
             parts[-1] += "," if piece == ",," else piece
     return parts
+
+
+def _array_end(text: str, begin: int) -> int:
+    """Where the array that begins there ends; the end of ``text`` if it does not."""
+    depth = 0
+    for token in _ARRAY_TOKEN.finditer(text, begin):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.end()
+    return len(text)
 
 
 def _free_name(type_name: str, others: Mapping[str, OptionDevice]) -> str:
@@ -151,4 +188,4 @@ def _free_name(type_name: str, others: Mapping[str, OptionDevice]) -> str:
 
 def _as_option(text: str) -> str:
     """``key = "value"``, as a file has it, in the form of the command line."""
-    return re.sub(r'(\w+) = (?:"([^"]*)"|(?=\w))', r"\1=\2", text)
+    return re.sub(r'(\w+) = (?:"([^"]*)"|(?=[\w[]))', r"\1=\2", text)

@@ -33,8 +33,8 @@ shows the keys. The log has only warnings, unless --log-level asks for more. Bef
 driver only --early-serial shows what the kernel says.
 
 Devices are described as in a configuration file, TYPE,KEY=VALUE,... (hyperbell schema lists the keys); a comma in a
-value is written twice. hypercall=offer, withhold or auto says whether the guest may ring the device by hypercall. It
-can only if the machine has a key (--key, or --secret and --uuid).
+value is written twice, an array as it stands in a file. hypercall=offer, withhold or auto says whether the guest may
+ring the device by hypercall. It can only if the machine has a key (--key, or --secret and --uuid).
 
 devices, for instance:
   --device blk,path=disk.img,queues=2      a disk: /dev/vda
@@ -42,6 +42,7 @@ devices, for instance:
   --device rng                             entropy
   --device net                             a network card without a network
   --device console,backend=socket,path=tty.sock
+  --device 'gpio,lines=["button", "led"],control=pins.sock'
 
 example:
   apt-get download linux-image-cloud-amd64 && dpkg -x linux-image-*.deb kernel

@@ -10,6 +10,8 @@ from config.options import OptionDevice, parse_devices
 from config.problems import ConfigError
 from daemon.catalogue import device_types
 from virtio.devices.blk import BlkOptions
+from virtio.devices.gpio_options import GpioOptions
+from virtio.devices.i2c_options import I2cOptions
 
 TYPES = device_types()
 
@@ -38,6 +40,21 @@ def test_a_device_has_its_own_options_and_those_of_every_device() -> None:
 def test_a_comma_in_a_value_is_written_twice() -> None:
     options = one("blk,path=/srv/a,,b,,,,c.img,direct=true").options
     assert options == BlkOptions(path=Path("/srv/a,b,,c.img"), direct=True)
+
+
+def test_an_array_is_written_as_in_a_file_and_its_commas_once() -> None:
+    pins = one('gpio,lines=["button", "a ] b","it\'s",""],control=/run/p,,q').options
+    assert pins == GpioOptions(lines=("button", "a ] b", "it's", ""), control=Path("/run/p,q"))
+    real = one("i2c,addresses=[0x50,81],backend=adapter,adapter=/dev/i2c-1").options
+    assert real == I2cOptions(backend="adapter", adapter=Path("/dev/i2c-1"), addresses=(0x50, 81))
+    bus = one("""i2c,chips=[{address=0x48,registers=[{number=1,size=2}]}, {kind='eeprom',address=0x50}],name=bus""")
+    assert isinstance(bus.options, I2cOptions)
+    assert (bus.name, [chip.address for chip in bus.options.chips]) == ("bus", [0x48, 0x50])
+    assert (
+        one("net,backend=user,forwards=tcp:127.0.0.1:1:1,,tcp:127.0.0.1:2:2").options
+        == one('net,backend=user,forwards=["tcp:127.0.0.1:1:1","tcp:127.0.0.1:2:2"]').options
+    )
+    assert one("blk,path=[a,,b].img").options == BlkOptions(path=Path("[a,b].img")), "no array"
 
 
 def test_features_are_turned_off_by_name() -> None:
@@ -70,6 +87,12 @@ def test_devices_without_a_name_are_called_by_type_and_number() -> None:
         ("blk,path=x,path=y", "path: stands there twice", "keep one of the two"),
         ("rng,name=no/name", "name: this name cannot be used", "begins with a letter"),
         ("rng,worker=fast", "worker: unknown key", ""),
+        ("gpio,lines=button", 'lines: must be an array, not "button"', 'lines=["button", "led"]'),
+        ("gpio,lines=[button]", "lines: is not an array as in TOML: Invalid value", "in double quotes"),
+        ('gpio,lines=["a",control=x', "lines: is not an array as in TOML", ""),
+        ('gpio,lines=["a"]b', "lines: is not an array as in TOML", ""),
+        ('gpio,lines=["a"],contrl=x', "contrl: unknown key", 'did you mean "control"?'),
+        ('gpio,lines=["a","a"]', "names the line 'a' twice", ""),
         ("blk,path=a\0b", "path: holds a NUL character", ""),
     ],
 )
