@@ -117,6 +117,18 @@ def check_sharers(
             yield name, f"{thing} has room for {limit} devices", "put some of them on another one"
 
 
+def check_files(drafts: Iterable[DeviceDraft], folder: Path) -> Iterator[Finding]:
+    """What is wrong in files that belong to a device's options, and so to the configuration.
+
+    What it is their options say: ``faults_in_files``.
+    """
+    for draft in drafts:
+        faults = getattr(draft.options, "faults_in_files", None)
+        if faults is not None:
+            for key, message in faults(folder):
+                yield Finding(("devices", draft.name, key), message, "")
+
+
 class _Claim(NamedTuple):
     """A file that something uses; ``shared`` when it only reads it."""
 
@@ -156,8 +168,9 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
         if "socket" not in draft.faulty:
             yield _Claim((*path, "socket"), draft.common.socket, f'the socket of device "{draft.name}"', False)
         if draft.options is not None:
-            shared = bool(getattr(draft.options, "read_only", False))
+            read_only = bool(getattr(draft.options, "read_only", False))
             for key, file in _paths_in(draft.options):
+                shared = read_only or key[0] in getattr(draft.options, "only_read", ())
                 yield _Claim((*path, *key), file, f'the {".".join(key)} of device "{draft.name}"', shared)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from pathlib import Path
 
 import pytest
-from frontend import Plugged, Setting, every_python_setting, plugged
+import trio
+from frontend import F_RING_PACKED, Plugged, Setting, every_python_setting, plugged
 from hypothesis import given
 from hypothesis import strategies as st
 from line_client import talking
+from links import WaistLink
 
+from virtio.backend import Backend
 from virtio.devices.input import EVENT_QUEUE, STATUS_QUEUE, Input
 from virtio.devices.input_codes import CODES, EV_ABS, EV_KEY, EV_LED, EV_REL, parse_code
 from virtio.devices.input_options import InputOptions
 from virtio.devices.input_source import PENDING_MAX, EventQueue, InputEvent
+from virtio.errors import HostError
+from virtio.testing.queue import GUARD
+from virtio.waist import IotlbMiss, Permission
 
 KEY_A, KEY_B = 30, 48
 SYN = (0, 0, 0)
@@ -167,6 +174,95 @@ async def test_who_sends_events_to_no_driver_is_told(tmp_path: Path) -> None:
     path = tmp_path / "c"
     async with plugged(keyboard(path), Setting("waist", "split"), start=False), talking(path) as client:
         assert await client.command("key KEY_A tap") == ["error no guest's driver runs"]
+
+
+def scripted(folder: Path, text: str, control: Path | None = None) -> Input:
+    (folder / "events").write_text(text)
+    return Input("keyboard", InputOptions(script=folder / "events", control=control), 2, 64)
+
+
+TAPPED = [(EV_KEY, KEY_A, 1), SYN, (EV_KEY, KEY_A, 0), SYN]
+
+
+@every_python_setting
+async def test_a_script_is_played_to_the_driver_that_starts_beside_the_live_events(
+    setting: Setting, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    async with plugged(scripted(tmp_path, "wait 0.01\nkey KEY_A tap\n", path), setting) as p, talking(path) as client:
+        assert await events(p, 4) == TAPPED
+        assert await client.command("key KEY_B press") == ["ok"]
+        assert await events(p, 2) == [(EV_KEY, KEY_B, 1), SYN]
+
+
+@every_python_setting
+async def test_a_script_that_repeats_goes_on(setting: Setting, tmp_path: Path) -> None:
+    async with plugged(scripted(tmp_path, "key KEY_A tap\nwait 0.001\nrepeat"), setting) as p:
+        assert await events(p, 12) == 3 * TAPPED
+
+
+@every_python_setting
+async def test_each_driver_that_starts_hears_the_script_from_its_beginning(setting: Setting, tmp_path: Path) -> None:
+    async with plugged(scripted(tmp_path, "key KEY_A tap\nwait 86400\nkey KEY_B tap"), setting) as p:
+        assert await events(p, 4) == TAPPED
+        await p.guest.link.reset()
+        p.guest.forget_queues()
+        await p.guest.start()
+        assert await events(p, 4) == TAPPED
+
+
+@every_python_setting
+async def test_a_driver_that_is_paused_hears_the_rest_and_nothing_twice(setting: Setting, tmp_path: Path) -> None:
+    async with plugged(scripted(tmp_path, "key KEY_A press\nwait 86400\nkey KEY_B tap"), setting) as p:
+        assert await events(p, 2) == [(EV_KEY, KEY_A, 1), SYN]
+        base = await p.guest.link.stop(EVENT_QUEUE)
+        await p.guest.start_queue(EVENT_QUEUE, base)
+        for value in (1, 0):  # and nothing of A between them: it is down already, and its line has been played
+            press(p.device, KEY_B, value)
+            assert await events(p, 2) == [(EV_KEY, KEY_B, value), SYN]
+
+
+async def test_an_address_that_is_missing_does_not_start_the_script_anew(tmp_path: Path) -> None:
+    """Behind an IOMMU a queue begins at the same place of its ring again once the front-end has answered."""
+    async with plugged(scripted(tmp_path, "key KEY_A tap"), Setting("waist", "split"), start=False) as p:
+        link, memory = p.guest.link, p.guest.memory
+        p.guest.features = await link.device_features() & ~F_RING_PACKED
+        await link.negotiate(p.guest.features)
+        await link.share(memory)
+        queue = p.guest.add_queue(64)
+        driver = queue.driver
+        await link.set_up(EVENT_QUEUE, driver.size, (driver.desc, driver.avail, driver.used_area), 0)
+        await link.set_call(EVENT_QUEUE, queue.call_fd)
+        await link.set_kick(EVENT_QUEUE, queue.kick_fd)
+        await link.enable(EVENT_QUEUE, True)
+        with trio.fail_after(GUARD):
+            assert isinstance(await p.backend.next_event(), IotlbMiss)
+        await p.backend.iotlb_update(memory.gpa, memory.size, memory.uva, int(Permission.READ | Permission.WRITE))
+        assert await events(p, 4) == TAPPED
+        press(p.device, KEY_B)
+        assert await events(p, 2) == [(EV_KEY, KEY_B, 1), SYN]
+
+
+async def test_a_driver_that_another_daemon_served_before_is_not_typed_at_again(tmp_path: Path) -> None:
+    async with plugged(scripted(tmp_path, "key KEY_A tap"), Setting("waist", "split"), start=False) as p:
+        await p.guest.start()
+        assert await events(p, 4) == TAPPED
+        base = await p.guest.link.stop(EVENT_QUEUE)
+        async with contextlib.AsyncExitStack() as stack:
+            other = scripted(tmp_path, "key KEY_A tap")
+            stack.callback(other.close)
+            moved = await stack.enter_async_context(Backend(other))
+            p.guest.link = WaistLink(moved)
+            await p.guest.link.negotiate(p.guest.features)
+            await p.guest.link.share(p.guest.memory)
+            await p.guest.start_queue(EVENT_QUEUE, base)
+            press(other, KEY_B)
+            assert await events(p, 2) == [(EV_KEY, KEY_B, 1), SYN]
+
+
+def test_a_wrong_script_is_a_clear_error_where_nothing_checked_it_before(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=re.escape(f"{tmp_path}/events:2: this device has no BTN_LEFT here")):
+        scripted(tmp_path, "key KEY_A tap\nkey BTN_LEFT tap")
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["press", "take"]), st.integers(1, 5), st.integers(0, 1)), max_size=60)

@@ -19,6 +19,7 @@ from virtio.devices.input_evdev import EvdevSource
 from virtio.devices.input_options import InputOptions
 from virtio.devices.input_script import ScriptSource
 from virtio.devices.input_source import EventQueue, InputEvent, Source
+from virtio.devices.input_timed import Player, Script, read_script
 
 VIRTIO_INPUT_CFG_ID_NAME: Final = 0x01
 VIRTIO_INPUT_CFG_ID_SERIAL: Final = 0x02
@@ -45,6 +46,10 @@ class Input(Device):
 
     def __init__(self, name: str, options: InputOptions, queues: int, queue_size: int) -> None:
         super().__init__(name, options, queues, queue_size)
+        # Read before the source is opened, so that there is nothing to close where it is wrong.
+        script = read_script(options.script, options.reports()) if options.script is not None else Script()
+        self._player: Final = Player(script, self._emit)
+        self._begun = False  # the script, for the event queue as it runs now
         self.source: Final[Source] = (
             EvdevSource(options.evdev, grab=options.grab) if options.evdev is not None else ScriptSource(options)
         )
@@ -104,6 +109,8 @@ class Input(Device):
             self._runs = running
             if running:  # it may have missed something
                 self.events.catch_up()
+            else:
+                self._begun = False
 
     def reset(self) -> None:
         self._select = self._subsel = 0
@@ -117,6 +124,7 @@ class Input(Device):
     async def run_queue(self, queue: Queue) -> None:
         if queue.index == STATUS_QUEUE:
             await queue.serve(self.handle)
+        self._play(queue)
         while True:
             await self.events.wait()
             chain = await queue.next_chain()
@@ -128,6 +136,14 @@ class Input(Device):
                     chain.write(_EVENT.pack(*event))
             chain.complete()
             await trio.lowlevel.checkpoint()
+
+    def _play(self, queue: Queue) -> None:
+        """The script, from its beginning for a driver that starts; one that was only paused hears the rest of it."""
+        if not self._begun:
+            self._begun = True
+            if not queue.used_before:
+                self._player.rewind()
+        queue.spawned.start_soon(self._player.play)
 
     async def handle(self, queue: Queue, chain: Chain) -> None:
         """The guest's lights and sounds. Whatever else it writes is not for the device."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from virtio.device import DeviceOptions
 from virtio.devices.input_codes import EV_ABS, GROUPS, parse_code
+from virtio.devices.input_reports import ReportParser
+from virtio.devices.input_timed import read_script
+from virtio.errors import HostError
 
 TEXT_MAX: Final = 128  # 5.8.4: the config space's room for a string
 
@@ -16,8 +20,11 @@ TEXT_MAX: Final = 128  # 5.8.4: the config space's room for a string
 class InputOptions(DeviceOptions):
     """What the guest's keyboard, mouse or tablet is, and what is behind it."""
 
+    only_read: ClassVar[frozenset[str]] = frozenset({"script"})
+    """Files that several devices may have."""
+
     backend: Literal["script", "evdev"] = Field(
-        "script", description='"script": events sent over control; "evdev": an input device of this host.'
+        "script", description='"script": events sent over control, or in a file; "evdev": an input device of this host.'
     )
     events: tuple[str, ...] = Field(
         ("keyboard",),
@@ -32,6 +39,11 @@ class InputOptions(DeviceOptions):
         None,
         description="script: a Unix socket that takes events, one report a line.",
         examples=["/run/hyperbell/keyboard.control"],
+    )
+    script: Path | None = Field(
+        None,
+        description="script: a file of such lines, wait SECONDS and repeat, played to each driver that starts.",
+        examples=["/etc/hyperbell/keyboard.events"],
     )
     evdev: Path | None = Field(None, description="evdev: the device.", examples=["/dev/input/event3"])
     grab: bool = Field(True, description="evdev: whether the host itself no longer sees its events.")
@@ -63,11 +75,22 @@ class InputOptions(DeviceOptions):
         if (self.evdev is not None) != (self.backend == "evdev"):
             need = 'needs evdev, for example: evdev = "/dev/input/event3"' if self.evdev is None else "has no evdev"
             raise ValueError(f'backend = "{self.backend}" {need}')
-        others = ("events", "range", "label", "control") if self.backend == "evdev" else ("grab",)
+        others = ("events", "range", "label", "control", "script") if self.backend == "evdev" else ("grab",)
         for key in others:
             if key in self.model_fields_set:
                 raise ValueError(f'backend = "{self.backend}" has no {key}')
         return self
+
+    def faults_in_files(self, folder: Path) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong) of the files that belong to the configuration, whose folder is ``folder``."""
+        if self.script is not None:
+            try:
+                read_script(folder / self.script, self.reports())
+            except HostError as error:
+                yield "script", str(error)
+
+    def reports(self) -> ReportParser:
+        return ReportParser(self.codes(), self.range)
 
     def codes(self) -> dict[int, set[int]]:
         """The codes of each event type that ``events`` means."""

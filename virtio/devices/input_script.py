@@ -1,26 +1,20 @@
 """Events that a program sends over a Unix socket, one report a line.
 
-Commands, several of them joined by ``;`` for one report (see ``line_server`` for the answers and ``watch``):
-
-* ``key KEY_A press``, ``release`` or ``tap`` (both, in a report each)
-* ``move REL_X 5``, ``place ABS_X 1000``
-
-A light that the guest switches is told as ``light LED_CAPSL 1``.
+See ``input_reports`` for what a report looks like, ``line_server`` for the answers and ``watch``. A light that the
+guest switches is told as ``light LED_CAPSL 1``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import trio
 
-from virtio.devices.input_codes import CODE_COUNTS, EV_ABS, EV_KEY, EV_REL, code_name, parse_code
+from virtio.devices.input_codes import CODE_COUNTS, code_name
 from virtio.devices.input_options import InputOptions
+from virtio.devices.input_reports import ReportError
 from virtio.devices.input_source import Description, InputEvent
 from virtio.devices.line_server import CommandError, LineClient, LineServer
-
-_HELP: Final = "a report is: key KEY_A press|release|tap, move REL_X NUMBER, place ABS_X NUMBER; several joined by ;"
 
 
 class ScriptSource:
@@ -28,7 +22,7 @@ class ScriptSource:
 
     def __init__(self, options: InputOptions) -> None:
         self._codes = options.codes()
-        self._range = options.range
+        self._reports = options.reports()
         least, most = options.range
         self.description = Description(
             label=options.label.encode(),
@@ -52,39 +46,13 @@ class ScriptSource:
         self._server.close()
 
     async def _obey(self, client: LineClient, text: str) -> None:
-        report: list[InputEvent] = []
-        afterwards: list[InputEvent] = []
-        for part in text.split(";"):
-            event, tap = self._parse(part)
-            report.append(event)
-            if tap:
-                afterwards.append(event._replace(value=0))
-        taken = self.emit(report)
-        if afterwards:
-            taken = self.emit(afterwards) and taken
-        if not taken:
-            raise CommandError("no guest's driver runs")
-
-    def _parse(self, text: str) -> tuple[InputEvent, bool]:
-        """An event, and whether it is a key that goes up again."""
-        match text.split():
-            case ["key", name, ("press" | "tap" | "release") as how]:
-                code = self._code(name, EV_KEY)
-                return InputEvent(EV_KEY, code, int(how != "release")), how == "tap"
-            case ["move", name, number]:
-                return InputEvent(EV_REL, self._code(name, EV_REL), _number(number, -(1 << 31), (1 << 31) - 1)), False
-            case ["place", name, number]:
-                return InputEvent(EV_ABS, self._code(name, EV_ABS), _number(number, *self._range)), False
-        raise CommandError(_HELP)
-
-    def _code(self, name: str, wanted: int) -> int:
         try:
-            kind, code = parse_code(name)
-        except ValueError as error:
+            reports = self._reports.parse(text)
+        except ReportError as error:
             raise CommandError(str(error)) from error
-        if kind != wanted or code not in self._codes.get(kind, ()):
-            raise CommandError(f"this device has no {name} here (events)")
-        return code
+        taken = [self.emit(report) for report in reports]
+        if not all(taken):
+            raise CommandError("no guest's driver runs")
 
 
 def bitmap(codes: Sequence[int] | set[int]) -> bytes:
@@ -92,13 +60,3 @@ def bitmap(codes: Sequence[int] | set[int]) -> bytes:
     bits = sum(1 << code for code in codes)
     assert bits < 1 << max(CODE_COUNTS.values())
     return bits.to_bytes((bits.bit_length() + 7) // 8, "little")
-
-
-def _number(text: str, least: int, most: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise CommandError(f"{text!r} is not a number") from None
-    if not least <= value <= most:
-        raise CommandError(f"{value} is not from {least} to {most}")
-    return value
