@@ -117,6 +117,21 @@ def check_sharers(
             yield name, f"{thing} has room for {limit} devices", "put some of them on another one"
 
 
+def check_unique(drafts: Iterable[DeviceDraft]) -> Iterator[Finding]:
+    """Devices that claim what only one of them can be.
+
+    What it is their options say: ``unique``, a key and what its value means, say ("cid", 'cid 3 of group "lab"').
+    """
+    claimed: dict[str, str] = {}
+    for draft in drafts:
+        claim: tuple[str, str] | None = getattr(draft.options, "unique", None)
+        if claim is not None:
+            key, thing = claim
+            first = claimed.setdefault(thing, draft.name)
+            if first != draft.name:
+                yield Finding(("devices", draft.name, key), f'{thing} is already device "{first}"', "give each its own")
+
+
 def check_files(drafts: Iterable[DeviceDraft], folder: Path) -> Iterator[Finding]:
     """What is wrong in files that belong to a device's options, and so to the configuration.
 
@@ -172,6 +187,10 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
             for key, file in _paths_in(draft.options):
                 shared = read_only or key[0] in getattr(draft.options, "only_read", ())
                 yield _Claim((*path, *key), file, f'the {".".join(key)} of device "{draft.name}"', shared)
+            # Files that the device makes beside those its options name: ``derived_paths``, by the options' keys.
+            derived: Mapping[str, Path] = getattr(draft.options, "derived_paths", {})
+            for name, file in derived.items():
+                yield _Claim((*path, name), file, f'made beside the {name} of device "{draft.name}"', False)
 
 
 def _paths_in(value: object) -> Iterator[tuple[KeyPath, Path]]:

@@ -12,7 +12,16 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from config.checks import DeviceDraft, Finding, check_device, check_files, check_paths, check_sharers, resolved_workers
+from config.checks import (
+    DeviceDraft,
+    Finding,
+    check_device,
+    check_files,
+    check_paths,
+    check_sharers,
+    check_unique,
+    resolved_workers,
+)
 from config.origins import KeyPath, Origins
 from config.problems import ConfigError, Problem, closest, explain, toml_value
 from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, DeviceTypes, WorkerConfig
@@ -260,7 +269,7 @@ class _Loader:
         sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
         for finding in check_paths(drafts, sockets, self.folder):
             self._add(*finding)
-        for finding in check_files(drafts, self.folder):
+        for finding in (*check_unique(drafts), *check_files(drafts, self.folder)):
             self._add(*finding)
 
 

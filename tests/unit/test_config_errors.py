@@ -330,3 +330,52 @@ def test_devices_that_share_something_must_be_driven_by_one_worker(tmp_path: Pat
     assert found[2] == 'names 2 workers, but all devices on the switch "lan" must be driven by one'
     (found,) = port_problems(tmp_path, "".join(port(name) for name in "abcde"))
     assert found[2] == 'the switch "lan" has room for 3 devices'
+
+
+class GuestOptions(BaseModel):
+    """A device that is somebody, and makes a second file, for these tests."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: int
+    path: Path
+
+    @property
+    def unique(self) -> tuple[str, str] | None:
+        return ("number", f"number {self.number}") if self.number else None
+
+    @property
+    def derived_paths(self) -> dict[str, Path]:
+        return {"path": self.path.with_name(f"{self.path.name}.more")}
+
+
+GUESTS = KnownTypes({"guest": DeviceType(GuestOptions, frozenset(), False, 1, 1, 1, 1024)})
+
+
+def guest_problems(folder: Path, *guests: tuple[str, int, str]) -> list[tuple[str, str, str]]:
+    file = folder / "guests.toml"
+    tables = (
+        f'[devices.{name}]\ntype = "guest"\nsocket = "{name}.sock"\nnumber = {number}\npath = "{path}"\n'
+        for name, number, path in guests
+    )
+    file.write_text("".join(tables))
+    try:
+        load(file, GUESTS, {"vhost-user"})
+    except ConfigError as error:
+        return [(problem.table, problem.key, problem.message) for problem in error.problems]
+    return []
+
+
+def test_what_only_one_device_can_be_is_refused_to_the_second(tmp_path: Path) -> None:
+    assert guest_problems(tmp_path, ("a", 1, "a"), ("b", 2, "b"), ("c", 0, "c"), ("d", 0, "d")) == []
+    assert guest_problems(tmp_path, ("a", 1, "a"), ("b", 2, "b"), ("c", 1, "c"), ("d", 1, "d")) == [
+        ("devices.c", "number", 'number 1 is already device "a"'),
+        ("devices.d", "number", 'number 1 is already device "a"'),
+    ]
+
+
+def test_a_file_that_a_device_makes_beside_another_is_nobody_elses(tmp_path: Path) -> None:
+    (found,) = guest_problems(tmp_path, ("a", 1, "x"), ("b", 2, "./x.more"))
+    assert found == ("devices.b", "path", 'x.more is already made beside the path of device "a"')
+    (found,) = guest_problems(tmp_path, ("a", 1, "x.more"), ("b", 2, "x"))
+    assert found == ("devices.b", "path", 'x.more is already the path of device "a"')

@@ -9,23 +9,20 @@ from __future__ import annotations
 import itertools
 import socket as sockets
 from collections import deque
-from pathlib import Path
 from typing import ClassVar, Final
 from weakref import WeakValueDictionary
 
 import structlog
 import trio
-from pydantic import Field
 
 from virtio import spec
 from virtio.config_space import VIRTIO_VSOCK_CONFIG
-from virtio.device import Chain, Device, DeviceOptions, Queue
+from virtio.device import Chain, Device, Queue
 from virtio.devices.vsock_connection import Connection, State
 from virtio.devices.vsock_host import SOCKET_KINDS, HostListener, connect, read_command
+from virtio.devices.vsock_options import VsockOptions
 from virtio.devices.vsock_packet import (
-    CID_FIRST_GUEST,
     CID_HOST,
-    CID_LAST_GUEST,
     HEADER_SIZE,
     VIRTIO_VSOCK_OP_REQUEST,
     VIRTIO_VSOCK_OP_RST,
@@ -67,25 +64,6 @@ BATCH: Final = 64
 log = structlog.get_logger()
 
 
-class VsockOptions(DeviceOptions):
-    """Options of ``type = "vsock"``."""
-
-    cid: int = Field(
-        ge=CID_FIRST_GUEST, le=CID_LAST_GUEST, description="The guest's context id: its address, 3 or more."
-    )
-    path: Path = Field(
-        description="The Unix socket on which the host connects to the guest (CONNECT PORT); the guest's connections "
-        "to port N of the host come to path_N."
-    )
-    group: str | None = Field(
-        None,
-        min_length=1,
-        max_length=63,
-        description="Guests of one group may connect to each other. Default: to the host only.",
-    )
-    connections: int = Field(512, ge=1, le=16384, description="Connections at most; further ones are refused.")
-
-
 _GUESTS: Final[WeakValueDictionary[tuple[str, int], Vsock]] = WeakValueDictionary()
 """The devices of this process that may talk to each other, by group and context id."""
 
@@ -121,9 +99,8 @@ class Vsock(Device):
             _GUESTS[options.group, self.cid] = self
         self._listeners: list[HostListener] = []
         try:
-            for kind, suffix in ((VIRTIO_VSOCK_TYPE_STREAM, ""), (VIRTIO_VSOCK_TYPE_SEQPACKET, ".seqpacket")):
-                path = options.path.with_name(options.path.name + suffix)
-                self._listeners.append(HostListener(path, kind))
+            self._listeners.append(HostListener(options.path, VIRTIO_VSOCK_TYPE_STREAM))
+            self._listeners.append(HostListener(options.seqpacket_path, VIRTIO_VSOCK_TYPE_SEQPACKET))
         except BaseException:
             self.close()
             raise

@@ -1,0 +1,50 @@
+"""Options of ``type = "vsock"``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from virtio.device import DeviceOptions
+from virtio.devices.vsock_packet import CID_FIRST_GUEST, CID_LAST_GUEST
+
+
+class VsockOptions(DeviceOptions):
+    """Who the guest is, and where the host meets it."""
+
+    cid: int = Field(
+        ge=CID_FIRST_GUEST, le=CID_LAST_GUEST, description="The guest's context id: its address, 3 or more."
+    )
+    path: Path = Field(
+        description="The Unix socket on which the host connects to the guest (CONNECT PORT); the guest's connections "
+        "to port N of the host come to path_N."
+    )
+    group: str | None = Field(
+        None,
+        min_length=1,
+        max_length=63,
+        description="Guests of one group may connect to each other. Default: to the host only.",
+    )
+    connections: int = Field(512, ge=1, le=16384, description="Connections at most; further ones are refused.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_has_a_name(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError(f"{value} is a folder, and a socket needs a name")
+        return value
+
+    @property
+    def seqpacket_path(self) -> Path:
+        """The socket like ``path`` for whole messages."""
+        return self.path.with_name(f"{self.path.name}.seqpacket")
+
+    @property
+    def unique(self) -> tuple[str, str] | None:
+        """Without a group nobody asks for a guest by its cid."""
+        return ("cid", f'cid {self.cid} of group "{self.group}"') if self.group is not None else None
+
+    @property
+    def derived_paths(self) -> dict[str, Path]:
+        return {"path": self.seqpacket_path}
