@@ -42,6 +42,7 @@ class _QueueState:
         self.started = False
         self.enabled = False
         self.running = False
+        self.muted = False  # it runs although it is disabled, to no effect
         self.changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
         self.broken = False
         self.miss_told = 0  # the last miss that became an event
@@ -214,7 +215,11 @@ class Backend:
     async def announce(self, address: bytes) -> None:
         """The guest has moved here: its network is told that ``address``, of 6 bytes, is on this port now."""
         self._device.prepare_announcement(address)
-        worker = self._workers[self._device.worker_of(0, len(self._workers))]
+        await self._nudge(0)
+
+    async def _nudge(self, index: int) -> None:
+        """The worker of that queue has seen what the device was told."""
+        worker = self._workers[self._device.worker_of(index, len(self._workers))]
         await worker.nudge(self._device.native_device)
 
     # ---- memory ----
@@ -346,9 +351,18 @@ class Backend:
         queue = self._queue(index)
         queue.enabled = on
         if on:
+            self._unmute(queue)
             await self._run_if_due(queue)
+        elif queue.running and self._device.mute(index, True):
+            queue.muted = True
+            await self._nudge(index)  # so nothing has an effect any more when this returns
         else:
             await self._halt(queue)
+
+    def _unmute(self, queue: _QueueState) -> None:
+        if queue.muted:
+            queue.muted = False
+            self._device.mute(queue.vq.index, False)
 
     async def stop_queue(self, index: int) -> int:
         """Stop and drain; where the ring stands. Nothing of the queue touches guest memory after this."""
@@ -386,6 +400,7 @@ class Backend:
                     await queue.driver.stop()
                     nursery.cancel_scope.cancel()
                 queue.running = False
+        self._unmute(queue)
         self._device.queue_running(queue.vq.index, False)
         self._log.debug("queue stopped", queue=queue.vq.index)
 

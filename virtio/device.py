@@ -100,6 +100,13 @@ class Device:
         """Plug the cable in or out, and tell the driver; False: it was so already. ``HostError``: there is none."""
         raise HostError(f"a {self.type_name} device has no link")
 
+    def mute(self, queue_index: int, on: bool) -> bool:
+        """A queue that runs is disabled (or no more): what the driver makes available is used without any effect.
+
+        False: it is not, and the queue stops. Its worker is nudged afterwards.
+        """
+        return False
+
     def refresh(self) -> bool:
         """Look again at what the device stands on (SIGHUP); True when something changed."""
         return False

@@ -35,6 +35,8 @@ class NicCounters:
     malformed: int = 0
     """From the guest: with a header that lies, or no frame at all."""
     sent_link_down: int = 0
+    sent_disabled: int = 0
+    """From the guest: on a transmit queue that the front-end had disabled."""
     dropped: int = 0
     """From the guest: nobody was there to take it."""
     no_buffers: int = 0
@@ -94,6 +96,10 @@ class NativeNic(NativeDevice):
     def set_link(self, up: bool) -> None:
         """Down: whatever is sent either way is lost."""
         lib.net_set_link(self._alive(), up)
+
+    def mute(self, pair: int, on: bool) -> None:
+        """Whatever is sent on that pair is taken and lost. Its worker knows once it has been nudged."""
+        lib.net_mute(self._alive(), pair, on)
 
     def ask_to_announce(self) -> None:
         """Ask a driver that can (5.1.4) to tell its network where it is; ``announcing`` until it has done so."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from virtio.devices.net import Net, NetOptions, mac_from_name
 from virtio.fd import OwnedFd
 from virtio.nic import NicCounters
-from virtio.testing.driver import Used
+from virtio.testing.driver import Element, Used
 from virtio.waist import Doorbell
 
 RECEIVE, TRANSMIT = 0, 1
@@ -249,6 +249,87 @@ async def test_a_driver_of_old_gets_the_header_of_old(setting: Setting) -> None:
         await send(p.guest, frame(60), bytes(10))
         (used,) = await p.guest.queues[RECEIVE].used()
         assert (used.written, used.buffers[0]) == (70, bytes(10) + frame(60))
+
+
+# ---- a disabled transmit queue (vhost-user, "Ring states") ----
+
+
+@every_native_setting
+async def test_what_is_sent_on_a_disabled_queue_is_taken_counted_and_never_comes(setting: Setting) -> None:
+    async with plugged(net("reflect"), setting) as p:
+        for _ in range(4):
+            p.guest.queues[RECEIVE].driver.add([], [1526])
+        await send(p.guest, frame(60, 1))
+        await p.guest.link.enable(TRANSMIT, False)
+        for seed in (2, 3, 4):
+            assert (await send(p.guest, frame(60, seed))).written == 0
+        assert counters(p.device) == NicCounters(sent_disabled=3)
+        assert p.op("transmit", TRANSMIT) == (4, 3)
+        await p.guest.link.enable(TRANSMIT, True)
+        await send(p.guest, frame(60, 5))
+        assert await received(p.guest, 2) == [frame(60, 1), frame(60, 5)]
+        assert counters(p.device) == NicCounters(sent_disabled=3)
+
+
+@every_native_setting
+async def test_lies_on_a_disabled_queue_are_still_lies(setting: Setting) -> None:
+    async with plugged(net("reflect"), setting) as p:
+        await p.guest.link.enable(TRANSMIT, False)
+        await send(p.guest, b"")
+        await send(p.guest, frame(60))
+        assert counters(p.device) == NicCounters(malformed=1, sent_disabled=1)
+        ring = p.guest.queues[TRANSMIT]
+        ring.driver.add_elements([Element(1 << 40, 100, False)])  # outside memory
+        ring.kick()
+        await ring.broken()
+        assert await p.guest.link.stop(TRANSMIT) is not None
+
+
+@every_native_setting
+async def test_a_disabled_queue_stops_and_starts_like_any_other_and_waits_to_be_enabled(setting: Setting) -> None:
+    async with plugged(net("reflect"), setting) as p:
+        p.guest.queues[RECEIVE].driver.add([], [1526])
+        await p.guest.link.enable(TRANSMIT, False)
+        await send(p.guest, frame(60, 1))
+        base = await p.guest.link.stop(TRANSMIT)
+        ring = p.guest.queues[TRANSMIT]
+        await p.guest.link.set_up(TRANSMIT, ring.driver.size, ring.areas, base)
+        await p.guest.link.set_call(TRANSMIT, ring.call_fd)
+        ring.driver.add([HEADER, frame(60, 2)], [])
+        ring.ring()
+        await p.guest.link.set_kick(TRANSMIT, ring.kick_fd)
+        await p.guest.link.enable(TRANSMIT, True)
+        await ring.used()
+        assert await received(p.guest) == [frame(60, 2)]
+        assert counters(p.device) == NicCounters(sent_disabled=1)
+
+
+@every_native_setting
+async def test_a_new_driver_is_not_silenced_by_what_the_last_one_had_disabled(setting: Setting) -> None:
+    async with plugged(net("reflect"), setting) as p:
+        await p.guest.link.enable(TRANSMIT, False)
+        await p.guest.link.reset()
+        p.guest.forget_queues()
+        await p.guest.start()
+        p.guest.queues[RECEIVE].driver.add([], [72])
+        await send(p.guest, frame(60))
+        assert await received(p.guest) == [frame(60)]
+
+
+@every_reactor
+async def test_a_queue_disabled_under_load_lets_nothing_through_after_the_answer(setting: Setting) -> None:
+    async with plugged(net("reflect"), setting, queue_size=256) as p:
+        frames = p.guest.queues[RECEIVE], p.guest.queues[TRANSMIT]
+        for round_number in range(50):
+            for _ in range(60):
+                frames[1].driver.add([HEADER, frame(60)], [])
+            frames[1].kick()
+            await p.guest.link.enable(TRANSMIT, False)
+            lost = counters(p.device).no_buffers  # those that came back, before it was disabled
+            await frames[1].used(60)
+            assert counters(p.device).no_buffers == lost
+            assert lost + counters(p.device).sent_disabled == 60 * (round_number + 1)
+            await p.guest.link.enable(TRANSMIT, True)
 
 
 # ---- lies ----

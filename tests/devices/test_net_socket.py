@@ -15,6 +15,7 @@ import structlog
 import trio
 import trio.testing
 from blk_driver import pattern
+from frontend import Setting, every_reactor, plugged
 from net_station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
 from pydantic import ValidationError
 
@@ -189,6 +190,51 @@ async def test_a_peer_that_takes_nothing_is_given_up_and_the_queue_goes_on(
                 assert line["reason"] == "the peer took nothing for 0.2 s"
             async with connected(folder) as again:
                 await hears(s, again, b"y" * 50)
+
+
+@every_reactor
+async def test_frames_that_wait_for_a_peer_are_given_up_when_their_queue_is_disabled(
+    folder: Path, setting: Setting
+) -> None:
+    here, there = (f"unixgram:{folder / name}" for name in "ab")
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        peer.bind(str(folder / "b"))
+        device = Net("a", NetOptions(backend="socket", local=here, remote=there), 1, 256)
+        async with plugged(device, setting) as p:
+            await p.guest.queues[1].request([bytes(12) + frame(b"arrives")], [])
+            assert peer.recv(2000) == frame(b"arrives")
+            fill(peer, stack)
+            for _ in range(3):
+                p.guest.queues[1].driver.add([bytes(12) + frame(b"waits")], [])
+            before = p.backend.stats().queues[1].wakeups
+            p.guest.queues[1].ring()
+            with trio.fail_after(GUARD):
+                while p.backend.stats().queues[1].wakeups == before:
+                    await trio.lowlevel.checkpoint()
+            assert p.guest.queues[1].driver.used() == []
+            await p.guest.link.enable(1, False)
+            assert len(await p.guest.queues[1].used(3)) == 3
+            assert device.native_device.counters().sent_disabled == 3
+            await p.guest.link.enable(1, True)
+            p.guest.queues[1].driver.add([bytes(12) + frame(b"comes")], [])
+            p.guest.queues[1].kick()
+            while (data := peer.recv(2000)) == b"x":
+                pass
+            assert data == frame(b"comes")
+
+
+def fill(peer: socket.socket, stack: contextlib.ExitStack) -> None:
+    """Nobody can send ``peer`` any more."""
+    while True:
+        sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        sender.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sender.sendto(b"x", peer.getsockname()):
+                sent += 1
+        if sent == 0:
+            return
 
 
 async def test_a_guest_that_takes_nothing_makes_its_peer_wait_and_loses_nothing(folder: Path) -> None:

@@ -153,6 +153,8 @@ static void lies(struct rig *rig, bool packed, uint32_t rounds)
 
 		make_frame(data, length, &random);
 		listen_again(&to, &random);
+		if (random_next(&random) % 8 == 0) /* at any moment, also in the middle of a turn */
+			net_mute(from.nic, 0, random_next(&random) & 1);
 		send(&from, TX, length, 0, &random);
 		for (uint32_t b = 0; b < 40; b++)
 			data[b] = (uint8_t)random_next(&random);
@@ -163,7 +165,7 @@ static void lies(struct rig *rig, bool packed, uint32_t rounds)
 	net_counters(from.nic, &sent);
 	net_counters(to.nic, &heard);
 	/* Each kind was met: what is refused at once, what only segmenting finds out, and what is honest enough. */
-	CHECK(sent.malformed > rounds / 100 && heard.misreceived > rounds / 100);
+	CHECK(sent.malformed > rounds / 100 && sent.sent_disabled > rounds / 100 && heard.misreceived > rounds / 100);
 	CHECK(load_relaxed(&virtqueue_stats(to.vq[RX])->ops[NET_OP_RECEIVE].requests) > rounds / 100);
 	port_close(&from, rig);
 	port_close(&to, rig);

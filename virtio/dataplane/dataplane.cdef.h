@@ -269,6 +269,7 @@ struct net_counters { /* frames lost, by reason; one set a pair, written by its 
 	/* from the guest */
 	uint64_t malformed;       /* with a header that lies, or no frame */
 	uint64_t sent_link_down;
+	uint64_t sent_disabled;   /* on a transmit queue that the front-end disabled */
 	uint64_t dropped;         /* nobody there to take it */
 	/* for the guest */
 	uint64_t no_buffers;      /* which had no receive buffers */
@@ -287,6 +288,8 @@ struct native_device *net_new(const struct net_setup *setup, struct net_switch *
 /* Any thread, at any time. Other features than before: what the driver said by its control queue is forgotten. */
 void net_set_features(struct native_device *device, uint64_t features);
 void net_set_link(struct native_device *device, uint32_t up);
+/* Any thread: what is sent on that pair is taken and lost. A turn that has begun may not know yet. */
+void net_mute(struct native_device *device, uint32_t pair, uint32_t on);
 /* 5.1.4: ask the driver to announce itself; true until it has acknowledged that. */
 void net_ask_to_announce(struct native_device *device);
 uint32_t net_announcing(struct native_device *device);

@@ -85,6 +85,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
 	struct net_header pending_header;
 	struct net_taken held;      /* buffers too few for it, which it keeps while it waits for more */
+	uint32_t muted;             /* atomic: the transmit queue is disabled, what comes on it has no effect */
 	bool listening;             /* the receive queue is driven; under net_device.selecting */
 	bool selected;              /* tap: the kernel spreads flows over this queue too; likewise */
 	struct net_counters counters;

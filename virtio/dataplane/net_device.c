@@ -38,7 +38,7 @@ static const struct net_backend *const backends[] = {
 
 static bool transmit_blocked(const struct net_pair *pair)
 {
-	return pair->net->backend->receive && !(pair->source.ready & POLLOUT);
+	return pair->net->backend->receive && !(pair->source.ready & POLLOUT) && !load_relaxed(&pair->muted);
 }
 
 static bool transmit_turn(struct net_pair *pair, struct worker *w)
@@ -56,6 +56,9 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 
 		if (!honest) {
 			stat_add(&pair->counters.malformed, 1);
+			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
+		} else if (load_relaxed(&pair->muted)) {
+			stat_add(&pair->counters.sent_disabled, 1);
 			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
 		} else if (!load_relaxed(&net->link_up)) {
 			stat_add(&pair->counters.sent_link_down, 1);
@@ -389,6 +392,14 @@ void net_set_features(struct native_device *device, uint64_t features)
 void net_set_link(struct native_device *device, uint32_t up)
 {
 	store_relaxed(&((struct net_device *)device)->link_up, up);
+}
+
+void net_mute(struct native_device *device, uint32_t pair, uint32_t on)
+{
+	struct net_device *net = (struct net_device *)device;
+
+	if (pair < net->setup.pairs)
+		store_relaxed(&net->pairs[pair].muted, on);
 }
 
 void net_ask_to_announce(struct native_device *device)

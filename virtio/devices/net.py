@@ -87,6 +87,7 @@ _TAP_OFFLOADS: Final = {
 _LOST: Final = (
     ("malformed", "transmit", "malformed"),
     ("sent_link_down", "transmit", "link_down"),
+    ("sent_disabled", "transmit", "disabled"),
     ("dropped", "transmit", "nobody_there"),
     ("no_buffers", "receive", "no_buffers"),
     ("refused", "receive", "too_large"),
@@ -366,6 +367,13 @@ class Net(Device):
         if up:
             self._nic.ask_to_announce()
         self.config_changed()
+        return True
+
+    def mute(self, queue_index: int, on: bool) -> bool:
+        """Of what a guest sends meanwhile nothing stays behind to be sent later."""
+        if not queue_index % 2:  # receive queues, and control
+            return False
+        self._nic.mute(queue_index // 2, on)
         return True
 
     def set_mtu(self, mtu: int) -> None:
