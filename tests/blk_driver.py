@@ -36,6 +36,8 @@ UNMAP: Final = 1
 F_RO: Final = 1 << 5
 F_FLUSH: Final = 1 << 9
 F_CONFIG_WCE: Final = 1 << 11
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
 CONFIG_WRITEBACK: Final = 32
 
 UNTOUCHED: Final = 0xEE

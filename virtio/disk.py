@@ -1,4 +1,4 @@
-"""The Python face of the native block device: what is set once, and the two things that may change while it serves."""
+"""The Python face of the native block device: what is set once, and what may change later."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ class NativeDisk(NativeDevice):
     def set_writeback(self, on: bool) -> None:
         """The driver's cache mode (5.2.5.2): off means that a write is durable before it is answered."""
         lib.blk_set_writeback(self._alive(), on)
+
+    def accept(self, *, discards: bool, zeroes: bool) -> None:
+        """What the driver accepted: a request of the other kind is unsupported, as for a disk that has it not."""
+        lib.blk_accept(self._alive(), discards, zeroes)
 
     def close(self) -> None:
         """Let go of the disk, and so of the image and its lock; a worker in the middle of a request does so later."""

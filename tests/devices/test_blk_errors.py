@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from blk_driver import (
+    F_DISCARD,
     F_RO,
+    F_WRITE_ZEROES,
     S_IOERR,
     S_OK,
     S_UNSUPP,
     T_DISCARD,
     T_FLUSH,
+    T_GET_ID,
     T_IN,
     T_OUT,
     T_WRITE_ZEROES,
@@ -95,10 +98,38 @@ async def test_an_unknown_type_is_unsupported(setting: Setting, tmp_path: Path) 
 async def test_a_request_with_data_in_the_wrong_direction_is_an_error(setting: Setting, tmp_path: Path) -> None:
     async with plugged(make_disk("file", tmp_path / "image"), setting) as p:
         disk = BlkDriver(p.guest.queues[0])
-        for kind in (T_IN, T_OUT):
-            answer = await disk.request(kind, 0, bytes(SECTOR), SECTOR)
-            assert (answer.status, answer.written) == (S_IOERR, 1)
+        both = [(kind, bytes(SECTOR), SECTOR) for kind in (T_IN, T_OUT, T_FLUSH, T_GET_ID)]
+        both += [(kind, segment(0, 8), SECTOR) for kind in (T_DISCARD, T_WRITE_ZEROES)]
+        sent = [(kind, bytes(SECTOR), 0) for kind in (T_IN, T_FLUSH, T_GET_ID)]
+        received = [(kind, b"", SECTOR) for kind in (T_OUT, T_DISCARD, T_WRITE_ZEROES)]
+        for kind, data, room in (*both, *sent, *received):
+            answer = await disk.request(kind, 0, data, room)
+            assert (answer.status, answer.written) == (S_IOERR, 1), (kind, len(data), room)
         assert await disk.read(0, SECTOR) == bytes(SECTOR)
+
+
+@every_native_setting
+@pytest.mark.parametrize("turned_off", [False, True], ids=["not_accepted", "turned_off"])
+async def test_a_request_whose_feature_was_not_negotiated_is_unsupported_and_does_nothing(
+    setting: Setting, turned_off: bool, tmp_path: Path
+) -> None:
+    requests = {T_DISCARD: F_DISCARD, T_WRITE_ZEROES: F_WRITE_ZEROES}
+    for number, (declined, feature) in enumerate(requests.items()):
+        off = [feature.bit_length() - 1] if turned_off else []
+        disk_of_ours = make_disk("file", tmp_path / f"image{number}")
+        async with plugged(disk_of_ours, setting, without=0 if turned_off else feature, features_off=off) as p:
+            disk = BlkDriver(p.guest.queues[0])
+            await disk.write(0, CONTENT[: 64 << 10])
+            assert await disk.request(declined, data=segment(0, 8)) == Answer(S_UNSUPP, b"", 1)
+            assert await disk.read(0, 64 << 10) == CONTENT[: 64 << 10]
+            for other in requests.keys() - {declined}:
+                assert (await disk.request(other, data=segment(0, 8))).status == S_OK
+            await p.guest.link.reset()
+            p.guest.forget_queues()
+            if not turned_off:  # the next driver may think otherwise
+                await p.guest.start()
+                answer = await BlkDriver(p.guest.queues[0]).request(declined, data=segment(0, 8))
+                assert answer.status == S_OK
 
 
 @every_reactor

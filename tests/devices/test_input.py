@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from frontend import F_RING_PACKED, Plugged, Setting, every_python_setting, plugged
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from line_client import talking
 from links import WaistLink
@@ -21,6 +21,7 @@ from virtio.devices.input_codes import CODES, EV_ABS, EV_KEY, EV_LED, EV_REL, pa
 from virtio.devices.input_options import InputOptions
 from virtio.devices.input_source import PENDING_MAX, EventQueue, InputEvent
 from virtio.errors import HostError
+from virtio.testing import attach
 from virtio.testing.queue import GUARD
 from virtio.waist import IotlbMiss, Permission
 
@@ -130,6 +131,41 @@ async def test_buffers_that_are_too_small_come_back_and_cost_no_event(setting: S
         assert p.op("status", STATUS_QUEUE) == (4, 4)
         await status.request([struct.pack("<HHi", EV_KEY, KEY_A, 1)], [])  # not for us
         assert p.op("status", STATUS_QUEUE) == (5, 4)
+
+
+CHAINS = st.tuples(st.sampled_from([EVENT_QUEUE, STATUS_QUEUE]), st.binary(max_size=20), st.integers(0, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CHAINS, max_size=20), st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=4)), max_size=8))
+def test_whatever_a_driver_sends_and_asks_every_buffer_comes_back_or_waits(
+    chains: list[tuple[int, bytes, int]], questions: list[tuple[int, bytes]]
+) -> None:
+    async def scenario() -> None:
+        device = keyboard()
+        async with attach(device) as driver:
+            for offset, data in questions:
+                driver.write_config(offset, data[: 256 - offset])
+                space = driver.read_config(0, 136)
+                assert space[2] <= 128
+                assert not any(space[8 + space[2] :])
+            sent = [0, 0]
+            for queue, readable, room in chains:
+                if readable or room:
+                    driver.post(queue, readable, room)
+                    sent[queue] += 1
+            if sent[STATUS_QUEUE]:
+                assert [data for _, data in await driver.answers(STATUS_QUEUE, sent[STATUS_QUEUE])] == [b""] * sent[1]
+            driver.post(EVENT_QUEUE, writable=8)
+            press(device, KEY_A)
+            driver.post(EVENT_QUEUE, writable=8)
+            told: list[bytes] = []
+            while len(told) < 2:  # some of the buffers above may be good ones
+                told += [data for _, data in await driver.answers(EVENT_QUEUE) if data]
+            assert told[:2] == [struct.pack("<HHi", EV_KEY, KEY_A, 1), bytes(8)]
+            assert not any(queue.broken for queue in driver._backend.stats().queues)
+
+    trio.run(scenario)
 
 
 async def test_keys_are_pressed_and_lights_are_seen_over_the_control_socket(tmp_path: Path) -> None:

@@ -219,33 +219,69 @@ async def test_a_large_packet_is_passed_on_whole_to_a_guest_that_takes_it(reacto
 
 @every_switch
 @pytest.mark.parametrize(
-    "lie",
+    ("lie", "seen_by"),
     [
-        (1, 1, 0, 0, 34, 16, 0),  # segments of no bytes
-        (1, 1, 0, 1, 34, 16, 0),  # as many segments as bytes: honest, and slow for nobody but the sender
-        (0, 1, 0, 1400, 34, 16, 0),  # segments without a checksum
-        (1, 1, 0, 1400, 0xFFFF, 16, 0),
-        (1, 1, 0, 1400, 34, 0xFFFF, 0),
-        (1, 1, 0, 1400, 13, 16, 0),
-        (1, 1, 0, 1400, 20, 16, 0),  # the transport inside the IP header
-        (1, 1, 0, 1400, 34, 6, 0),
-        (1, 4, 0, 1400, 34, 16, 0),  # version 6, it says
-        (1, 5, 0, 1400, 34, 16, 0),
-        (1, 3, 0, 1400, 34, 16, 0),  # UFO, which nobody offered
-        (1, 0x81, 0, 1400, 34, 16, 0),  # ECN
-        (0xFF, 0xFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF),
+        ((1, 1, 0, 0, 34, 16, 0), "sender"),  # segments of no bytes
+        ((1, 1, 0, 1, 34, 16, 0), "nobody"),  # as many segments as bytes: honest, and slow for nobody but the sender
+        ((0, 1, 0, 1400, 34, 16, 0), "sender"),  # segments without a checksum
+        ((1, 1, 0, 1400, 0xFFFF, 16, 0), "sender"),
+        ((1, 1, 0, 1400, 34, 0xFFFF, 0), "sender"),
+        ((1, 1, 0, 1400, 0xFFFF, 0xFFFF, 0), "sender"),  # whose sum is inside, in 16 bits
+        ((1, 0, 0, 0, 0xFFFF, 0xFFFF, 0), "sender"),
+        ((1, 0, 0, 0, 13, 16, 0), "sender"),  # a checksum that begins in the Ethernet header
+        ((1, 1, 0, 1400, 13, 16, 0), "sender"),
+        ((1, 1, 0, 1400, 20, 16, 0), "receiver"),  # the transport inside the IP header
+        ((1, 1, 0, 1400, 34, 6, 0), "receiver"),
+        ((1, 4, 0, 1400, 34, 16, 0), "receiver"),  # version 6, it says
+        ((1, 5, 0, 1400, 34, 16, 0), "receiver"),
+        ((1, 3, 0, 1400, 34, 16, 0), "sender"),  # UFO, which nobody offered
+        ((1, 2, 0, 1400, 34, 16, 0), "sender"),  # no type at all
+        ((1, 0x80, 0, 1400, 34, 16, 0), "sender"),  # ECN of nothing
+        ((1, 0x81, 0, 1400, 34, 16, 0), "nobody"),  # ECN
+        ((0xFF, 0xFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF), "sender"),
     ],
     ids=str,
 )
 async def test_a_header_that_lies_costs_nobody_but_its_frame(
-    reactor: str, ring: str, lie: tuple[int, int, int, int, int, int, int]
+    reactor: str, ring: str, lie: tuple[int, int, int, int, int, int, int], seen_by: str
 ) -> None:
     async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
         body, _, _ = packet("tcp4", pattern(1300, 5))
         await one.send(BROADCAST, body, struct.pack("<BBHHHHH", *lie))
+        lost = one.device.native_device.counters().malformed, two.device.native_device.counters().misreceived
+        assert lost == (int(seen_by == "sender"), int(seen_by == "receiver"))
+        assert two.device.native_device.counters().no_buffers == int(seen_by == "nobody")
         two.listen(2)
         # Nothing of it, whatever it was, is in the way of what comes after.
         body, start, offset = packet("udp4", b"honest")
         await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0))
         ((_, frame),) = await two.frames()
         assert check_sums(frame) == b"honest"
+
+
+@every_switch
+async def test_a_checksum_may_end_with_the_frame_and_not_a_byte_later(reactor: str, ring: str) -> None:
+    async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
+        two.listen(4)
+        size = 12 + len(body := b"\x88\xb5" + pattern(50, 1))
+        for start, offset in ((14, size - 15), (size - 1, 0), (size, 0), (0xFFFF, 0)):
+            await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0))
+        assert one.device.native_device.counters().malformed == 4
+        assert two.heard_nothing()
+        for start, offset in ((14, size - 16), (size - 2, 0)):
+            await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0))
+        frames = [frame for _, frame in await two.frames(2)]
+        assert [frame[:-2] for frame in frames] == [BROADCAST + one.mac + body[:-2]] * 2
+        assert all(frame[-2:] != body[-2:] for frame in frames)
+
+
+@every_switch
+@pytest.mark.parametrize("kind", KINDS)
+async def test_segments_larger_than_the_packet_leave_one(reactor: str, ring: str, kind: str) -> None:
+    async with lan(reactor, ring, 0, GUEST_OFFLOADS) as (one, two):
+        two.listen(4)
+        body, start, offset = packet(kind, pattern(1000, 5))
+        await one.send(BROADCAST, body, struct.pack("<BBHHHHH", 1, GSO[kind], 0, 0xFFFF, start, offset, 0))
+        ((_, frame),) = await two.frames()
+        assert check_sums(frame) == pattern(1000, 5)
+        assert two.heard_nothing()

@@ -10,6 +10,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peak import Peak
 from vsock_guest import (
     CID,
     CREDIT_REQUEST,
@@ -36,6 +37,7 @@ from vsock_guest import (
 
 from virtio.devices.vsock_packet import HEADER_SIZE, Packet
 from virtio.testing import attach
+from virtio.testing.driver import Element
 
 # ---- packets that make no sense ----
 
@@ -153,6 +155,45 @@ async def test_a_buffer_too_small_for_any_data_comes_back_empty(size: int, tmp_p
         assert [answer for _, answer in await driver.answers(RECEIVE_QUEUE, 3)] == [b""] * 3
         guest.post(1)
         assert (await guest.hear()).op == RST
+
+
+async def test_buffers_of_the_wrong_direction_come_back_and_carry_nothing(tmp_path: Path) -> None:
+    device = vsock(tmp_path)
+    async with attach(device) as driver:
+        guest = VsockGuest(driver, buffers=0)
+        for _ in range(3):
+            driver.post(RECEIVE_QUEUE, readable=b"x" * 100)
+        await guest.say(REQUEST, 1, 2)
+        assert [answer for _, answer in await driver.answers(RECEIVE_QUEUE, 3)] == [b""] * 3
+        guest.post(1)
+        assert (await guest.hear()).op == RST
+        assert await driver.request(TRANSMIT_QUEUE, writable=100) == b""
+        stats = driver._backend.stats().queues
+        assert stats[TRANSMIT_QUEUE].ops["transmit"].errors == 1
+        assert stats[RECEIVE_QUEUE].ops["receive"].errors == 3
+        guest.post(8)
+        await works(guest, tmp_path)
+
+
+async def test_a_packet_that_claims_far_more_than_the_guest_has_costs_no_memory(tmp_path: Path) -> None:
+    """The same MiB again and again: 200 MiB of data in a guest of 4, and the length is right."""
+    async with attach(vsock(tmp_path), queue_size=256) as driver:
+        guest = VsockGuest(driver)
+        inside, outside = await pair(guest, tmp_path)
+        queue, memory = driver.queues[TRANSMIT_QUEUE], driver._memory
+        header = guest.packet(RW, inside.port, 1024, b"", length=200 << 20)
+        at = memory.allocate(len(header))
+        memory.write(at, header)
+        piece = Element(memory.allocate(1 << 20), 1 << 20, False)
+        peak = Peak()
+        queue.driver.add_elements([Element(at, len(header), False), *[piece] * 200])
+        queue.kick()
+        await queue.used()
+        assert (await inside.hear()).op == RST
+        assert peak.kib < 64 << 10
+        await outside.at_end()
+        await works(guest, tmp_path)
+        outside.close()
 
 
 async def test_buffers_of_one_byte_of_data_each_carry_it(tmp_path: Path) -> None:

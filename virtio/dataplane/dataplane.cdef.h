@@ -240,6 +240,8 @@ void native_device_unref(struct native_device *device);
 /* Any thread, at any time. */
 void blk_set_capacity(struct native_device *device, uint64_t sectors);
 void blk_set_writeback(struct native_device *device, uint32_t on);
+/* Which requests that need a feature the driver accepted; before anybody says so, all that the setup has. */
+void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes);
 
 /* ---- native network device: net_device.c, net_control.c, net_frame.c, net_offload.c, net_switch.c, net_fd.c ---- */
 

@@ -110,7 +110,7 @@ static int check_segments(const struct blk_device *blk, struct blk_request *q)
 	uint32_t max = discard ? blk->setup.max_discard_sectors : blk->setup.max_write_zeroes_sectors;
 	uint64_t mask = (blk->setup.block_size >> SECTOR_SHIFT) - 1, left = q->data_len;
 
-	if (!(discard ? blk->setup.discard : blk->setup.write_zeroes))
+	if (!(discard ? load_relaxed(&blk->discards) : load_relaxed(&blk->zeroes)))
 		return VIRTIO_BLK_S_UNSUPP;
 	if (left == 0 || left % sizeof(q->segments[0]) || left > sizeof(q->segments))
 		return VIRTIO_BLK_S_IOERR;
@@ -233,6 +233,8 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 	blk->setup = *setup;
 	blk->capacity = setup->capacity;
 	blk->writeback = 1;
+	blk->discards = setup->discard;
+	blk->zeroes = setup->write_zeroes;
 	if (setup->backend == BLK_BACKEND_MEMORY) {
 		blk->memory = mmap(NULL, setup->capacity << SECTOR_SHIFT, PROT_READ | PROT_WRITE,
 				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -265,4 +267,12 @@ void blk_set_capacity(struct native_device *device, uint64_t sectors)
 void blk_set_writeback(struct native_device *device, uint32_t on)
 {
 	store_relaxed(&((struct blk_device *)device)->writeback, on);
+}
+
+void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes)
+{
+	struct blk_device *blk = (struct blk_device *)device;
+
+	store_relaxed(&blk->discards, discards && blk->setup.discard);
+	store_relaxed(&blk->zeroes, zeroes && blk->setup.write_zeroes);
 }
