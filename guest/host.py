@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -30,10 +30,11 @@ BLOCK = 65536
 class Host:
     """The process and the lines of one H. What it and its guests say is recorded in ``folder``.
 
-    It outlives the event loop that started it: many tests use one H, each in a loop of its own.
+    ``devices`` are further QEMU arguments. It outlives the event loop that started it: many tests use one H, each in a
+    loop of its own.
     """
 
-    def __init__(self, images: Images, folder: Path) -> None:
+    def __init__(self, images: Images, folder: Path, devices: Sequence[str] = ()) -> None:
         self.folder = folder
         self.lost = False
         self._booted = False
@@ -49,7 +50,7 @@ class Host:
                 self._lines.append(Line(ours, device, folder / f"{name}.log"))
             said = stack.enter_context((folder / "qemu.log").open("wb"))
             self._process = subprocess.Popen(
-                self._command(images, [other.fileno() for other in theirs]),
+                [*self._command(images, [other.fileno() for other in theirs]), *devices],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ FIRMWARE = (
     *("bios.bin", "bios-256k.bin", "bios-microvm.bin"),
 )
 KERNEL_MODULES = re.compile(
-    r"(kvm.*|irqbypass|virtio.*|vfio.*|vhost.*|net_failover|failover|tun|loop|overlay|rng-core|vsock.*|.*_virtio_.*)\.ko"
+    r"(kvm.*|irqbypass|ccp|virtio.*|vfio.*|vhost.*|net_failover|failover|tun|loop|overlay|rng-core|vsock.*|.*_virtio_.*)\.ko"
 )
 NOT_OF_PYTHON = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "turtledemo", "pydoc_data", "distutils"}
@@ -61,11 +61,17 @@ class Images:
     project: Path
 
 
-def prepare_images(kernel: Kernel, progress: Progress) -> Images:
-    """The images for ``kernel``, from the cache where nothing changed. Raises ``PrepareError`` with advice."""
+def prepare_images(
+    kernel: Kernel, progress: Progress, modules: Sequence[str] = (), extra: Mapping[str, bytes] | None = None
+) -> Images:
+    """The images for ``kernel``, from the cache where nothing changed. Raises ``PrepareError`` with advice.
+
+    ``modules`` and ``extra`` are what its initramfs has beside what every such machine needs (``prepare_initramfs``).
+    """
     setup = (PROJECT / "guest" / "setup").read_bytes()
     module = prepare_module(kernel, progress).read_bytes()
-    initramfs = prepare_initramfs(kernel, progress, GUEST_MODULES, {"/setup": setup, "/hyperbell.ko": module})
+    extra = {"/setup": setup, "/hyperbell.ko": module, **(extra or {})}
+    initramfs = prepare_initramfs(kernel, progress, [*GUEST_MODULES, *modules], extra)
     return Images(kernel, initramfs, _base(kernel, progress), _project(initramfs, progress))
 
 

@@ -6,8 +6,9 @@ import lzma
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -15,52 +16,73 @@ from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, st
 from guest.kernel import Kernel, fetch_package
 from guest.module import compile_modules, sources_digest
 
-DRIVERS: Mapping[str, str] = {
-    "gpio-virtio": "drivers/gpio/gpio-virtio.c",
-    "i2c-virtio": "drivers/i2c/busses/i2c-virtio.c",
+
+@dataclass(frozen=True)
+class Driver:
+    """``unit`` is the C that its module is compiled from, beside the ``files`` of the kernel's source."""
+
+    unit: str
+    files: tuple[str, ...]
+
+
+DRIVERS: Mapping[str, Driver] = {
+    "gpio-virtio": Driver('#include "drivers/gpio/gpio-virtio.c"\n', ("drivers/gpio/gpio-virtio.c",)),
+    "i2c-virtio": Driver('#include "drivers/i2c/busses/i2c-virtio.c"\n', ("drivers/i2c/busses/i2c-virtio.c",)),
+    # CONFIG_IRQ_SIM is off too. What irq_to_desc() does there is for the kernel proper, this is the same for a module.
+    "gpio-mockup": Driver(
+        """\
+#include "drivers/gpio/gpio-mockup.c"
+#define irq_to_desc(irq) irq_data_to_desc(irq_get_irq_data(irq))
+#include "kernel/irq/irq_sim.c"
+""",
+        ("drivers/gpio/gpio-mockup.c", "drivers/gpio/gpiolib.h", "kernel/irq/irq_sim.c"),
+    ),
 }
-"""Module to source file. Both need nothing that Debian's generic kernel lacks."""
+"""By the names of their modules. None needs anything else that Debian's generic kernel lacks."""
+
+GUEST_DRIVERS = ("gpio-virtio", "i2c-virtio")
 
 
-def prepare_drivers(kernel: Kernel, progress: Progress) -> dict[str, bytes]:
-    """The modules of ``DRIVERS`` for ``kernel`` by their names, from the cache while nothing changed.
+def prepare_drivers(kernel: Kernel, progress: Progress, names: Sequence[str] = GUEST_DRIVERS) -> dict[str, bytes]:
+    """The modules ``names`` of ``DRIVERS`` for ``kernel``, from the cache while nothing changed.
 
     Raises ``PrepareError`` with advice.
     """
-    sources = {f"{module}.c": content for module, content in _sources(kernel, progress).items()}
-    objects = " ".join(f"{module}.o" for module in DRIVERS)
+    sources = {f"{name}.c": DRIVERS[name].unit.encode() for name in names}
+    sources |= _sources(kernel, {file for name in names for file in DRIVERS[name].files}, progress)
+    objects = " ".join(f"{name}.o" for name in names)
     sources["Kbuild"] = f"obj-m := {objects}\n".encode()
     digest = sources_digest(kernel, sources)
-    targets = {module: cache_folder() / f"{module}-{digest}.ko" for module in DRIVERS}
+    targets = {name: cache_folder() / f"{name}-{digest}.ko" for name in names}
     if not all(target.exists() for target in targets.values()):
-        progress(f"compiling {' and '.join(DRIVERS)} for {kernel.package}")
-        names = [f"{module}.ko" for module in DRIVERS]
-        made = compile_modules(kernel, sources, names, "Debian's drivers", progress)
-        for module, content in zip(DRIVERS, made, strict=True):
-            store_file(targets[module], content)
-    return {module: target.read_bytes() for module, target in targets.items()}
+        progress(f"compiling {' and '.join(names)} for {kernel.package}")
+        made = compile_modules(kernel, sources, [f"{name}.ko" for name in names], "Debian's drivers", progress)
+        for name, content in zip(names, made, strict=True):
+            store_file(targets[name], content)
+    return {name: target.read_bytes() for name, target in targets.items()}
 
 
-def _sources(kernel: Kernel, progress: Progress) -> dict[str, bytes]:
+def _sources(kernel: Kernel, files: Collection[str], progress: Progress) -> dict[str, bytes]:
+    """``files`` by their paths in the kernel's source, in a fixed order."""
     found = re.match(r"linux-image-(\d+\.\d+)\.", kernel.package)
     if found is None:
         raise PrepareError(f"{kernel.package} is not called like a kernel of Debian 12")
     package = f"linux-source-{found.group(1)}"
     folder = cache_folder() / package
-    kept = {module: folder / f"{module}.c" for module in DRIVERS}
-    if not all(path.exists() for path in kept.values()):
+    if not all((folder / file).exists() for file in files):
+        every = {file for driver in DRIVERS.values() for file in driver.files}  # unpacking takes its time
         folder.mkdir(exist_ok=True)
         with scratch_folder(cache_folder()) as scratch:
             archive = fetch_package(package, scratch, progress)
-            progress(f"unpacking two drivers of {archive.name}")
-            for module, content in _extract(archive, package).items():
-                store_file(kept[module], content)
-    return {module: path.read_bytes() for module, path in kept.items()}
+            progress(f"unpacking {len(every)} files of {archive.name}")
+            for file, content in _extract(archive, package, every).items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                store_file(folder / file, content)
+    return {file: (folder / file).read_bytes() for file in sorted(files)}
 
 
-def _extract(archive: Path, package: str) -> dict[str, bytes]:
-    """The source files of ``DRIVERS`` in a kernel's source package: an archive within an archive."""
-    wanted = {f"{package}/{path}": module for module, path in DRIVERS.items()}
+def _extract(archive: Path, package: str, files: Collection[str]) -> dict[str, bytes]:
+    """The content of ``files`` in a kernel's source package: an archive within an archive."""
     found: dict[str, bytes] = {}
     with _contents(archive) as outer, tarfile.open(fileobj=outer, mode="r|") as package_files:
         for member in package_files:
@@ -70,13 +92,14 @@ def _extract(archive: Path, package: str) -> dict[str, bytes]:
             assert packed is not None
             with lzma.open(packed) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as sources:
                 for source in sources:
-                    if source.name in wanted:
+                    name = source.name.removeprefix(f"{package}/")
+                    if name in files:
                         content = sources.extractfile(source)
                         assert content is not None
-                        found[wanted[source.name]] = content.read()
-                        if len(found) == len(DRIVERS):
+                        found[name] = content.read()
+                        if len(found) == len(files):
                             return found
-    raise PrepareError(f"{archive.name} has not all of {', '.join(DRIVERS.values())}")
+    raise PrepareError(f"{archive.name} has no {', '.join(sorted(set(files) - set(found)))}")
 
 
 @contextmanager

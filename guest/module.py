@@ -50,6 +50,7 @@ def compile_modules(
             raise PrepareError(f"'{command}' is not installed; install the Debian package '{package}'")
     with scratch_folder(cache_folder()) as scratch:
         for name, content in sources.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
         try:
             run_tool(["make", "-C", str(headers), f"M={scratch}", "modules"], f"building {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,15 +12,38 @@ import trio
 from virtio.testing.queue import GUARD
 
 
-class LineTalker:
+class Talker(ABC):
     """Lines of text, there and back."""
+
+    @abstractmethod
+    async def send(self, text: str) -> None:
+        """One line there."""
+
+    @abstractmethod
+    async def line(self) -> str:
+        """The next line; "" at the end."""
+
+    async def command(self, text: str) -> list[str]:
+        """The lines of the answer, the last of which is "ok" or begins with "error"."""
+        await self.send(text)
+        lines = [await self.line()]
+        while lines[-1] != "ok" and not lines[-1].startswith("error"):
+            assert lines[-1], f"the connection ended: {lines}"
+            lines.append(await self.line())
+        return lines
+
+
+class LineTalker(Talker):
+    """At a socket of this machine."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self._come = b""
 
+    async def send(self, text: str) -> None:
+        await self.stream.send_all(text.encode() + b"\n")
+
     async def line(self) -> str:
-        """The next line; "" at the end."""
         with trio.fail_after(GUARD):
             while b"\n" not in self._come:
                 more = await self.stream.receive_some()
@@ -33,15 +57,6 @@ class LineTalker:
         lines = []
         while line := await self.line():
             lines.append(line)
-        return lines
-
-    async def command(self, text: str) -> list[str]:
-        """The lines of the answer, the last of which is "ok" or begins with "error"."""
-        await self.stream.send_all(text.encode() + b"\n")
-        lines = [await self.line()]
-        while lines[-1] != "ok" and not lines[-1].startswith("error"):
-            assert lines[-1], f"the connection ended: {lines}"
-            lines.append(await self.line())
         return lines
 
 

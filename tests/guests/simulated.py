@@ -1,10 +1,12 @@
-"""Simulated GPIO lines and I2C chips for a Linux guest, and the kernel and the drivers that it needs for them."""
+"""Simulated keys, GPIO lines and I2C chips for a Linux guest, and the kernel and the drivers that it needs for them."""
 
 from __future__ import annotations
 
 import pytest
+from line_client import Talker
 
 from guest.cache import PrepareError
+from guest.console import Console
 from guest.kernel import GENERIC_META_PACKAGE, Kernel, prepare_kernel
 from guest.kernel_source import prepare_drivers
 from guest.machine import Guest
@@ -58,3 +60,33 @@ async def lines_are_driven_and_read(guest: Guest) -> None:
         f"result button $(cat {GPIO}/button/value)"
     )
     assert (answer.results["lines"], answer.results["led"], answer.results["button"]) == ("4", "1", "0")
+
+
+KEYBOARD_LABEL = "Test keys"
+# struct input_event of a guest with 64 bits: 16 bytes of time, which are cut off later, type, code, value.
+DUMP = '8/2 "%x " 1/2 " %u " 1/2 "%u " 1/4 "%d\\n"'
+PRESSED = (
+    "key KEY_A press",
+    "key KEY_LEFTSHIFT press; key KEY_A release",
+    "key KEY_LEFTSHIFT release",
+    "key KEY_B tap",
+)
+EVENTS = ["1 30 1", "0 0 0", "1 42 1", "1 30 0", "0 0 0", "1 42 0", "0 0 0", "1 48 1", "0 0 0", "1 48 0", "0 0 0"]
+CAPS_LOCK_ON = "\\0" * 16 + "\\21\\0\\1\\0\\1\\0\\0\\0"
+
+
+async def keys_arrive_and_a_light_is_told(guest: Console, keys: Talker) -> None:
+    """By way of the guest's /dev/input; ``keys`` is at the control socket of an input device called as above."""
+    answer = await guest.run(
+        f"name=$(grep -l '^{KEYBOARD_LABEL}$' /sys/class/input/event*/device/name); event=${{name#/sys/class/input/}};"
+        "event=${event%%/*}; result event $event;"
+        f"hexdump -v -n {24 * len(EVENTS)} -e '{DUMP}' </dev/input/$event >/tmp/keys & "
+        # What comes before it has opened the device is nobody's.
+        "until ls -l /proc/$!/fd 2>/dev/null | grep -q /dev/input/$event; do usleep 10000; done"
+    )
+    for report in PRESSED:
+        assert await keys.command(report) == ["ok"]
+    assert (await guest.run("wait $! && cut -d ' ' -f 9- /tmp/keys")).lines == EVENTS
+    assert await keys.command("watch") == ["ok"]
+    await guest.run(f"printf '{CAPS_LOCK_ON}' >/dev/input/{answer.results['event']}")
+    assert await keys.line() == "light LED_CAPSL 1"

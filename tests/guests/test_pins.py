@@ -1,8 +1,9 @@
 """A Linux guest with its own drivers on a simulated GPIO chip, I2C bus and keyboard.
 
 Debian's kernels lack two of the drivers, so they are built from Debian's kernel source for its generic kernel.
-QEMU 7.2 does not pass VIRTIO_GPIO_F_IRQ on, so no interrupt of a line reaches a guest there, and it attaches a
-vhost-user input device only to guests that run with KVM.
+QEMU 7.2 does not pass VIRTIO_GPIO_F_IRQ on, so no interrupt of a line reaches a guest here: tests/nested/test_pins.py
+has them in a machine of our own. It attaches a vhost-user input device only to guests that run with KVM; without it the
+same is played there, in an emulated host that has it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from guests.simulated import GPIO, I2C, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
+from guests.simulated import (
+    GPIO,
+    I2C,
+    KEYBOARD_LABEL,
+    PINS_AND_BUS,
+    kernel_and_drivers,
+    keys_arrive_and_a_light_is_told,
+    lines_are_driven_and_read,
+)
 from guests.testbed import Testbed
 from line_client import talking
 
@@ -28,11 +37,11 @@ DAEMON = """
 [daemon]
 metrics = "127.0.0.1:PORT"
 """
-KEYBOARD = """
+KEYBOARD = f"""
 [devices.keyboard]
 type = "input"
 socket = "keyboard.sock"
-label = "Test keys"
+label = "{KEYBOARD_LABEL}"
 control = "keyboard.control"
 """
 
@@ -91,23 +100,11 @@ async def test_a_guest_drives_simulated_lines_and_talks_to_simulated_chips(testb
 def testbed_with_kvm(testbed: Testbed) -> Testbed:
     """A machine without it skips the test."""
     if testbed.hypervisor.acceleration.name != "kvm":
-        pytest.skip(f"QEMU's vhost-user-input needs KVM: {testbed.hypervisor.acceleration.why}")
+        why = testbed.hypervisor.acceleration.why
+        pytest.skip(f"QEMU's vhost-user-input needs KVM, as tests/nested/test_pins.py has it: {why}")
     return testbed
 
 
 async def test_keys_arrive_in_a_guest(testbed_with_kvm: Testbed, folder: Path) -> None:
     async with booted(testbed_with_kvm, folder, KEYBOARD) as guest, talking(folder / "keyboard.control") as keys:
-        # The reader says so once it has the device open, for events before that are nobody's.
-        answer = await guest.run("result label $(cat /sys/class/input/event*/device/name | grep Test)")
-        assert answer.results["label"] == "Test keys"
-        await guest.run(
-            "event=$(basename $(dirname $(dirname $(grep -l Test /sys/class/input/event*/device/name))));"
-            '(hexdump -n 48 -e \'8/2 "%04x " 1/2 "%x " 1/2 "%x " 1/4 "%x\\n"\' </dev/input/$event >/tmp/keys; '
-            "echo KEYS came) & "
-            "for i in $(seq 500); do ls -l /proc/$!/fd 2>/dev/null | grep -q $event && break; usleep 10000; done"
-        )
-        assert await keys.command("key KEY_A press") == ["ok"]
-        await guest.expect("KEYS came", 20)
-        said = (await guest.run("cat /tmp/keys")).lines
-        events = [line.split()[-3:] for line in said if line.endswith(("1e 1", "0 0 0"))]
-        assert events == [["1", "1e", "1"], ["0", "0", "0"]]
+        await keys_arrive_and_a_light_is_told(guest, keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -23,10 +23,16 @@ T = TypeVar("T")
 class Laboratory:
     """The images, and the H that runs now. Consoles are kept in ``folder``, one subfolder for each boot of H."""
 
-    def __init__(self) -> None:
-        """Raises ``PrepareError`` if this machine cannot make the images."""
-        self.images: Images = prepare_images(prepare_kernel(print), print)
+    def __init__(self, images: Images | None = None, devices: Sequence[str] = (), name: str = "H") -> None:
+        """Raises ``PrepareError`` if this machine cannot make the images.
+
+        ``images`` are others than those of every day, ``devices`` further arguments of H's QEMU; ``name`` tells its
+        consoles from those of another H.
+        """
+        self.images = images or prepare_images(prepare_kernel(print), print)
         self.folder = Path(os.environ.get("HYPERBELL_NESTED_LOGS") or tempfile.mkdtemp(prefix="hyperbell-nested-"))
+        self._devices = devices
+        self._name = name
         self._host: Host | None = None
         self._boots = 0
 
@@ -36,9 +42,9 @@ class Laboratory:
         if self._host is None or not self._host.runs:
             self.end()
             self._boots += 1
-            folder = self.folder / f"H{self._boots}"
+            folder = self.folder / f"{self._name}{self._boots}"
             folder.mkdir(parents=True)
-            self._host = Host(self.images, folder)
+            self._host = Host(self.images, folder, self._devices)
         async with self._host.level() as level:
             yield level
 

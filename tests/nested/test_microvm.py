@@ -6,17 +6,17 @@ metrics counted, and the bytes in the images must agree.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
 from nested.disk_load import disk_load
 from nested.doorbell_guest import READS, SIZE, Queue, image_differs, load_module, module_totals, use_disk
 from nested.laboratory import Laboratory
+from nested.microvm import ON_TERMINAL, Microvm
 
 from guest.initramfs import prepare_initramfs
-from guest.level import Guest, Level, NestedMachine
+from guest.level import Guest, Level
 from guest.module import prepare_module
 from guest.service import Metrics
 from guest.tracing import Counts, Trace, watch_doorbells
@@ -29,16 +29,7 @@ KEY = 0x5A5A5A
 INITRD = "/tmp/microvm.cpio"
 CONTROL = "/run/microvm.sock"
 METRICS = "127.0.0.1:9478"
-# The terminal's driver is a module too: nobody can speak there before it is loaded, so init proper begins after that.
 MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio-rng", "virtio_net")
-ON_TERMINAL = """\
-#!/bin/busybox sh
-/bin/busybox mkdir /run
-/bin/busybox mount -t devtmpfs devtmpfs /dev
-while read -r module; do /bin/busybox insmod "/modules/$module.ko"; done </modules/order
-: >/modules/order
-exec /init </dev/hvc0 >/dev/hvc0 2>&1
-"""
 # What `hyperbell hypercall disk POLICY` says; the command itself takes many seconds to start beside a load.
 CHANGE = """
 import json, socket, sys
@@ -53,17 +44,6 @@ QUEUE_NOTIFY = 0x050
 NODES = {"disk": "/dev/vda", "held": "/dev/vdb"}
 SEEDS = {"disk": 41, "held": 42}
 LOAD_SEED = 6
-
-
-class OwnMachine(NestedMachine):
-    """``hyperbell microvm`` where other levels have QEMU."""
-
-    def command(self, console: str, lines: Sequence[str], images: Sequence[str]) -> str:
-        """Its terminal is the line itself; what it says beside it goes where QEMU's words would."""
-        words = ["hyperbell", "microvm", "--kernel", "/boot/vmlinux", "--initrd", INITRD, "--memory", "256M"]
-        words += ["--cpus", "2", "--append", "quiet rdinit=/on-terminal", "--key", f"{KEY:06x}"]
-        words += ["--metrics", METRICS, "--control", CONTROL, *self.devices]
-        return f"sh -c {shlex.quote(f'exec {shlex.join(words)} <{console} >{console}')}"
 
 
 @dataclass(frozen=True)
@@ -173,11 +153,12 @@ async def scenario(host: Level, initrd: bytes) -> Record:
     await host.write("/tmp/change.py", CHANGE)
     await host.run("; ".join(f"rm -f /tmp/{name}.img; truncate -s {SIZE} /tmp/{name}.img" for name in DISKS))
     devices = [
+        *("--key", f"{KEY:06x}", "--metrics", METRICS, "--control", CONTROL),
         *("--device", "blk,path=/tmp/disk.img,queues=2,name=disk"),
         *("--device", "blk,path=/tmp/held.img,queues=1,name=held,hypercall=withhold"),
         *("--device", "rng", "--device", "net"),
     ]
-    async with host.boot(OwnMachine(devices)) as guest:
+    async with host.boot(Microvm(devices, initrd=INITRD, cpus=2)) as guest:
         async with watch_doorbells(host) as trace:
             steps = Scenario(host, guest, trace)
             await steps.run()
@@ -188,7 +169,7 @@ async def scenario(host: Level, initrd: bytes) -> Record:
 @pytest.fixture(scope="module")
 def record(laboratory: Laboratory) -> Record:
     kernel = laboratory.images.kernel
-    extra = {"/on-terminal": ON_TERMINAL.encode(), "/hyperbell.ko": prepare_module(kernel, print).read_bytes()}
+    extra = {"/on-terminal": ON_TERMINAL, "/hyperbell.ko": prepare_module(kernel, print).read_bytes()}
     initrd = prepare_initramfs(kernel, print, MODULES, extra).read_bytes()
     return laboratory.play(lambda host: scenario(host, initrd))
 

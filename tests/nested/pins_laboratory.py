@@ -1,0 +1,137 @@
+"""An H with Debian's generic kernel, which has what keys, pins and buses need, and with an I2C adapter that is real.
+
+The adapter is a virtio device of its own QEMU's, served by a daemon beside it: to H's kernel one as any other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from line_client import Talker
+from nested.laboratory import Laboratory
+from nested.microvm import ON_TERMINAL
+
+from guest.cache import PrepareError
+from guest.host import LIFETIME_SECONDS, MEMORY_MIB
+from guest.images import Images, prepare_images
+from guest.initramfs import compiled_program, module_order
+from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel
+from guest.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
+from guest.level import Level
+from guest.service import READY_SECONDS, hyperbell_command, qemu_arguments
+
+EEPROM = 0x50
+CONFIG = f"""
+[daemon]
+metrics = "off"
+
+[devices.bus]
+type = "i2c"
+socket = "bus.sock"
+
+[[devices.bus.chips]]
+kind = "eeprom"
+address = {EEPROM}
+"""
+# ext4 is built in nowhere but in the cloud kernel, and asks for CRC32C by name.
+MODULES = ("crc32c_generic", "ext4", "virtio_mmio", "virtio_input", "evdev", "uinput", "i2c-dev")
+# Passed on line by line; busybox knows no Unix sockets.
+BRIDGE = """\
+import socket, sys, threading
+sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1]); lines = sock.makefile("r")
+def come():
+    for line in lines: print(line, end="", flush=True)
+threading.Thread(target=come, daemon=True).start()
+for line in open(sys.argv[2]): sock.sendall(line.encode())
+"""
+
+
+def pins_images() -> Images:
+    """One initramfs for H and for its guests of both kinds; what is loaded only where it is wanted lies in /."""
+    kernel = prepare_kernel(print, GENERIC_META_PACKAGE)
+    drivers = prepare_drivers(kernel, print)
+    drivers |= prepare_drivers(kernel, print, [name for name in DRIVERS if name not in GUEST_DRIVERS])
+    for path in module_order(kernel.modules, ["i2c-stub"]):
+        drivers[path.stem] = path.read_bytes()
+    extra = {f"/{name}.ko": module for name, module in drivers.items()}
+    extra["/on-terminal"] = ON_TERMINAL
+    extra["/bin/edges"] = compiled_program("edges", ["edges.c"], print)
+    return prepare_images(kernel, print, MODULES, extra)
+
+
+class PinsLaboratory(Laboratory):
+    """Raises ``PrepareError`` as the other one does."""
+
+    def __init__(self) -> None:
+        images = pins_images()
+        self._bus = Path(tempfile.mkdtemp(prefix="hyperbell-"))
+        config = self._bus / "bus.toml"
+        config.write_text(CONFIG)
+        self._daemon = _serve(config)
+        # One CPU is as fast here, and with two this kernel has once come to a standstill: both waited for each other.
+        super().__init__(images, ["-smp", "1", *trio.run(qemu_arguments, config, MEMORY_MIB)], "pins-H")
+
+    def end_bus(self) -> None:
+        """End the daemon that serves H's adapter."""
+        self._daemon.send_signal(signal.SIGTERM)  # timeout(1) hands it on
+        self._daemon.wait()
+        shutil.rmtree(self._bus)
+
+
+def _serve(config: Path) -> subprocess.Popen[bytes]:
+    """A daemon that outlives the event loop of a test, from its READY=1 on."""
+    path = config.with_name("notify.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(path))
+        receiver.settimeout(READY_SECONDS)
+        command = ["timeout", "--signal=KILL", str(LIFETIME_SECONDS), str(hyperbell_command()), "serve", str(config)]
+        with config.with_name("daemon.log").open("wb") as log:
+            daemon = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"NOTIFY_SOCKET": str(path)}
+            )
+        try:
+            while b"READY=1" not in receiver.recv(4096).split(b"\n"):
+                pass
+        except TimeoutError:
+            daemon.kill()
+            raise PrepareError(f"no daemon for H's I2C adapter: {config.with_name('daemon.log').read_text()}") from None
+    return daemon
+
+
+class HostTalker(Talker):
+    """At a socket in ``host``, by way of a file that is ``log`` there and a FIFO."""
+
+    def __init__(self, host: Level, fifo: str, log: str) -> None:
+        self._host = host
+        self._fifo = fifo
+        self._log = log
+        self._taken = 0
+
+    async def send(self, text: str) -> None:
+        await self._host.run(f"echo '{text}' >{self._fifo}")
+
+    async def line(self) -> str:
+        self._taken += 1
+        there = f"[ $(wc -l <{self._log}) -ge {self._taken} ]"
+        answer = await self._host.run(f"until {there}; do usleep 10000; done; sed -n {self._taken}p {self._log}")
+        return answer.lines[0]
+
+
+@asynccontextmanager
+async def talking_in(host: Level, path: str, name: str) -> AsyncIterator[HostTalker]:
+    """A client of the socket ``path`` in ``host``."""
+    fifo = f"/run/{name}.fifo"
+    await host.write("/tmp/bridge.py", BRIDGE)
+    await host.run(f"rm -f {fifo}; mkfifo {fifo}")
+    # Open for reading and writing, so that no end of a command is the end of all.
+    command = f"sh -c 'exec 3<>{fifo}; exec python3 -S /tmp/bridge.py {path} {fifo}'"
+    async with host.job(name, command) as job:
+        yield HostTalker(host, fifo, job.log_path)

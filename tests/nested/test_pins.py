@@ -1,0 +1,116 @@
+"""Keys, GPIO interrupts and I2C in Linux guests under KVM.
+
+In an H of its own, with Debian's generic kernel (``pins_laboratory.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from guests.simulated import KEYBOARD_LABEL, keys_arrive_and_a_light_is_told
+from line_client import Talker
+from nested.microvm import Microvm
+from nested.pins_laboratory import PinsLaboratory, talking_in
+
+from guest.cache import PrepareError
+from guest.level import Guest, Level, NestedMachine
+
+pytestmark = pytest.mark.nested
+
+KEYS, PINS, BUS = (f"/run/{name}.control" for name in ("keys", "pins", "bus"))
+KEYBOARD = f"""
+[devices.keyboard]
+type = "input"
+socket = "/run/keyboard.sock"
+label = "{KEYBOARD_LABEL}"
+control = "{KEYS}"
+"""
+OWN_DEVICES = (
+    f"input,label={KEYBOARD_LABEL},control={KEYS}",
+    f'gpio,lines=["button", "led"],control={PINS}',
+    f"i2c,chips=[{{address = 0x48, registers = [{{number = 5, value = 0x19}}]}}],control={BUS}",
+)
+
+
+@pytest.fixture(scope="module")
+def pins() -> Iterator[PinsLaboratory]:
+    """A machine that cannot have it skips these tests, saying what is missing."""
+    try:
+        made = PinsLaboratory()
+    except PrepareError as error:
+        pytest.skip(f"no emulated host with a generic kernel here: {error}")
+    try:
+        yield made
+    finally:
+        made.end()
+        made.end_bus()
+
+
+def test_keys_interrupts_and_chips_reach_linux_in_a_machine_of_our_own(pins: PinsLaboratory) -> None:
+    async def scenario(host: Level) -> None:
+        devices = [word for device in OWN_DEVICES for word in ("--device", device)]
+        async with host.boot(Microvm(devices)) as guest:
+            async with talking_in(host, KEYS, "keys") as keys:
+                await keys_arrive_and_a_light_is_told(guest, keys)
+            await guest.run("insmod /gpio-virtio.ko && insmod /i2c-virtio.ko")
+            async with talking_in(host, PINS, "pins") as button:
+                await edges_arrive_as_they_are_asked_for(guest, button)
+            async with talking_in(host, BUS, "bus") as bus:
+                await a_chip_is_read_and_written(guest, bus)
+            await guest.power_off()
+
+    pins.play(scenario)
+
+
+async def edges_arrive_as_they_are_asked_for(guest: Guest, pins: Talker) -> None:
+    """Line 0, "button", driven from outside; ``edges`` in the guest writes down what comes."""
+    interrupts = 0
+    for asked, driven, come in (
+        ("rising", "1010", ["rising", "rising"]),
+        ("falling", "1010", ["falling", "falling"]),
+        ("both", "10", ["rising", "falling"]),
+    ):
+        await guest.run(
+            f"edges /dev/gpiochip0 0 {asked} >/tmp/edges & until grep -q . /tmp/edges; do usleep 10000; done"
+        )
+        assert await pins.command("get button") == [f"line 0 input 0 {asked} button", "ok"]
+        seen = 1  # it said that it watches
+        for level in driven:
+            assert await pins.command(f"set button {level}") == ["ok"]
+            if ("rising" if level == "1" else "falling") in come:
+                seen += 1
+                await guest.run(f"until [ $(wc -l </tmp/edges) -ge {seen} ]; do usleep 10000; done")
+        await guest.run("kill $!; wait $! 2>/dev/null; true")
+        # Nobody asks for any now: not an interrupt more, and none left over for the next one who asks.
+        assert await pins.command("get button") == ["line 0 none 0 none button", "ok"]
+        assert await pins.command("pulse button") == ["ok"]
+        interrupts += len(come)
+        answer = await guest.run("cat /tmp/edges; result count $(grep virtio-gpio /proc/interrupts)")
+        assert answer.lines[:-1] == ["watching", *come]
+        assert answer.results["count"].split()[1] == str(interrupts), answer.results["count"]
+
+
+async def a_chip_is_read_and_written(guest: Guest, bus: Talker) -> None:
+    answer = await guest.run("result name $(cat /sys/class/i2c-dev/i2c-0/name); result byte $(i2cget -y 0 0x48 5 b)")
+    assert answer.results["name"].startswith("i2c_virtio")
+    assert answer.results["byte"] == "0x19"
+    await guest.run("i2cset -y 0 0x48 5 0x2a b")
+    assert await bus.command("get 0x48 5") == ["value 0x48 0x05 0x2a", "ok"]
+    assert (await guest.run("i2cget -y 0 0x49 5 b", status=None)).status != 0
+
+
+def test_keys_arrive_in_a_guest_of_stock_qemu(pins: PinsLaboratory) -> None:
+    chardev = "socket,id=char-keyboard,path=/run/keyboard.sock"
+    machine = NestedMachine(("-chardev", chardev, "-device", "vhost-user-input-pci,chardev=char-keyboard"))
+
+    async def scenario(host: Level) -> None:
+        async with (
+            host.serve(KEYBOARD, "keyboard"),
+            host.boot(machine) as guest,
+            talking_in(host, KEYS, "keys-of-qemu") as keys,
+        ):
+            await keys_arrive_and_a_light_is_told(guest, keys)
+            await guest.power_off()
+
+    pins.play(scenario)
