@@ -32,15 +32,15 @@ class Kernel:
     """Answers to ioctls by number: each gets the buffer and changes it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.answers: dict[int, Callable[[int, ctypes.Array[ctypes.c_char]], None]] = {}
+        self.answers: dict[int, Callable[[int, ctypes.Array[ctypes.c_char]], int | None]] = {}
         monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
 
     def ioctl(self, fd: int, request: int, argument: object = 0) -> object:
         if request not in self.answers:
             raise OSError(errno.ENOTTY, "as asked")
         buffer = argument if isinstance(argument, ctypes.Array) else ctypes.create_string_buffer(_bytes(argument))
-        self.answers[request](fd, buffer)
-        return buffer.raw[: len(_bytes(argument))] if isinstance(argument, bytes) else 0
+        result = self.answers[request](fd, buffer) or 0
+        return buffer.raw[: len(_bytes(argument))] if isinstance(argument, bytes) else result
 
     def says(self, request: int, content: bytes) -> None:
         def answer(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
@@ -69,13 +69,14 @@ def adapter(path: Path) -> I2c:
 async def test_a_group_is_one_transfer_of_the_adapter(kernel: Kernel, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int, bytes]] = []
 
-    def transfer(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+    def transfer(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
         messages, count = struct.unpack_from("=QI", buffer.raw)
         for n in range(count):
             address, flags, length, place = struct.unpack("=HHH2xQ", ctypes.string_at(messages + 16 * n, 16))
             seen.append((address, flags, length, ctypes.string_at(place, length)))
             if flags & 1:
                 ctypes.memmove(place, b"\x19\x80", length)
+        return int(count)
 
     kernel.says(i2c_adapter._I2C_FUNCS, struct.pack("=Q", FUNC_I2C))
     kernel.answers[i2c_adapter._I2C_RDWR] = transfer
@@ -91,6 +92,11 @@ async def test_a_group_is_one_transfer_of_the_adapter(kernel: Kernel, tmp_path: 
         def absent(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
             raise OSError(errno.ENXIO, "nobody there")
 
+        kernel.answers[i2c_adapter._I2C_RDWR] = lambda fd, buffer: 1  # of two messages: the chip fell silent
+        driver.queues[0].driver.add([struct.pack("<HHI", 0x90, 0, 1), b"\x05"], [1])
+        driver.queues[0].driver.add([struct.pack("<HHI", 0x90, 0, 2)], [2, 1])
+        driver.queues[0].kick()
+        assert [answer for _, answer in await driver.answers(0, 2)] == [b"\0", b"\0\0\1"]
         kernel.answers[i2c_adapter._I2C_RDWR] = absent
         assert await driver.request(0, struct.pack("<HHI", 0x90, 0, 0), 1) == b"\1"
         del kernel.answers[i2c_adapter._I2C_RDWR]
@@ -134,8 +140,10 @@ async def test_events_and_facts_of_the_hosts_device_reach_the_guest(kernel: Kern
         driver.write_config(0, b"\x12\0")
         assert driver.read_config(8, 20) == struct.pack("<5i", 0, 255, 1, 2, 3)
         pressed, report, lost = (1, KEY_A, 1), (0, 0, 0), (0, 3, 0)
-        # A key; then the kernel's own queue overflowed, and by now another key is down.
-        sent = b"".join(struct.pack("=qqHHi", 0, 0, *event) for event in (pressed, report, lost, pressed, report))
+        # A light, which is the guest's own; a key; then the kernel's queue overflowed, and by now another key is down.
+        light = (0x11, 1, 1)
+        order = (light, report, pressed, report, lost, pressed, report)
+        sent = b"".join(struct.pack("=qqHHi", 0, 0, *event) for event in order)
         with path.open("wb", buffering=0) as device:
             device.write(sent)
         come = [struct.unpack("<HHi", await driver.request(0, writable=8)) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Keys, GPIO interrupts and I2C in Linux guests under KVM.
+"""Keys, GPIO interrupts and I2C in Linux guests under KVM, and our back ends on devices that a real kernel has.
 
 In an H of its own, with Debian's generic kernel (``pins_laboratory.py``).
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from guests.simulated import KEYBOARD_LABEL, keys_arrive_and_a_light_is_told
 from line_client import Talker
+from nested.inner_tests import InnerRun, run_tests_in
 from nested.microvm import Microvm
 from nested.pins_laboratory import PinsLaboratory, talking_in
 
@@ -114,3 +115,15 @@ def test_keys_arrive_in_a_guest_of_stock_qemu(pins: PinsLaboratory) -> None:
             await guest.power_off()
 
     pins.play(scenario)
+
+
+def test_back_ends_work_on_devices_of_a_real_kernel(pins: PinsLaboratory) -> None:
+    async def scenario(host: Level) -> InnerRun:
+        for module in ("i2c-virtio", "i2c-stub chip_addr=0x51", "gpio-mockup gpio_mockup_ranges=-1,4"):
+            name, _, options = module.partition(" ")
+            await host.run(f"insmod /{name}.ko {options}")
+        return await run_tests_in(host, ["test_pins_real"], "", 200)
+
+    run = pins.play(scenario)
+    assert len(run.outcomes) > 8, run.text
+    assert run.not_passed == {}, run.text

@@ -14,7 +14,7 @@ from construct import Int16un, Int32un, Int64un, Padding, Struct
 
 from virtio.devices.device_node import open_node
 from virtio.devices.i2c_bus import Segment
-from virtio.devices.ioctl import call
+from virtio.devices.ioctl import call, call_with_result
 from virtio.errors import HostError
 
 _I2C_FUNCS: Final = 0x0705
@@ -81,14 +81,15 @@ class AdapterBus:
         )
         request = _TRANSFER.build({"msgs": ctypes.addressof(messages), "nmsgs": len(segments)})
         try:
-            call(self._fd.fileno(), _I2C_RDWR, request, f"adapter {self._path}")
+            done, _ = call_with_result(self._fd.fileno(), _I2C_RDWR, request, f"adapter {self._path}")
         except HostError as error:
             if error.errno in _EVERYDAY:
                 return []
             raise
+        # Some adapters answer a chip that does not with an error, others with how many messages went well before it.
         return [
             buffer.raw[: segment.length] if segment.read else b""
-            for segment, buffer in zip(segments, buffers, strict=True)
+            for segment, buffer in zip(segments[:done], buffers[:done], strict=True)
         ]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

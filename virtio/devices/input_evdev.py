@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from virtio.devices.device_node import open_node
-from virtio.devices.input_codes import CODE_COUNTS, EV_ABS, EV_KEY, EV_SYN, SYN_DROPPED, SYN_REPORT
+from virtio.devices.input_codes import CODE_COUNTS, EV_ABS, EV_KEY, EV_LED, EV_SND, EV_SYN, SYN_DROPPED, SYN_REPORT
 from virtio.devices.input_source import Description, InputEvent
 from virtio.devices.ioctl import call, ior, iow
 from virtio.errors import HostError
@@ -141,6 +141,8 @@ class EvdevSource:
                     report = self._state()
                 if report:
                     self.emit(report)
+        elif event.type in (EV_LED, EV_SND):
+            pass  # what the guest itself has switched: the kernel tells it to all readers, and the guest would answer
         elif event.type in CODE_COUNTS and not self._lost:
             if event.type == EV_KEY:
                 (self._down.add if event.value else self._down.discard)(event.code)

@@ -33,10 +33,15 @@ def _ioc(direction: int, kind: int, number: int, size: int) -> int:
 
 def call(fd: int, request: int, argument: bytes, what: str) -> bytes:
     """``argument`` as the kernel leaves it; ``HostError``, which begins with ``what``, when it refuses."""
+    return call_with_result(fd, request, argument, what)[1]
+
+
+def call_with_result(fd: int, request: int, argument: bytes, what: str) -> tuple[int, bytes]:
+    """``call`` of an ioctl that answers with a number too."""
     # A ctypes buffer, because fcntl.ioctl copies no more than 1024 bytes of anything else that it may change.
     buffer = ctypes.create_string_buffer(argument, len(argument))
     try:
-        fcntl.ioctl(fd, request, buffer)
+        result = fcntl.ioctl(fd, request, buffer)
     except OSError as error:
         raise HostError(f"{what}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
-    return buffer.raw
+    return result, buffer.raw
