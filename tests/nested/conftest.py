@@ -27,14 +27,8 @@ def laboratory(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
         made = Laboratory()
     except PrepareError as error:
         pytest.skip(f"no emulated host here: {error}")
-    try:
+    with made.for_session(request.session):
         yield made
-    finally:
-        made.end()
-        if request.session.testsfailed:
-            print(f"\nthe consoles of the nested guests are in {made.folder}")
-        else:
-            made.forget()
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import trio
 
 from guest.host import Host
@@ -56,6 +57,18 @@ class Laboratory:
                 return await scenario(host)
 
         return trio.run(main)
+
+    @contextmanager
+    def for_session(self, session: pytest.Session) -> Iterator[None]:
+        """Afterwards H is ended, and its consoles are removed unless a test has failed."""
+        try:
+            yield
+        finally:
+            self.end()
+            if session.testsfailed:
+                print(f"\nthe consoles of the nested guests are in {self.folder}")
+            else:
+                self.forget()
 
     def end(self) -> None:
         """End H."""

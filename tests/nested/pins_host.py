@@ -5,28 +5,25 @@ The adapter is a virtio device of its own QEMU's, served by a daemon beside it: 
 
 from __future__ import annotations
 
-import shutil
-import signal
+import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
 from line_client import Talker
-from nested.laboratory import Laboratory
 from nested.microvm import ON_TERMINAL
 
-from guest.cache import PrepareError
 from guest.host import LIFETIME_SECONDS, MEMORY_MIB
 from guest.images import Images, prepare_images
 from guest.initramfs import compiled_program, module_order
 from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel
 from guest.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
 from guest.level import Level
-from guest.service import READY_SECONDS, hyperbell_command, qemu_arguments
+from guest.service import READY_SECONDS, ServiceError, hyperbell_command, qemu_arguments
 
 EEPROM = 0x50
 CONFIG = f"""
@@ -67,42 +64,37 @@ def pins_images() -> Images:
     return prepare_images(kernel, print, MODULES, extra)
 
 
-class PinsLaboratory(Laboratory):
-    """Raises ``PrepareError`` as the other one does."""
-
-    def __init__(self) -> None:
-        images = pins_images()
-        self._bus = Path(tempfile.mkdtemp(prefix="hyperbell-"))
-        config = self._bus / "bus.toml"
+@contextmanager
+def adapter_for_h() -> Iterator[list[str]]:
+    """What H's QEMU must be told to have the adapter, which is served meanwhile: beyond one test's event loop."""
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as name:
+        config = Path(name, "bus.toml")
         config.write_text(CONFIG)
-        self._daemon = _serve(config)
-        # One CPU is as fast here, and with two this kernel has once come to a standstill: both waited for each other.
-        super().__init__(images, ["-smp", "1", *trio.run(qemu_arguments, config, MEMORY_MIB)], "pins-H")
-
-    def end_bus(self) -> None:
-        """End the daemon that serves H's adapter."""
-        self._daemon.send_signal(signal.SIGTERM)  # timeout(1) hands it on
-        self._daemon.wait()
-        shutil.rmtree(self._bus)
+        daemon = _serve(config)
+        try:
+            yield trio.run(qemu_arguments, config, MEMORY_MIB)
+        finally:
+            daemon.terminate()  # timeout(1) hands it on
+            daemon.wait()
 
 
 def _serve(config: Path) -> subprocess.Popen[bytes]:
-    """A daemon that outlives the event loop of a test, from its READY=1 on."""
-    path = config.with_name("notify.sock")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+    """A daemon from its READY=1 on."""
+    path, log = config.with_name("notify.sock"), config.with_name("daemon.log")
+    command = ["timeout", "--signal=KILL", str(LIFETIME_SECONDS), str(hyperbell_command()), "serve", str(config)]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver, log.open("wb") as said:
         receiver.bind(str(path))
         receiver.settimeout(READY_SECONDS)
-        command = ["timeout", "--signal=KILL", str(LIFETIME_SECONDS), str(hyperbell_command()), "serve", str(config)]
-        with config.with_name("daemon.log").open("wb") as log:
-            daemon = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"NOTIFY_SOCKET": str(path)}
-            )
+        daemon = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "NOTIFY_SOCKET": str(path)}
+        )
         try:
             while b"READY=1" not in receiver.recv(4096).split(b"\n"):
                 pass
         except TimeoutError:
-            daemon.kill()
-            raise PrepareError(f"no daemon for H's I2C adapter: {config.with_name('daemon.log').read_text()}") from None
+            daemon.terminate()
+            daemon.wait()
+            raise ServiceError(f"no daemon for H's I2C adapter: {log.read_text()}") from None
     return daemon
 
 
