@@ -18,7 +18,9 @@ from guest.lines import Line
 from guest.machine import QEMU
 
 MEMORY_MIB = 4096
-CPUS = 2
+# One: with two, QEMU 7.2 now and then loses memory of H or of its guests while two of them run at once (a triple fault
+# of a guest, a panic of H, or both processors waiting for ever). With one that was never seen, and it is as fast here.
+CPUS = 1
 LINES = 4  # two G1 at a time, each with a G2
 LIFETIME_SECONDS = 3600
 BOOT_SECONDS = 30.0

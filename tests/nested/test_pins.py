@@ -43,8 +43,7 @@ def pins(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
     except PrepareError as error:
         pytest.skip(f"no emulated host with a generic kernel here: {error}")
     with adapter_for_h() as devices:
-        # One CPU is as fast here, and with two this kernel has once come to a standstill: both waited for each other.
-        made = Laboratory(images, ["-smp", "1", *devices], "pins-H")
+        made = Laboratory(images, devices, "pins-H")
         with made.for_session(request.session):
             yield made
 
