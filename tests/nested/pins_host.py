@@ -39,7 +39,9 @@ kind = "eeprom"
 address = {EEPROM}
 """
 # ext4 is built in nowhere but in the cloud kernel, and asks for CRC32C by name.
-MODULES = ("crc32c_generic", "ext4", "virtio_mmio", "virtio_input", "evdev", "uinput", "i2c-dev")
+FILE_SYSTEM = ("crc32c_generic", "ext4")
+VIRTIO_DRIVERS = ("virtio_mmio", "virtio_net", "vmw_vsock_virtio_transport", "virtio_input")
+MODULES = (*FILE_SYSTEM, *VIRTIO_DRIVERS, "evdev", "uinput", "i2c-dev")
 # Passed on line by line; busybox knows no Unix sockets.
 BRIDGE = """\
 import socket, sys, threading

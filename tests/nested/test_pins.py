@@ -5,7 +5,10 @@ In an H of its own, with Debian's generic kernel (``pins_host.py``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from guests.simulated import KEYBOARD_LABEL, keys_arrive_and_a_light_is_told
@@ -16,17 +19,57 @@ from nested.microvm import Microvm
 from nested.pins_host import adapter_for_h, pins_images, talking_in
 
 from guest.cache import PrepareError
-from guest.level import Guest, Level, NestedMachine
+from guest.level import Guest, Level, LevelDaemon, NestedMachine
+from guest.service import qemu_arguments
 
 pytestmark = pytest.mark.nested
 
 KEYS, PINS, BUS = (f"/run/{name}.control" for name in ("keys", "pins", "bus"))
-KEYBOARD = f"""
+# All kinds that QEMU 7.2 can attach. The sockets stand in /run of H.
+EVERYTHING = f"""
+[daemon]
+metrics = "127.0.0.1:9478"
+
+[devices.disk]
+type = "blk"
+backend = "memory"
+size = "8M"
+socket = "/run/disk.sock"
+
+[devices.entropy]
+type = "rng"
+socket = "/run/entropy.sock"
+
+[devices.lan]
+type = "net"
+backend = "switch"
+switch = "lan"
+socket = "/run/lan.sock"
+
+[devices.sockets]
+type = "vsock"
+cid = 3
+path = "/run/guest.vsock"
+socket = "/run/vsock.sock"
+
 [devices.keyboard]
 type = "input"
 socket = "/run/keyboard.sock"
 label = "{KEYBOARD_LABEL}"
 control = "{KEYS}"
+
+[devices.pins]
+type = "gpio"
+lines = ["button", "led"]
+socket = "/run/pins.sock"
+
+[devices.bus]
+type = "i2c"
+socket = "/run/bus.sock"
+
+[[devices.bus.chips]]
+address = 0x48
+registers = [{{number = 5, value = 0x19}}]
 """
 OWN_DEVICES = (
     f"input,label={KEYBOARD_LABEL},control={KEYS}",
@@ -101,20 +144,64 @@ async def a_chip_is_read_and_written(guest: Guest, bus: Talker) -> None:
     assert (await guest.run("i2cget -y 0 0x49 5 b", status=None)).status != 0
 
 
-def test_keys_arrive_in_a_guest_of_stock_qemu(pins: Laboratory) -> None:
-    chardev = "socket,id=char-keyboard,path=/run/keyboard.sock"
-    machine = NestedMachine(("-chardev", chardev, "-device", "vhost-user-input-pci,chardev=char-keyboard"))
+def test_a_guest_of_stock_qemu_uses_every_kind_of_device_at_once(pins: Laboratory, tmp_path: Path) -> None:
+    config = tmp_path / "everything.toml"
+    config.write_text(EVERYTHING)
 
     async def scenario(host: Level) -> None:
+        machine = NestedMachine()
+        words = await qemu_arguments(config, machine.memory_mib)
+        words = words[words.index("-chardev") :]  # its memory it has already
+        machine = replace(machine, devices=[re.sub("^virtio-net-pci", r"\g<0>,romfile=", word) for word in words])
         async with (
-            host.serve(KEYBOARD, "keyboard"),
+            host.serve(EVERYTHING, "everything") as daemon,
             host.boot(machine) as guest,
             talking_in(host, KEYS, "keys-of-qemu") as keys,
         ):
+            await guest.run("insmod /gpio-virtio.ko && insmod /i2c-virtio.ko")
+            await drivers_have_found_their_devices(guest)
             await keys_arrive_and_a_light_is_told(guest, keys)
+            await guest.run("diskcheck write write /dev/vda 0 65536 7 && diskcheck verify verify /dev/vda 0 65536 7")
+            await guest.run("[ $(head -c 16 /dev/hwrng | wc -c) = 16 ]")
+            await guest.run(
+                "ip link set eth0 up;"
+                " until [ $(cat /sys/class/net/eth0/statistics/tx_packets) -gt 0 ]; do usleep 10000; done"
+            )
+            await guest.run(
+                "base=$(cat /sys/class/gpio/gpiochip*/base); echo $((base + 1)) >/sys/class/gpio/export;"
+                "echo high >/sys/class/gpio/led/direction; [ $(cat /sys/class/gpio/led/value) = 1 ]"
+            )
+            await guest.run("[ $(i2cget -y 0 0x48 5 b) = 0x19 ]")
+            await every_device_has_served(daemon)
             await guest.power_off()
 
     pins.play(scenario)
+
+
+async def drivers_have_found_their_devices(guest: Guest) -> None:
+    """Type (virtio 1.3, section 5) to driver."""
+    answer = await guest.run(
+        "for device in /sys/bus/virtio/devices/*; do"
+        " result $(cat $device/device) $(basename $(readlink $device/driver)); done"
+    )
+    assert answer.results == {
+        "0x0001": "virtio_net",
+        "0x0002": "virtio_blk",
+        "0x0004": "virtio_rng",
+        "0x0012": "virtio_input",
+        "0x0013": "vmw_vsock_virtio_transport",
+        "0x0022": "i2c_virtio",
+        "0x0029": "gpio_virtio",
+    }
+
+
+async def every_device_has_served(daemon: LevelDaemon) -> None:
+    metrics = await daemon.metrics()
+    assert metrics.total("hyperbell_queue_broken") == 0
+    requests = metrics.by("device", "hyperbell_requests_total")
+    for device in ("disk", "entropy", "lan", "keyboard", "pins", "bus"):
+        assert requests[device] > 0, device
+    assert metrics.total("hyperbell_frontend_connected", device="sockets") == 1
 
 
 def test_back_ends_work_on_devices_of_a_real_kernel(pins: Laboratory) -> None:
