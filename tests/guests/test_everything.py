@@ -35,7 +35,7 @@ WRITTEN = 4 * MIB
 SENT = 16 * MIB
 PAGE = pattern(3 * MIB + 5, 7)
 
-# An input device is missing: QEMU 7.2 attaches one only to guests that run with KVM (see test_pins.py).
+# An input device is missing: QEMU 7.2 attaches one only to guests that run with KVM (see tests/nested/test_pins.py).
 ANN = ("disk", "entropy", "dice", "pins", "bus", "ann-lan", "ann-vsock", "outside")
 BOB = ("bob-lan", "bob-vsock")
 # In the order in which the guests find them: eth0 is the switch, eth1 the outside.
