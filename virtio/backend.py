@@ -1,7 +1,7 @@
 """THE WAIST: one device as one driver sees it.
 
 A transport calls the verbs below (see ``transports.base.BackendLike``) and knows nothing else; a device never hears
-of a transport. The state of a queue is held here: it *runs* when it is set up, started (it has a kick) and enabled.
+of a transport. The state of each queue is in ``virtio.backend_queue``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from types import TracebackType
 
 import structlog
 import trio
 
 from virtio import spec
+from virtio.backend_queue import BackendQueue
 from virtio.device import Device
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd, eventfd_id
@@ -30,22 +30,6 @@ from virtio.waist import ConfigChanged, Doorbell, Event, MemoryRegion, QueueBrok
 from virtio.worker import Worker
 
 log = structlog.get_logger()
-
-
-class _QueueState:
-    """One queue: its ring, its setup, and whether it is started, enabled, running."""
-
-    def __init__(self, vq: Virtqueue, driver: QueueDriver) -> None:
-        self.vq = vq
-        self.driver = driver
-        self.setup: QueueSetup | None = None
-        self.started = False
-        self.enabled = False
-        self.running = False
-        self.muted = False  # it runs although it is disabled, to no effect
-        self.changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
-        self.broken = False
-        self.miss_told = 0  # the last miss that became an event
 
 
 class Backend:
@@ -73,7 +57,7 @@ class Backend:
         self._status = 0
         self._table = MemoryTable()
         self._iotlb = Iotlb()
-        self._queues: list[_QueueState] = []
+        self._queues: list[BackendQueue] = []
         self._send, self._receive = trio.open_memory_channel[Event](math.inf)
         self._stack = AsyncExitStack()
         self._log = log.bind(device=device.name)
@@ -104,7 +88,7 @@ class Backend:
                         driver = WorkerQueue(vq, worker, self._device.native_device)
                     else:
                         driver = PumpedQueue(vq, self._device, nursery)
-                    self._queues.append(_QueueState(vq, driver))
+                    self._queues.append(BackendQueue(vq, driver, self._device))
                 self._device.config_changed = self._config_changed
                 nursery.start_soon(self._watch, event_fd.fileno())
                 await nursery.start(self._run_device)
@@ -116,7 +100,7 @@ class Backend:
                     self._device.config_changed = lambda: None
                     nursery.cancel_scope.cancel()
             for queue in self._queues:
-                self._take_fds(queue)
+                queue.take_fds()
 
     async def _run_device(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         started = False
@@ -141,7 +125,7 @@ class Backend:
             for queue in self._queues:
                 self._look(queue)
 
-    def _look(self, queue: _QueueState) -> None:
+    def _look(self, queue: BackendQueue) -> None:
         report = queue.vq.report()
         if report.error is not None and not queue.broken:
             queue.broken = True
@@ -252,17 +236,14 @@ class Backend:
             # A miss that is not visible yet is about to become an event, and asked for once more.
             miss = queue.vq.report().miss
             if miss is not None and iova <= miss.iova < iova + size and miss.perm & perm == miss.perm:
-                if queue.running:
-                    await queue.driver.resume()
-                else:
-                    queue.vq.resume()
+                await queue.resume()
 
     async def iotlb_invalidate(self, iova: int, size: int) -> None:
         self._iotlb.invalidate(iova, size)
 
     # ---- queues ----
 
-    def _queue(self, index: int) -> _QueueState:
+    def _queue(self, index: int) -> BackendQueue:
         if not 0 <= index < len(self._queues):
             raise PeerError(f"queue {index} does not exist, the device has {len(self._queues)}")
         return self._queues[index]
@@ -284,17 +265,17 @@ class Backend:
             queue = self._queue(index)
             if queue.setup is None:
                 raise PeerError(f"queue {index} is started before it is set up")
-            await self._halt(queue)
+            await queue.halt()
         except BaseException:
             if fd is not None:
                 fd.close()
             raise
         # Asked before the fd is given away; it is the queue's alone afterwards.
         number = eventfd_id(fd.fileno()) if fd is not None else None
-        _give(queue.vq.set_kick, fd)
+        queue.give_kick(fd)
         queue.started = True
         self.kick_observer(index, number)
-        await self._run_if_due(queue)
+        await queue.run_if_due()
 
     async def set_doorbell(self, index: int, kind: Doorbell, fd: OwnedFd | None) -> None:
         """A further eventfd that rings the queue beside its kick fd, at any time; gone again when the queue stops.
@@ -311,15 +292,7 @@ class Backend:
             if fd is not None:
                 fd.close()
             raise
-        with trio.CancelScope(shield=True):
-            async with queue.changing:
-                if not queue.running:
-                    _give(partial(queue.vq.set_doorbell, kind), fd)
-                    return
-                try:
-                    await queue.driver.set_doorbell(kind, fd)
-                except HostError as error:
-                    raise PeerError(str(error)) from error
+        await queue.set_doorbell(kind, fd)
 
     def set_interrupt_status(self, status: InterruptStatus | None) -> None:
         """virtio-mmio: the word whose bit 0 every queue sets before it signals its call fd. While all are stopped."""
@@ -327,47 +300,35 @@ class Backend:
             queue.vq.set_interrupt_status(status)
 
     async def set_call(self, index: int, fd: OwnedFd | None) -> None:
-        await self._set_signal(index, fd, "call")
+        await self._queue_or_close(index, fd).set_call(fd)
 
     async def set_err(self, index: int, fd: OwnedFd | None) -> None:
-        await self._set_signal(index, fd, "err")
+        await self._queue_or_close(index, fd).set_err(fd)
 
-    async def _set_signal(self, index: int, fd: OwnedFd | None, which: str) -> None:
+    def _queue_or_close(self, index: int, fd: OwnedFd | None) -> BackendQueue:
         try:
-            queue = self._queue(index)
+            return self._queue(index)
         except PeerError:
             if fd is not None:
                 fd.close()
             raise
-        if not queue.running:
-            _give(queue.vq.set_call if which == "call" else queue.vq.set_err, fd)
-            return
-        try:
-            await (queue.driver.set_call(fd) if which == "call" else queue.driver.set_err(fd))
-        except HostError as error:
-            raise PeerError(str(error)) from error
 
     async def enable_queue(self, index: int, on: bool) -> None:
         queue = self._queue(index)
         queue.enabled = on
         if on:
-            self._unmute(queue)
-            await self._run_if_due(queue)
+            queue.unmute()
+            await queue.run_if_due()
         elif queue.running and self._device.mute(index, True):
             queue.muted = True
             await self._nudge(index)  # so nothing has an effect any more when this returns
         else:
-            await self._halt(queue)
-
-    def _unmute(self, queue: _QueueState) -> None:
-        if queue.muted:
-            queue.muted = False
-            self._device.mute(queue.vq.index, False)
+            await queue.halt()
 
     async def stop_queue(self, index: int) -> int:
         """Stop and drain; where the ring stands. Nothing of the queue touches guest memory after this."""
         queue = self._queue(index)
-        await self._halt(queue)
+        await queue.halt()
         queue.started = False
         queue.setup = None
         queue.vq.clear_doorbells()
@@ -375,48 +336,13 @@ class Backend:
         self.kick_observer(index, None)
         return queue.vq.base
 
-    def _take_fds(self, queue: _QueueState) -> None:
-        queue.vq.clear_doorbells()
-        queue.vq.set_call(None)
-        queue.vq.set_err(None)
-
-    async def _run_if_due(self, queue: _QueueState) -> None:
-        with trio.CancelScope(shield=True):
-            async with queue.changing:
-                if queue.running or not (queue.started and queue.enabled):
-                    return
-                await queue.driver.start()
-                queue.running = True
-        self._device.queue_running(queue.vq.index, True)
-        self._log.debug("queue runs", queue=queue.vq.index)
-
-    async def _halt(self, queue: _QueueState) -> None:
-        if not queue.running:
-            return
-        with trio.CancelScope(shield=True):
-            async with queue.changing:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._warn_while_draining, queue)
-                    await queue.driver.stop()
-                    nursery.cancel_scope.cancel()
-                queue.running = False
-        self._unmute(queue)
-        self._device.queue_running(queue.vq.index, False)
-        self._log.debug("queue stopped", queue=queue.vq.index)
-
-    async def _warn_while_draining(self, queue: _QueueState) -> None:
-        for waited in range(5, 3600, 5):
-            await trio.sleep(5)
-            stats = queue.vq.stats((), True, time.monotonic_ns())
-            self._log.warning("queue drains", queue=queue.vq.index, seconds=waited, in_flight=stats.inflight)
-
     async def reset(self) -> None:
         """Stop all queues and forget features, memory and addresses: as after power-on."""
         for queue in self._queues:
-            await self._halt(queue)
+            await queue.halt()
             queue.started = queue.enabled = queue.broken = False
             queue.setup = None
-            self._take_fds(queue)
+            queue.take_fds()
             self.kick_observer(queue.vq.index, None)
             queue.vq.forget()
         self._iotlb.clear()
@@ -453,13 +379,6 @@ class Backend:
 def _check_config_range(offset: int, size: int) -> None:
     if offset < 0 or size < 0 or offset + size > spec.CONFIG_SPACE_MAX:
         raise PeerError(f"config space {offset}+{size} is beyond its {spec.CONFIG_SPACE_MAX} bytes")
-
-
-def _give(setter: object, fd: OwnedFd | None) -> None:
-    try:
-        setter(fd)  # type: ignore[operator]
-    except HostError as error:
-        raise PeerError(str(error)) from error
 
 
 __all__ = ["Backend", "GuestError"]

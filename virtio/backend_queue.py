@@ -1,0 +1,134 @@
+"""One queue of a backend: its ring, its setup, and whether it is started, enabled, running.
+
+It *runs* when it is set up, started (it has a kick) and enabled. ``virtio.backend`` holds the queues and says what a
+driver's wish means; here is how a queue starts and stops, and to whom a descriptor goes: to the ring while the queue
+stands, to whoever drives it while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+import trio
+
+from virtio.device import Device
+from virtio.errors import HostError, PeerError
+from virtio.fd import OwnedFd
+from virtio.running import QueueDriver
+from virtio.virtqueue import Virtqueue
+from virtio.waist import Doorbell, QueueSetup
+
+log = structlog.get_logger()
+
+
+class BackendQueue:
+    """The queue ``vq`` of ``device``, which ``driver`` drives while it runs."""
+
+    def __init__(self, vq: Virtqueue, driver: QueueDriver, device: Device) -> None:
+        self.vq = vq
+        self.driver = driver
+        self.setup: QueueSetup | None = None
+        self.started = False
+        self.enabled = False
+        self.running = False
+        self.muted = False  # it runs although it is disabled, to no effect
+        self.broken = False
+        self.miss_told = 0  # the last miss that became an event
+        self._changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
+        self._device = device
+        self._log = log.bind(device=device.name, queue=vq.index)
+
+    # ---- starting and stopping ----
+
+    async def run_if_due(self) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                if self.running or not (self.started and self.enabled):
+                    return
+                await self.driver.start()
+                self.running = True
+        self._device.queue_running(self.vq.index, True)
+        self._log.debug("queue runs")
+
+    async def halt(self) -> None:
+        """Stop and drain. Nothing of the queue touches guest memory after this."""
+        if not self.running:
+            return
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._warn_while_draining)
+                    await self.driver.stop()
+                    nursery.cancel_scope.cancel()
+                self.running = False
+        self.unmute()
+        self._device.queue_running(self.vq.index, False)
+        self._log.debug("queue stopped")
+
+    async def _warn_while_draining(self) -> None:
+        for waited in range(5, 3600, 5):
+            await trio.sleep(5)
+            stats = self.vq.stats((), True, time.monotonic_ns())
+            self._log.warning("queue drains", seconds=waited, in_flight=stats.inflight)
+
+    def unmute(self) -> None:
+        if self.muted:
+            self.muted = False
+            self._device.mute(self.vq.index, False)
+
+    async def resume(self) -> None:
+        """The translation that it waited for is there."""
+        if self.running:
+            await self.driver.resume()
+        else:
+            self.vq.resume()
+
+    # ---- its descriptors: each passes to the queue; ``PeerError``: it is no eventfd ----
+
+    def give_kick(self, fd: OwnedFd | None) -> None:
+        """While it stands."""
+        _give(self.vq.set_kick, fd)
+
+    async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                if not self.running:
+                    _give(partial(self.vq.set_doorbell, kind), fd)
+                    return
+                try:
+                    await self.driver.set_doorbell(kind, fd)
+                except HostError as error:
+                    raise PeerError(str(error)) from error
+
+    async def set_call(self, fd: OwnedFd | None) -> None:
+        if not self.running:
+            _give(self.vq.set_call, fd)
+            return
+        try:
+            await self.driver.set_call(fd)
+        except HostError as error:
+            raise PeerError(str(error)) from error
+
+    async def set_err(self, fd: OwnedFd | None) -> None:
+        if not self.running:
+            _give(self.vq.set_err, fd)
+            return
+        try:
+            await self.driver.set_err(fd)
+        except HostError as error:
+            raise PeerError(str(error)) from error
+
+    def take_fds(self) -> None:
+        self.vq.clear_doorbells()
+        self.vq.set_call(None)
+        self.vq.set_err(None)
+
+
+def _give(setter: Callable[[OwnedFd | None], None], fd: OwnedFd | None) -> None:
+    try:
+        setter(fd)
+    except HostError as error:
+        raise PeerError(str(error)) from error
