@@ -243,7 +243,7 @@ void blk_set_writeback(struct native_device *device, uint32_t on);
 /* Which requests that need a feature the driver accepted; before anybody says so, all that the setup has. */
 void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes);
 
-/* ---- native network device: net_device.c, net_control.c, net_frame.c, net_offload.c, net_switch.c, net_fd.c ---- */
+/* ---- native network device: net_device.c, net_control.c, net_switch.c; net.h names the other files ---- */
 
 #define NET_OP_RECEIVE 0  /* to the guest */
 #define NET_OP_TRANSMIT 1 /* from the guest */

@@ -1,7 +1,7 @@
 /*
- * The native network device (section 5.1): net_device.c drives its queues, net_control.c obeys the driver, net_frame.c
- * reads frames from and writes them to rings, net_offload.c does in software what a receiver cannot, net_switch.c and
- * net_fd.c are back ends.
+ * The native network device (section 5.1): net_device.c makes it and does what Python says, net_queues.c drives its
+ * queues, net_control.c obeys the driver, net_frame.c reads frames from and writes them to rings, net_offload.c does in
+ * software what a receiver cannot, net_switch.c and net_fd.c are back ends.
  *
  * All of it runs on worker threads, and both queues of a pair on the same one. The ports of a switch share one worker.
  */
@@ -169,8 +169,9 @@ void net_give_back(struct net_pair *pair);
 /* Write a frame to the guest, doing in software what its driver did not offer to. Counts what is dropped. */
 enum net_result net_deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
 
-/* ---- net_device.c ---- */
+/* ---- net_queues.c ---- */
 
+extern const struct queue_ops net_queue_ops;
 /* Any thread: the driver agreed to use so many pairs. */
 void net_allow_pairs(struct net_device *net, uint32_t pairs);
 

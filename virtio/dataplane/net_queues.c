@@ -1,0 +1,250 @@
+/* The network device's queues (section 5.1.6): who has a turn when, and what becomes of a frame that has to wait. */
+#include "net.h"
+
+#include <poll.h>
+
+/* ---- from the guest ---- */
+
+static bool transmit_blocked(const struct net_pair *pair)
+{
+	return pair->net->backend->receive && !(pair->source.ready & POLLOUT) && !load_relaxed(&pair->muted);
+}
+
+static bool transmit_turn(struct net_pair *pair, struct worker *w)
+{
+	struct virtqueue *vq = pair->tx;
+	struct net_device *net = pair->net;
+	struct chain_view chain = { .iov = w->scratch };
+	struct iovec iov[CHAIN_IOV_MAX];
+	struct net_frame frame;
+	uint32_t moved = 0;
+
+	while (moved < NET_TURN && !transmit_blocked(pair) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+		bool honest = net_frame_read(net, &chain, iov, &frame);
+		uint32_t head = chain.head, slots = chain.slots;
+
+		if (!honest) {
+			stat_add(&pair->counters.malformed, 1);
+			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
+		} else if (load_relaxed(&pair->muted)) {
+			stat_add(&pair->counters.sent_disabled, 1);
+			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
+		} else if (!load_relaxed(&net->link_up)) {
+			stat_add(&pair->counters.sent_link_down, 1);
+			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
+		} else if (!net->backend->send(pair, w, &frame)) {
+			virtqueue_unpop(vq, &head, 1, slots);
+			break;
+		} else {
+			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, frame.length, false);
+		}
+		virtqueue_push(vq, head, slots, 0);
+		worker_touch(w, vq);
+		moved++;
+	}
+	return moved > 0;
+}
+
+/* ---- to the guest, from a source ---- */
+
+static bool receive_ready(const struct net_pair *pair)
+{
+	if (!pair->net->backend->receive)
+		return false;
+	return pair->pending ? virtqueue_has_work(pair->rx) : pair->source.ready & POLLIN;
+}
+
+static bool receive_one(struct net_pair *pair, struct worker *w)
+{
+	struct net_frame frame = { .count = 1 };
+	struct iovec iov;
+	bool waited = pair->pending;
+
+	if (!waited) {
+		pair->pending = pair->net->backend->receive(pair, &pair->pending_header);
+		if (!pair->pending)
+			return false;
+	}
+	iov = (struct iovec){ pair->frame, pair->pending };
+	frame.header = pair->pending_header;
+	frame.iov = &iov;
+	frame.length = pair->pending;
+	if (net_deliver(pair, w, &frame) == NET_NO_BUFFERS)
+		return false; /* it stays, and so does what is behind it in the tap or the socket */
+	pair->pending = 0;
+	return true;
+}
+
+static bool receive_turn(struct net_pair *pair, struct worker *w)
+{
+	uint32_t moved = 0;
+
+	if (!pair->net->backend->receive)
+		return false;
+	while (moved < NET_TURN && receive_one(pair, w))
+		moved++;
+	return moved > 0;
+}
+
+/* ---- how many pairs are in use ---- */
+
+/* After a change of what the pairs listen to or what the driver allows. */
+static void pairs_select(struct net_device *net)
+{
+	uint32_t active = 0;
+
+	while (active < net->allowed_pairs && net->pairs[active].listening)
+		active++;
+	store_relaxed(&net->active_pairs, active ? active : 1);
+	if (!net->backend->select || net->setup.pairs == 1)
+		return;
+	for (uint32_t i = 0; i < net->setup.pairs; i++) {
+		/* With no driver at all everything is as it was when the back end was opened. */
+		bool selected = active == 0 || (i < net->allowed_pairs && net->pairs[i].listening);
+
+		if (selected != net->pairs[i].selected)
+			net->backend->select(&net->pairs[i], selected);
+		net->pairs[i].selected = selected;
+	}
+}
+
+static void pair_listens(struct net_pair *pair, bool listening)
+{
+	pthread_mutex_lock(&pair->net->selecting);
+	pair->listening = listening;
+	pairs_select(pair->net);
+	pthread_mutex_unlock(&pair->net->selecting);
+}
+
+void net_allow_pairs(struct net_device *net, uint32_t pairs)
+{
+	pthread_mutex_lock(&net->selecting);
+	net->allowed_pairs = pairs;
+	pairs_select(net);
+	pthread_mutex_unlock(&net->selecting);
+}
+
+/* ---- the worker's side ---- */
+
+/* 5.1.2: the control queue comes after all pairs that could be, or after the first one where MQ was not accepted. */
+static bool is_control(const struct net_device *net, const struct virtqueue *vq)
+{
+	return net_has(net, VIRTIO_NET_F_CTRL_VQ) &&
+	       vq->index == 2 * (net_has(net, VIRTIO_NET_F_MQ) ? net->setup.pairs : 1);
+}
+
+/* NULL: the queue of no pair. */
+static struct net_pair *pair_of(struct net_device *net, const struct virtqueue *vq)
+{
+	return vq != load_relaxed(&net->control) && vq->index / 2 < net->setup.pairs ? &net->pairs[vq->index / 2] : NULL;
+}
+
+static bool is_receive(const struct virtqueue *vq)
+{
+	return vq->index % 2 == 0; /* 5.1.2 */
+}
+
+static void control_attached(struct net_device *net, struct virtqueue *vq)
+{
+	store_relaxed(&net->control, vq);
+	/* 5.1.6.5.6: only the first pair, until the driver has said how many. */
+	if (__atomic_exchange_n(&net->pairs_unsaid, 0, __ATOMIC_RELAXED) && net_has(net, VIRTIO_NET_F_MQ))
+		net_allow_pairs(net, 1);
+}
+
+static void net_attached(struct native_device *device, struct worker *w, struct virtqueue *vq)
+{
+	struct net_device *net = (struct net_device *)device;
+	struct net_pair *pair;
+
+	if (is_control(net, vq))
+		control_attached(net, vq);
+	pair = pair_of(net, vq);
+	if (!pair)
+		return;
+	if (net->lan && !pair->rx && !pair->tx)
+		net_switch_plug(net, w);
+	if (net->backend->receive && !pair->rx && !pair->tx)
+		source_add(w, &pair->source, device);
+	if (is_receive(vq)) {
+		pair->rx = vq;
+		pair_listens(pair, true);
+	} else {
+		pair->tx = vq;
+	}
+}
+
+/* The queue stops when nothing of it is in flight any more, and what a frame waits with would be that for ever. */
+static void net_detaching(struct native_device *device, struct virtqueue *vq)
+{
+	struct net_pair *pair = pair_of((struct net_device *)device, vq);
+
+	if (pair && is_receive(vq))
+		net_give_back(pair);
+}
+
+static void net_detached(struct native_device *device, struct worker *w, struct virtqueue *vq)
+{
+	struct net_device *net = (struct net_device *)device;
+	struct net_pair *pair = pair_of(net, vq);
+
+	if (vq == load_relaxed(&net->control))
+		store_relaxed(&net->control, NULL);
+	if (!pair)
+		return;
+	if (is_receive(vq)) {
+		pair->rx = NULL;
+		pair->pending = 0; /* the guest that it was for has gone */
+		pair_listens(pair, false);
+	} else {
+		pair->tx = NULL;
+	}
+	if (pair->rx || pair->tx)
+		return;
+	if (net->lan)
+		net_switch_unplug(net);
+	if (net->backend->receive)
+		source_remove(w, &pair->source);
+}
+
+static bool net_ready(struct native_device *device, struct virtqueue *vq)
+{
+	struct net_device *net = (struct net_device *)device;
+	struct net_pair *pair = pair_of(net, vq);
+
+	if (!pair) /* a queue that no accepted feature gives a meaning is left alone */
+		return vq == load_relaxed(&net->control) && virtqueue_has_work(vq);
+	return is_receive(vq) ? receive_ready(pair) : !transmit_blocked(pair) && virtqueue_has_work(vq);
+}
+
+static bool net_turn(struct native_device *device, struct worker *w, struct virtqueue *vq)
+{
+	struct net_device *net = (struct net_device *)device;
+	struct net_pair *pair = pair_of(net, vq);
+
+	if (!pair)
+		return vq == load_relaxed(&net->control) && net_control_turn(net, w, vq);
+	return is_receive(vq) ? receive_turn(pair, w) : transmit_turn(pair, w);
+}
+
+static bool net_arm(struct native_device *device, struct virtqueue *vq)
+{
+	struct net_device *net = (struct net_device *)device;
+	struct net_pair *pair = pair_of(net, vq);
+
+	if (!pair)
+		return vq != load_relaxed(&net->control) || virtqueue_arm(vq);
+	if (is_receive(vq))
+		/* New buffers are of interest only to a frame that waits for them; else kicks would be for nothing. */
+		return pair->pending ? virtqueue_arm(vq) : !receive_ready(pair);
+	return transmit_blocked(pair) || virtqueue_arm(vq);
+}
+
+const struct queue_ops net_queue_ops = {
+	.attached = net_attached,
+	.detaching = net_detaching,
+	.detached = net_detached,
+	.ready = net_ready,
+	.turn = net_turn,
+	.arm = net_arm,
+};
