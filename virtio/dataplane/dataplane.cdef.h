@@ -304,7 +304,7 @@ void net_prepare_rarp(struct native_device *device, const uint8_t mac[6]);
 /* The sum over all pairs. */
 void net_counters(struct native_device *device, struct net_counters *sum);
 
-/* ---- workers: worker.c, reactor_uring.c, reactor_epoll.c ---- */
+/* ---- workers: worker.c, worker_thread.c, reactor_uring.c, reactor_epoll.c ---- */
 
 #define WORKER_ATTACH 1     /* drive the queue for the device; look at the ring once */
 #define WORKER_DETACH 2     /* stop popping, drain, then acknowledge */

@@ -420,6 +420,8 @@ struct worker {
 	struct iovec scratch[CHAIN_IOV_MAX];
 };
 
+/* worker.c: rounds, until WORKER_QUIT came. */
+void worker_run(struct worker *w);
 /* mailbox.c: the worker's side of its commands. */
 struct worker_command *worker_take_inbox(struct worker *w);
 void worker_acknowledge(struct worker *w, struct worker_command *command, int result);

@@ -1,18 +1,11 @@
 /*
- * A worker: one pthread that drives the queues of native devices, with one reactor (io_uring or epoll).
+ * What a worker does: drive the queues of native devices, with one reactor (io_uring or epoll).
  *
  * The round: take commands, serve each queue that has work (a bounded turn each), take completions, publish and
  * notify once a queue. When a round finds nothing the worker polls for a while (adaptive, bounded), then arms the
  * kicks, looks once more and sleeps. It never calls Python: it answers commands through a list and an eventfd.
  */
 #include "dataplane.h"
-
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdlib.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #define POLL_MIN_NS 4000          /* the window starts here when it grows again from nothing */
 #define KICKLESS_SLEEP_NS 200000  /* a queue without a kick fd is looked at this often while it is idle */
@@ -222,7 +215,7 @@ static void detach_drained(struct worker *w)
 	}
 }
 
-/* ---- the thread ---- */
+/* ---- rounds ---- */
 
 /* One round without waiting; true when anything happened. */
 static bool round_once(struct worker *w)
@@ -288,146 +281,11 @@ static void worker_sleep(struct worker *w)
 		w->poll_ns = w->poll_max_ns;
 }
 
-static int thread_prepare(struct worker *w)
+void worker_run(struct worker *w)
 {
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	for (uint32_t i = 0; i < w->cpu_count; i++)
-		CPU_SET(w->cpus[i], &set);
-	if (w->cpu_count && sched_setaffinity(0, sizeof(set), &set) < 0)
-		return -errno;
-	pthread_setname_np(pthread_self(), w->name);
-	return 0;
-}
-
-static int reactor_open(struct worker *w)
-{
-	int rc = -ENOSYS;
-
-	if (w->reactor_wanted != REACTOR_EPOLL) {
-		w->reactor = &uring_ops;
-		rc = w->reactor->open(w);
-		w->stats.reactor = REACTOR_IO_URING;
-	}
-	if (rc < 0 && w->reactor_wanted != REACTOR_IO_URING) {
-		w->reactor = &epoll_ops;
-		rc = w->reactor->open(w);
-		w->stats.reactor = REACTOR_EPOLL;
-	}
-	return rc;
-}
-
-static void *worker_main(void *argument)
-{
-	struct worker *w = argument;
-	struct worker_command *starting = w->quit;
-	int rc = thread_prepare(w);
-
-	w->quit = NULL;
-	if (rc == 0)
-		rc = reactor_open(w);
-	worker_acknowledge(w, starting, rc);
-	if (rc < 0)
-		return NULL;
 	while (!w->quit) {
 		if (round_once(w) || poll_for_work(w))
 			continue;
 		worker_sleep(w);
 	}
-	w->reactor->close(w);
-	eventfd_signal_thread_end();
-	worker_acknowledge(w, w->quit, 0);
-	return NULL;
-}
-
-static void worker_release(struct worker *w)
-{
-	close(w->wake_fd);
-	free(w->requests);
-	free(w);
-}
-
-static int thread_start(struct worker *w)
-{
-	sigset_t all, old;
-	pthread_t thread;
-	int rc;
-
-	/* Signals are for Python's main thread; faults are not maskable, and notify.c unblocks its own tick. */
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rc = pthread_create(&thread, NULL, worker_main, w);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	w->thread = thread;
-	return -rc;
-}
-
-struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, const uint32_t *cpus,
-			  uint32_t cpu_count, int done_fd, int *error)
-{
-	struct worker_command starting = { 0 };
-	struct worker *w;
-
-	*error = -EINVAL;
-	if (cpu_count > ARRAY_SIZE(w->cpus))
-		return NULL;
-	*error = -ENOMEM;
-	w = calloc(1, sizeof(*w));
-	if (!w)
-		return NULL;
-	w->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	w->done_fd = done_fd;
-	w->poll_max_ns = poll_us * 1000ull;
-	w->poll_ns = w->poll_max_ns;
-	w->reactor_wanted = reactor;
-	w->cpu_count = cpu_count;
-	for (uint32_t i = 0; i < cpu_count; i++)
-		w->cpus[i] = cpus[i];
-	strncpy(w->name, name, sizeof(w->name) - 1);
-	w->requests = calloc(WORKER_REQUESTS, sizeof(*w->requests));
-	if (!w->requests || w->wake_fd < 0) {
-		worker_release(w);
-		return NULL;
-	}
-	for (uint32_t i = 0; i < WORKER_REQUESTS; i++) {
-		w->requests[i].next = w->free_requests;
-		w->free_requests = &w->requests[i];
-	}
-	w->quit = &starting; /* the thread answers it like a command, once its reactor is open */
-	*error = thread_start(w);
-	if (*error == 0) {
-		struct worker_command *done;
-
-		while (!(done = worker_take_done(w)))
-			sched_yield(); /* a few syscalls long, once a worker's life */
-		*error = done->result;
-		if (*error == 0)
-			return w;
-		pthread_join((pthread_t)w->thread, NULL);
-	}
-	worker_release(w);
-	return NULL;
-}
-
-const struct worker_stats *worker_stats(struct worker *w)
-{
-	return &w->stats;
-}
-
-uint64_t worker_cpu_ns(struct worker *w)
-{
-	struct timespec t = { 0 };
-	clockid_t clock;
-
-	if (pthread_getcpuclockid((pthread_t)w->thread, &clock) == 0)
-		clock_gettime(clock, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-void worker_free(struct worker *w)
-{
-	pthread_join((pthread_t)w->thread, NULL);
-	worker_release(w);
 }
