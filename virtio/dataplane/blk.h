@@ -2,7 +2,7 @@
 #ifndef HYPERBELL_BLK_H
 #define HYPERBELL_BLK_H
 
-#include "dataplane.h"
+#include "worker.h"
 
 #define SECTOR_SHIFT 9
 

@@ -2,7 +2,7 @@
  * The doorbells of a queue in its worker's poll set. One that is added or taken away while the queue is at work leaves
  * the queue attached: a device never hears of it. Worker thread only.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 bool worker_doorbell_leaves(const struct virtqueue *vq, uint32_t kind)
 {

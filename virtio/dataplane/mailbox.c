@@ -2,7 +2,7 @@
  * Between Python and a worker: two atomic stacks of commands. The release of a push and the acquire of a take order
  * everything; the eventfds only wake.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 #include <unistd.h>
 

@@ -8,7 +8,7 @@
 #ifndef HYPERBELL_NET_H
 #define HYPERBELL_NET_H
 
-#include "dataplane.h"
+#include "worker.h"
 #include "pieces.h"
 
 #include <pthread.h>

@@ -2,7 +2,7 @@
  * The reactor where io_uring is forbidden (containers, some distributions): epoll for the kicks, plain system calls
  * for the I/O. A request that blocks holds up its worker, so this is slower; it is never wrong.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 #include <fcntl.h>
 #include <stdlib.h>

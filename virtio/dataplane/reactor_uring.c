@@ -4,7 +4,7 @@
  * io_uring bypasses seccomp, so the ring is created disabled, restricted to the few operations used here, and only
  * then enabled. DEFER_TASKRUN (Linux 6.1) keeps completions from interrupting the worker; it takes them when it looks.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 #include <liburing.h>
 #include <poll.h>

@@ -1,5 +1,5 @@
 /* Requests that wait for I/O: a pool a worker, so that nothing is allocated on the way. Worker thread only. */
-#include "dataplane.h"
+#include "worker.h"
 
 struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
 			      const struct chain_view *chain, uint64_t start_ns)

@@ -1,5 +1,5 @@
 /* What a native device waits for beside its queues. Worker thread only. */
-#include "dataplane.h"
+#include "worker.h"
 
 void source_add(struct worker *w, struct source *source, struct native_device *device)
 {

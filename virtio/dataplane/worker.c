@@ -5,7 +5,7 @@
  * notify once a queue. When a round finds nothing the worker polls for a while (adaptive, bounded), then arms the
  * kicks, looks once more and sleeps. It never calls Python: it answers commands through a list and an eventfd.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 #define POLL_MIN_NS 4000          /* the window starts here when it grows again from nothing */
 #define KICKLESS_SLEEP_NS 200000  /* a queue without a kick fd is looked at this often while it is idle */

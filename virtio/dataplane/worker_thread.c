@@ -2,7 +2,7 @@
  * A worker's life: one pthread, pinned and named, with a reactor that it opens itself. Once its maker knows that it
  * could, it goes its rounds (worker.c), and it ends when it is told to.
  */
-#include "dataplane.h"
+#include "worker.h"
 
 #include <pthread.h>
 #include <sched.h>
