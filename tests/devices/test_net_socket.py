@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from daemon.cli import main
 from virtio.devices import net_socket
 from virtio.devices.net import Net, NetOptions
-from virtio.devices.net_socket import FRAME_MAX, parse_address
+from virtio.devices.net_socket import FRAME_MAX
+from virtio.devices.net_socket_options import parse_address
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
 

@@ -17,7 +17,8 @@ from pydantic import Field, field_validator, model_validator
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device, Lost
-from virtio.devices.net_socket import Peer, SocketOptions, open_socket
+from virtio.devices.net_socket import Peer, open_socket
+from virtio.devices.net_socket_options import SocketOptions
 from virtio.devices.net_user import UserOptions, UserPeer
 from virtio.devices.tap import (
     NAME_MAX as TAP_NAME_MAX,
