@@ -40,7 +40,7 @@ test: check ## everything: lint, types, unit, devices, integration, sanitizers, 
 	@$(BIN)/coverage report
 
 # An emulated host for each file: one that gets stuck does not take the others with it.
-test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes some fifteen minutes)
+test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes some twenty minutes)
 	@failed=; for f in tests/nested/test_*.py; do \
 	  $(BIN)/python -m pytest $$f -m "nested or nested_full" || failed="$$failed $$f"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }

@@ -17,7 +17,7 @@ from guest.tracing import Counts, watch_doorbells
 from transports.kvm.ring_rounds import BELLS, KERNEL, KEY, MMIO, MMIO_MATCH, PIO, THREAD, WARM_UP_RINGS, WARM_UP_ROUNDS
 from transports.kvm.slots import slot
 
-pytestmark = pytest.mark.nested
+pytestmark = pytest.mark.nested_full
 
 SECONDS: Final = 120
 WARM_UP: Final = WARM_UP_ROUNDS * WARM_UP_RINGS
@@ -92,7 +92,6 @@ def test_the_file_for_the_daemon_is_the_same(record: Record) -> None:
     assert Report.model_validate_json(record.saved, strict=True) == record.report
 
 
-@pytest.mark.nested_full
 async def test_a_machine_of_our_own_shows_what_its_hypercalls_save(host: Level) -> None:
     """The toy guest rings by hypercall without end; the daemon multiplies what it counts with what was measured."""
     toy = await trio.to_thread.run_sync(lambda: prepare_toy(print).program(64))

@@ -28,7 +28,7 @@ from nested.laboratory import Laboratory
 from guest.level import Level, NestedMachine
 from guest.tracing import Counts, watch_doorbells
 
-pytestmark = pytest.mark.nested
+pytestmark = pytest.mark.nested_full
 
 SEEDS = {"mmio": 11, "pio": 12}
 
