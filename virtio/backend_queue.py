@@ -8,7 +8,8 @@ stands, to whoever drives it while it runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import structlog
@@ -90,36 +91,31 @@ class BackendQueue:
 
     def give_kick(self, fd: OwnedFd | None) -> None:
         """While it stands."""
-        _give(self.vq.set_kick, fd)
+        with _refusals():
+            self.vq.set_kick(fd)
 
     async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
         with trio.CancelScope(shield=True):
             async with self._changing:
-                if not self.running:
-                    _give(partial(self.vq.set_doorbell, kind), fd)
-                    return
-                try:
-                    await self.driver.set_doorbell(kind, fd)
-                except HostError as error:
-                    raise PeerError(str(error)) from error
+                await self._give(fd, partial(self.vq.set_doorbell, kind), partial(self.driver.set_doorbell, kind))
 
     async def set_call(self, fd: OwnedFd | None) -> None:
-        if not self.running:
-            _give(self.vq.set_call, fd)
-            return
-        try:
-            await self.driver.set_call(fd)
-        except HostError as error:
-            raise PeerError(str(error)) from error
+        await self._give(fd, self.vq.set_call, self.driver.set_call)
 
     async def set_err(self, fd: OwnedFd | None) -> None:
-        if not self.running:
-            _give(self.vq.set_err, fd)
-            return
-        try:
-            await self.driver.set_err(fd)
-        except HostError as error:
-            raise PeerError(str(error)) from error
+        await self._give(fd, self.vq.set_err, self.driver.set_err)
+
+    async def _give(
+        self,
+        fd: OwnedFd | None,
+        while_it_stands: Callable[[OwnedFd | None], None],
+        while_it_runs: Callable[[OwnedFd | None], Awaitable[None]],
+    ) -> None:
+        with _refusals():
+            if self.running:
+                await while_it_runs(fd)
+            else:
+                while_it_stands(fd)
 
     def take_fds(self) -> None:
         self.vq.clear_doorbells()
@@ -127,8 +123,10 @@ class BackendQueue:
         self.vq.set_err(None)
 
 
-def _give(setter: Callable[[OwnedFd | None], None], fd: OwnedFd | None) -> None:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a queue does not take was the peer's."""
     try:
-        setter(fd)
+        yield
     except HostError as error:
         raise PeerError(str(error)) from error
