@@ -34,10 +34,9 @@ build: $(VENV)/.ready ## compile the data plane again after a change of C
 demo: setup ## a real Linux guest reads and writes its disk through hyperbell
 	@$(BIN)/python -m guest.demo
 
+# A process for each CPU; tests/conftest.py says how they share the tests. Four at most: each may boot a machine.
 test: check ## everything: lint, types, unit, devices, integration, sanitizers, real guests
-	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest
-	@$(BIN)/coverage report
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder --cov
 
 # An emulated host for each file: one that gets stuck does not take the others with it.
 test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes some twenty minutes)

@@ -54,7 +54,10 @@ class Acceleration:
     def qemu_arguments(self) -> list[str]:
         if self.name == "kvm":
             return ["-accel", "kvm", "-cpu", "host"]
-        return ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        # All CPUs take turns in one thread. With a thread each, QEMU 7.2 may keep what it has translated of code that
+        # another CPU patches meanwhile (Linux does with every static key, and with ftrace at every insmod): both CPUs
+        # of a guest were seen going round for ever in a breakpoint that was long gone.
+        return ["-accel", "tcg,thread=single", "-cpu", "max"]
 
 
 def choose_acceleration(kvm: Path = Path("/dev/kvm")) -> Acceleration:

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -101,7 +102,7 @@ static void converse(int sock, unsigned int *seed)
 	struct wire_message message;
 	int rest = 20 + rand_r(seed) % 200;
 
-	while (!daemon_ends && rest-- > 0) {
+	while (!daemon_ends && rest > 0) {
 		union {
 			char room[CMSG_SPACE(4 * sizeof(int))];
 			struct cmsghdr align;
@@ -111,9 +112,13 @@ static void converse(int sock, unsigned int *seed)
 			.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof(control.room),
 		};
 		struct cmsghdr *passed;
+		ssize_t received = recvmsg(sock, &header, MSG_CMSG_CLOEXEC);
 
-		if (recvmsg(sock, &header, MSG_CMSG_CLOEXEC) != sizeof(message))
+		if (received < 0 && errno == EAGAIN)
+			continue;	/* the library has nothing to say: is this to go on? */
+		if (received != sizeof(message))
 			return;
+		rest--;
 		passed = CMSG_FIRSTHDR(&header);
 		if (passed)
 			close(*(int *)CMSG_DATA(passed));
@@ -129,6 +134,7 @@ static void converse(int sock, unsigned int *seed)
 
 static void *run_daemon(void *argument)
 {
+	const struct timeval wait = { .tv_usec = 20000 };
 	unsigned int seed = 1;
 
 	(void)argument;
@@ -137,6 +143,7 @@ static void *run_daemon(void *argument)
 
 		if (sock < 0)
 			break;
+		CHECK(!setsockopt(sock, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)));
 		converse(sock, &seed);
 		close(sock);
 	}
