@@ -37,9 +37,12 @@ class DiskLoad:
 
 @asynccontextmanager
 async def disk_load(guest: Guest, disk: str, seed: int) -> AsyncIterator[DiskLoad]:
-    """Load on the device node ``disk``, once in the life of ``guest``."""
+    """Load on the device node ``disk``, once in the life of ``guest``.
+
+    One request at a time: a lost notification has no later one to make up for it, and each needs its own.
+    """
     span = "{} {}".format(*SPAN)
-    stress = f"diskcheck load stress {disk} {span} {seed} 1 2 {REQUESTS} >/tmp/said || exit 1"
+    stress = f"diskcheck load stress {disk} {span} {seed} 1 1 {REQUESTS} >/tmp/said || exit 1"
     command = f"sh -c 'while [ ! -e /tmp/enough ]; do {stress}; echo >>/tmp/rounds; done; cat /tmp/said'"
     async with guest.job("load", command) as job:
         yield DiskLoad(guest, job)

@@ -62,6 +62,7 @@ class Record:
     bells: dict[str, int] = field(default_factory=dict)
     under_load: list[Use] = field(default_factory=list)  # offered, withdrawn, offered again
     load: dict[str, str] = field(default_factory=dict)
+    whole_load: Use | None = None
 
 
 class Scenario:
@@ -106,6 +107,7 @@ class Scenario:
 
     async def withdraw_under_load(self) -> None:
         """The policy changes twice while the disk is busy; the load must not notice."""
+        before_all = await self.count("bell")
         async with disk_load(self.guest, await disk_of(self.guest, "bell"), LOAD_SEED) as load:
             for policy in ("", "withhold", "offer"):
                 if policy:
@@ -119,6 +121,7 @@ class Scenario:
                 await load.next_round()
                 self.record.under_load.append(await self.since("bell", before))
             self.record.load = await load.end()
+        self.record.whole_load = await self.since("bell", before_all)
 
 
 async def scenario(host: Level) -> Record:
@@ -211,3 +214,13 @@ def test_no_request_is_lost_or_late_while_the_policy_changes_under_load(record: 
     assert record.load["status"] == "0", record.load["said"]
     assert int(record.load["rounds"]) >= 6
     assert "load.error" not in record.load["said"]
+
+
+def test_the_daemon_was_woken_as_often_as_the_guest_rang_while_the_policy_changed(record: Record) -> None:
+    use = record.whole_load
+    assert use is not None
+    assert use.rung is not None
+    assert use.rung.refused > 0
+    (plain,) = use.seen.ioeventfds.values()
+    assert plain == use.rung.plain
+    assert use.counted == {"kick": use.rung.hypercall + use.rung.plain}
