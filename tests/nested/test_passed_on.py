@@ -31,7 +31,7 @@ from guest.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM
 
-pytestmark = pytest.mark.nested_full
+pytestmark = pytest.mark.nested
 
 SEEDS = {"own": 31, "memory": 32, "port": 33}
 """G1's own disk, offered to it by hypercall; the disks that it passes on, by the plain doorbell they have."""
