@@ -141,6 +141,10 @@ class Scene:
     async def negotiate(self, features: int) -> None:
         await self.write(regs.STATUS, 0)
         assert await self.read(regs.STATUS) == 0
+        await self.choose(features)
+
+    async def choose(self, features: int) -> None:
+        """What is left of it after a reset."""
         await self.write(regs.STATUS, regs.ACKNOWLEDGE | regs.DRIVER)
         for word in (0, 1):
             await self.write(regs.DRIVER_FEATURES_SEL, word)

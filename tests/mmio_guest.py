@@ -120,6 +120,10 @@ class Performer:
     def negotiate(self, features: int) -> bool:
         """3.1.1, steps 1 to 6: whether the device took them."""
         self.write(STATUS, 0)
+        return self.choose(features)
+
+    def choose(self, features: int) -> bool:
+        """The same, of a device that was just reset."""
         self.write(STATUS, ACKNOWLEDGE)
         self.write(STATUS, ACKNOWLEDGE | DRIVER)
         for word in (0, 1):

@@ -24,6 +24,10 @@ NUMBER_MAX: Final = (1 << NUMBER_BITS) - 1
 RESERVED_BELL: Final = NUMBER_MAX
 """Never registered: a driver that wants to see a status other than 0 rings this one."""
 
+RESERVED_ID: Final = NUMBER_MAX
+"""Never registered either, for a driver may ring that number without knowing a key: a queue whose bell and key make it
+has no bell."""
+
 FIRST_PORT: Final = 0x100
 """Numbers below ``FIRST_PORT << 8`` are free for devices without a port: below 0x100 no virtio device has one."""
 

@@ -215,7 +215,7 @@ class RegisterFile:
 
     def offer_bells(self, bells: Bells) -> None:
         """Offer the hypercall doorbell from now on."""
-        self._queues.bells = bells
+        self._queues.offer_bells(bells)
 
     def withhold_bells(self) -> None:
         """From now on the registers read 0, and the feature is not offered."""
@@ -281,10 +281,15 @@ class RegisterFile:
         return operations
 
     def _features_acceptable(self) -> bool:
-        """2.2.2: only what was offered; 6.1: a device without a legacy interface needs VIRTIO_F_VERSION_1."""
+        """2.2.2: only what was offered; 6.1: a device without a legacy interface needs VIRTIO_F_VERSION_1.
+
+        The hypercall may have been withheld since the driver read that it was offered. That is no fault of the
+        driver's, and no harm: the device behind never hears of the bit.
+        """
         driver = self._queues.driver
         modern = driver.features >> spec.VIRTIO_F_VERSION_1 & 1
-        return bool(modern) and not driver.features & ~self.offered and not driver.features_beyond
+        offered = self.offered | (VIRTIO_F_HYPERCALL_NOTIFY if driver.hypercall_offered else 0)
+        return bool(modern) and not driver.features & ~offered and not driver.features_beyond
 
     def _read_queue_reset(self) -> int:
         if self._queues.driver.negotiated(1 << spec.VIRTIO_F_RING_RESET):

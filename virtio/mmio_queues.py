@@ -73,6 +73,7 @@ class Driver:
     status: int = 0
     features: int = 0
     features_beyond: bool = False  # it accepted a bit above 63, where there is none
+    hypercall_offered: bool = False  # since the last reset, if not any more
     device_features_sel: int = 0
     driver_features_sel: int = 0
 
@@ -106,7 +107,7 @@ class QueueRegisters:
 
     def forget(self) -> None:
         """As after power-on."""
-        self.driver = Driver()
+        self.driver = Driver(hypercall_offered=self.bells is not None)
         self.selector = 0
         self.queues = [Queue() for _ in range(self.count)]
 
@@ -211,6 +212,10 @@ class QueueRegisters:
         self.queues[index] = Queue(bell_accepted=self.queues[index].bell_accepted)
 
     # ---- doorbells ----
+
+    def offer_bells(self, bells: Bells) -> None:
+        self.bells = bells
+        self.driver.hypercall_offered = True
 
     def notify(self, value: int) -> Sequence[Operation]:
         if value < self.count:

@@ -16,10 +16,11 @@ from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks
 
-from transports.hypercall import connection_id
+from transports.hypercall import RESERVED_ID, connection_id
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
+from virtio.testing.driver import SplitDriver
 from virtio.waist import Doorbell
 
 FEATURES = regs.F_VERSION_1 | regs.F_HYPERCALL_NOTIFY
@@ -78,6 +79,17 @@ async def test_each_device_and_queue_has_an_id_of_its_own() -> None:
     async with scene(backend, number=5) as s:
         await s.start(FEATURES)
         assert sorted(s.hypercalls.registered) == sorted([0x600 ^ KEY, 0x601 ^ KEY])
+    backend.close()
+
+
+async def test_a_key_that_makes_the_reserved_id_leaves_that_queue_without_a_bell() -> None:
+    backend = RecordingBackend(queue_count=2, features=regs.F_VERSION_1)
+    key = 0x100 ^ RESERVED_ID
+    async with scene(backend, key=key) as s:
+        await s.start(FEATURES)
+        assert await s.ids() == [0, 0x101 ^ key]
+        assert list(s.hypercalls.registered) == [0x101 ^ key]
+        assert s.device.rung_by_hypercall == (1,)
     backend.close()
 
 
@@ -215,6 +227,19 @@ async def test_a_policy_is_changed_while_the_queue_is_stopped() -> None:
         await request(s, "plain")
         await s.device.set_policy("offer")
         await request(s, "hypercall")
+
+
+async def test_a_device_withheld_while_its_driver_negotiates_comes_up_with_its_plain_doorbell() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.write(regs.STATUS, 0)
+        await s.write(regs.DEVICE_FEATURES_SEL, 1)
+        assert (await s.read(regs.DEVICE_FEATURES)) << 32 & regs.F_HYPERCALL_NOTIFY
+        await s.device.set_policy("withhold")
+        await s.choose(FEATURES)
+        s.rings = [SplitDriver(s.memory, 64, event_idx=False)]
+        await s.set_up(0, s.rings[0])
+        await s.write(regs.STATUS, await s.read(regs.STATUS) | regs.DRIVER_OK)
+        await request(s, "plain")
 
 
 async def test_a_policy_is_changed_while_nobody_drives_the_device() -> None:

@@ -111,6 +111,31 @@ def test_what_is_withheld_shows_nothing_and_can_be_offered_again() -> None:
     assert (guest.read(KEY), bells_of(guest)) == (0xABCDEF, [0x200, 0x201, 0, 0])
 
 
+def test_a_driver_may_be_told_to_withhold_between_its_look_at_the_features_and_its_choice() -> None:
+    """3.1.1, steps 4 to 6: what it read was true, so the device comes up, and rings by the plain doorbell."""
+    guest = performer()
+    guest.write(STATUS, 0)
+    guest.registers.offer_bells(BELLS)
+    wanted = guest.features()
+    assert wanted & F_HYPERCALL_NOTIFY
+    guest.registers.withhold_bells()
+    assert guest.choose(wanted)
+    assert guest.done[-2:-1] == [SetDriverFeatures(F_VERSION_1)]
+    assert not guest.registers.refusals
+
+
+def test_a_reset_forgets_what_was_offered_before() -> None:
+    guest = performer()
+    guest.registers.offer_bells(BELLS)
+    guest.registers.withhold_bells()
+    guest.write(STATUS, 0)
+    assert not guest.choose(F_VERSION_1 | F_HYPERCALL_NOTIFY)
+    guest.registers.offer_bells(BELLS)
+    guest.write(STATUS, 0)
+    guest.registers.withhold_bells()
+    assert guest.choose(F_VERSION_1 | F_HYPERCALL_NOTIFY)  # the reset found it offered
+
+
 def test_only_the_number_one_accepts() -> None:
     guest = performer()
     guest.registers.offer_bells(BELLS)

@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from transports.base import BackendLike
-from transports.hypercall import HypercallKind, Policy, connection_id, offers
+from transports.hypercall import RESERVED_ID, HypercallKind, Policy, connection_id, offers
 from transports.kvm.ram import GuestRam
 from transports.kvm.slots import Slot
 from transports.kvm.vmm import Access, Vm
@@ -283,7 +283,9 @@ class MmioDevice:
         numbers = []
         for index in range(len(self._queues)):
             number = self.slot.bell(index)
-            numbers.append(number if number and await self._register(index, connection_id(number, key)) else 0)
+            connection = connection_id(number, key) if number else RESERVED_ID
+            heard = connection != RESERVED_ID and await self._register(index, connection)
+            numbers.append(number if heard else 0)
         self.registers.offer_bells(Bells(key, tuple(numbers)))
 
     async def _register(self, index: int, connection: int) -> bool:
