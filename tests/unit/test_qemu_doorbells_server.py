@@ -112,6 +112,31 @@ async def test_a_doorbell_is_a_queues_when_its_eventfd_is_the_queues_kick(path: 
             assert doorbells.snapshot() == ()
 
 
+async def test_a_library_that_connects_anew_keeps_its_name(path: Path, doorbells: QemuDoorbells) -> None:
+    """Its new connection is heard before all has been read that it said in the old one."""
+    hello = Message(Type.VM, flags=SHOWN, name="web1").build()
+    async with serving(path, doorbells) as connect:
+        first = await connect()
+        await send(first, hello)
+        assert await receive(first) == (Type.WELCOME, 0, 0)
+        with socket.socket(fileno=first.detach()) as old:
+            for _ in range(50):  # each is a turn of the loop's, so all the others come before the end is noticed
+                old.send(hello)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as new:
+            new.connect(str(path))
+            new.send(hello)
+            new.setblocking(False)
+            await trio.lowlevel.wait_readable(new)
+            assert [vm.name for vm in doorbells.snapshot()] == ["web1"]
+            await trio.testing.wait_all_tasks_blocked()
+            assert [vm.name for vm in doorbells.snapshot()] == ["web1"]
+            other = await connect()  # which has the name of one that is still there
+            await send(other, hello)
+            assert await receive(other) == (Type.WELCOME, 0, 0)
+            assert [vm.name for vm in doorbells.snapshot()] == ["web1", "vm0"]
+            other.close()
+
+
 HELLO: Final = Message(Type.VM, flags=SHOWN)
 HOSTILE: Final[dict[str, list[tuple[Message | bytes, int]]]] = {
     "half a message": [(HELLO.build()[:30], 0)],
@@ -233,7 +258,8 @@ async def test_a_library_that_reads_nothing_holds_up_nobody_and_learns_what_is_t
     path: Path, doorbells: QemuDoorbells
 ) -> None:
     with OwnedFd(os.eventfd(0)) as kick:
-        number = eventfd_id(kick.fileno())
+        doorbells.set_policy("disk", "withhold")
+        doorbells.kick_changed("disk", 0, eventfd_id(kick.fileno()))
         async with serving(path, doorbells) as connect:
             deaf, honest = await connect(), await connect()
             for sock in (deaf, honest):
@@ -241,11 +267,11 @@ async def test_a_library_that_reads_nothing_holds_up_nobody_and_learns_what_is_t
                 await send(sock, Message(Type.BELL, bell=BELL, serial=1), kick.fileno())
                 assert await receive(sock) == (Type.WELCOME, 0, 0)
             for _ in range(1000):  # far more orders than a socket holds
-                doorbells.kick_changed("disk", 0, number)
+                doorbells.set_policy("disk", "offer")
                 assert await receive(honest) == (Type.REGISTER, BELL, 1)
-                doorbells.kick_changed("disk", 0, None)
+                doorbells.set_policy("disk", "withhold")
                 assert await receive(honest) == (Type.WITHDRAW, BELL, 1)
-            doorbells.kick_changed("disk", 0, number)
+            doorbells.set_policy("disk", "offer")
             assert await receive(honest) == (Type.REGISTER, BELL, 1)
             orders = [await receive(deaf)]
             with trio.move_on_after(LIMIT / 2) as rest:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import resource
+import select
 import socket
 import struct
+from functools import partial
 from typing import Final
 
 import structlog
@@ -66,7 +68,7 @@ class _Connection:
         self._socket = sock
         self._doorbells = doorbells
         self._wake = trio.Event()
-        self._vm: Vm = doorbells.connect(_peer_pid(sock), lambda: self._wake.set())
+        self._vm: Vm = doorbells.connect(_peer_pid(sock), lambda: self._wake.set(), partial(_has_left, sock))
         self._log = structlog.get_logger()
         self._warned = False
 
@@ -136,6 +138,13 @@ def _peer_pid(sock: trio.socket.SocketType) -> int:
     size = struct.calcsize("3i")
     pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]
     return pid
+
+
+def _has_left(sock: trio.socket.SocketType) -> bool:
+    """Whether the other end is closed, whatever it said before that is still to be read."""
+    poll = select.poll()
+    poll.register(sock.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedFd]:

@@ -54,19 +54,25 @@ class Bell:
     eventfd: int | None
     told: bool | None  # what the library was last told: registered or not; None: nothing
     registered: bool
+    queues: set[Queue] = field(default_factory=set)  # whose it is; a queue that stops leaves it, until it gets another
     error: int = 0  # why it is not registered though it should be
 
 
 @dataclass(eq=False, slots=True)
 class Vm:
-    """One VM whose library is connected. ``changed`` is called when ``commands`` has something to give."""
+    """One VM whose library is connected. ``changed`` is called when ``commands`` has something to give.
+
+    ``is_over``: whether its library has left, though what it said before may not have been read yet.
+    """
 
     name: str
     pid: int
     changed: Callable[[], None]
+    is_over: Callable[[], bool]
     flags: VmFlag = field(default=VmFlag(0))
     reason: Reason = Reason.NONE
     known: bool = False  # its first message has come
+    replaced: bool = False  # its library has connected anew, and that connection has the name now
     welcomed: bool = False
     bells: dict[int, Bell] = field(default_factory=dict)
     vcpus: dict[int, VcpuStatistics] = field(default_factory=dict)
@@ -102,17 +108,28 @@ class QemuDoorbells:
     # What the back-ends and the operator say
 
     def kick_changed(self, device: str, queue: int, eventfd: int | None) -> None:
-        """The queue's kick fd is another, or gone."""
-        before = self._kicks.pop((device, queue), None)
+        """The queue's kick fd is another, or it has none because it stands.
+
+        A queue that stands keeps its ids: they ring QEMU's own eventfd, as the plain doorbell does. QEMU takes both
+        away, reads that eventfd and starts the queue with another; a guest that finds its id gone would not try again
+        for seconds.
+        """
+        owner = (device, queue)
+        before = self._kicks.get(owner)
         if before is not None:
-            _remove(self._queues, before, (device, queue))
-        if eventfd is not None:
-            self._kicks[device, queue] = eventfd
-            self._queues.setdefault(eventfd, set()).add((device, queue))
-        if before != eventfd:
-            for number in (before, eventfd):
-                for bell in self._bells.get(number, ()) if number is not None else ():
-                    self._judge(bell, lost=number == before)
+            _remove(self._queues, before, owner)
+        if eventfd is None:
+            return
+        self._kicks[owner] = eventfd
+        self._queues.setdefault(eventfd, set()).add(owner)
+        if before is not None and before != eventfd:
+            for bell in self._bells.get(before, ()):
+                if owner in bell.queues:
+                    bell.queues.remove(owner)
+                    self._judge(bell, lost=True)
+        for bell in self._bells.get(eventfd, ()):
+            bell.queues.add(owner)
+            self._judge(bell)
 
     def set_policy(self, device: str, policy: Policy) -> None:
         """From now on ``device`` offers the hypercall, or does not."""
@@ -123,9 +140,9 @@ class QemuDoorbells:
 
     # What the libraries say
 
-    def connect(self, pid: int, changed: Callable[[], None]) -> Vm:
+    def connect(self, pid: int, changed: Callable[[], None], is_over: Callable[[], bool]) -> Vm:
         """A library has connected; its VM is shown once it has told of it."""
-        vm = Vm("", pid, changed)
+        vm = Vm("", pid, changed, is_over)
         self._vms.append(vm)
         return vm
 
@@ -187,12 +204,16 @@ class QemuDoorbells:
 
     def _name_for(self, wanted: str, pid: int) -> str:
         """``wanted`` if it is a name and free, else vm0, vm1, ...: never anything the guest has chosen."""
-        taken = {vm.name for vm in self._vms}
-        if is_vm_name(wanted) and wanted not in taken:
+        named = {vm.name: vm for vm in self._vms if not vm.replaced}
+        if is_vm_name(wanted) and wanted in named and named[wanted].is_over():
+            # It comes back faster than its end was noticed. One that is still there keeps its name: a process may have
+            # several VMs, and they would take it from each other for ever.
+            named.pop(wanted).replaced = True
+        if is_vm_name(wanted) and wanted not in named:
             return wanted
         if wanted:
             self._log.warning("this name of a VM is taken or is none", name=ascii(wanted), pid=pid)
-        return next(name for name in (f"vm{number}" for number in range(len(self._vms) + 1)) if name not in taken)
+        return next(name for name in (f"vm{number}" for number in range(len(self._vms) + 1)) if name not in named)
 
     def _bell_appeared(self, vm: Vm, message: Message, eventfd: int | None) -> None:
         earlier = vm.bells.get(message.bell)
@@ -206,6 +227,7 @@ class QemuDoorbells:
         vm.bells[bell.number] = bell
         if eventfd is not None:
             self._bells.setdefault(eventfd, set()).add(bell)
+            bell.queues |= self._queues.get(eventfd, set())
         self._judge(bell)
 
     def _bell(self, vm: Vm, message: Message) -> Bell:
@@ -234,23 +256,20 @@ class QemuDoorbells:
     # The rule
 
     def _is_offered(self, bell: Bell) -> bool:
-        vm, queues = bell.vm, self._queues_of(bell)
+        vm = bell.vm
         return (
             vm.reason is Reason.NONE
             and VmFlag.KEY_SHOWN in vm.flags
-            and bool(queues)
+            and bool(bell.queues)
             and all(
                 offers(self._policies.get(device, "withhold"), guest_may_nest=VmFlag.MAY_NEST in vm.flags)
-                for device, _ in queues
+                for device, _ in bell.queues
             )
         )
 
-    def _queues_of(self, bell: Bell) -> set[Queue]:
-        return set() if bell.eventfd is None else self._queues.get(bell.eventfd, set())
-
     def _judge(self, bell: Bell, *, lost: bool = False) -> None:
         """Note what the library must be told of ``bell``. ``lost``: it was a queue's until now."""
-        if not lost and not self._queues_of(bell):
+        if not lost and not bell.queues:
             return
         on = self._is_offered(bell)
         if on == (bell.told or False):
@@ -263,7 +282,7 @@ class QemuDoorbells:
 
     def snapshot(self) -> tuple[VmState, ...]:
         """Every VM now."""
-        return tuple(self._vm_state(vm) for vm in self._vms if vm.known)
+        return tuple(self._vm_state(vm) for vm in self._vms if vm.known and not vm.replaced)
 
     def _vm_state(self, vm: Vm) -> VmState:
         return VmState(
@@ -285,7 +304,7 @@ class QemuDoorbells:
                     error=errno.errorcode.get(bell.error, "other") if bell.error else "",
                 )
                 for bell in vm.bells.values()
-                for device, queue in sorted(self._queues_of(bell))
+                for device, queue in sorted(bell.queues)
             ),
         )
 
