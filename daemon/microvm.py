@@ -120,7 +120,8 @@ class Microvm:
         daemon = self._options.daemon
         policies = Policies({name: device.common.hypercall for name, device in self._configured.items()})
         send, receive = trio.open_memory_channel[tuple[str, Policy]](math.inf)
-        policies.tell(lambda device, policy: send.send_nowait((device, policy)))
+        # The machine was made with what the policies are now. One that is set again is tried again.
+        policies.tell_changes(lambda device, policy: send.send_nowait((device, policy)))
         nursery.start_soon(self._change_policies, machine, receive)
         self._meter = open_meter(daemon.doorbell_costs)
         if self._meter is not None:
@@ -135,8 +136,7 @@ class Microvm:
     async def _change_policies(self, machine: Machine, changes: trio.MemoryReceiveChannel[tuple[str, Policy]]) -> None:
         devices = dict(zip(self._assembly.backends, machine.devices, strict=True))
         async for name, policy in changes:
-            if devices[name].policy != policy:
-                await devices[name].set_policy(policy)
+            await devices[name].set_policy(policy)
 
     # The terminal
 

@@ -25,9 +25,13 @@ class Policies:
 
     def tell(self, take: Callable[[str, Policy], None]) -> None:
         """Call ``take`` with every device and its policy, now and whenever one changes."""
-        self._takers.append(take)
+        self.tell_changes(take)
         for device, policy in self._policies.items():
             take(device, policy)
+
+    def tell_changes(self, take: Callable[[str, Policy], None]) -> None:
+        """Call ``take`` whenever a device's policy is set, to another one or, to try once more, to the same."""
+        self._takers.append(take)
 
     def set(self, device: str, policy: Policy) -> bool:
         """Put ``policy`` into effect; whether it is another one. ``HostError``: there is no such device."""

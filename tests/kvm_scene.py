@@ -100,7 +100,9 @@ class FakeHypercalls:
         self.calls.append(("withdraw", connection))
         if self.refuses_to_withdraw:
             raise HostError("KVM does not let go", errno=errno.EIO)
-        self.registered.pop(connection).close()
+        fd = self.registered.pop(connection, None)
+        if fd is not None:
+            fd.close()
 
     def ring(self, connection: int) -> int:
         fd = self.registered.get(connection)

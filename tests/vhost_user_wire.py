@@ -6,6 +6,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import resource
 import socket
 import struct
 import sys
@@ -128,6 +129,20 @@ def no_fd_leaks() -> Iterator[None]:
     before = open_fds()
     yield
     assert open_fds() == before
+
+
+@contextlib.contextmanager
+def no_further_descriptors(left: int = 0) -> Iterator[None]:
+    """Whoever wants one gets EMFILE, when ``left`` of them are taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(left + 1)]  # the lowest there are
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # --- a session and its front-end, without sockets ---

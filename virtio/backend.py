@@ -266,12 +266,11 @@ class Backend:
             if queue.setup is None:
                 raise PeerError(f"queue {index} is started before it is set up")
             await queue.halt()
+            number = _number_of(index, fd)  # now: once it is given away, the fd is the queue's alone
         except BaseException:
             if fd is not None:
                 fd.close()
             raise
-        # Asked before the fd is given away; it is the queue's alone afterwards.
-        number = eventfd_id(fd.fileno()) if fd is not None else None
         queue.give_kick(fd)
         queue.started = True
         self.kick_observer(index, number)
@@ -374,6 +373,13 @@ class Backend:
             lost=self._device.lost(),
             link_up=self._device.link_up,
         )
+
+
+def _number_of(index: int, kick: OwnedFd | None) -> int | None:
+    try:
+        return eventfd_id(kick.fileno()) if kick is not None else None
+    except OSError as error:  # there is no descriptor left to look with
+        raise HostError(f"kick fd of queue {index}: {error.strerror}", errno=error.errno or 0) from error
 
 
 def _check_config_range(offset: int, size: int) -> None:

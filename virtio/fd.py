@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from virtio.errors import HostError
+
 
 def eventfd_id(fd: int) -> int | None:
     """The kernel's number of the eventfd behind ``fd``, alike for all its duplicates while one of them is open.
@@ -46,8 +48,11 @@ class OwnedFd:
         return fd
 
     def duplicate(self) -> OwnedFd:
-        """A second descriptor (close-on-exec) of the same open file."""
-        return OwnedFd(os.dup(self.fileno()))
+        """A second descriptor (close-on-exec) of the same open file. ``HostError``: there is none left."""
+        try:
+            return OwnedFd(os.dup(self.fileno()))
+        except OSError as error:
+            raise HostError(f"no second descriptor: {error.strerror}", errno=error.errno or 0) from error
 
     @property
     def closed(self) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 from blk_driver import pattern
 from frontend import every_ring
+from vhost_user_wire import no_further_descriptors
 from vsock_guest import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -210,19 +208,6 @@ async def test_a_guest_that_opens_and_closes_without_end_leaves_nothing_behind(t
         assert len(device._waiting) == 0
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
         listener.close()
-
-
-@contextmanager
-def no_further_descriptors() -> Iterator[None]:
-    """Whoever wants one gets EMFILE."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    probe = os.dup(0)
-    os.close(probe)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_a_lack_of_descriptors_refuses_what_is_new_and_harms_nothing_else(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kvm_guest import DEVICE_GPA, DEVICE_SIZE, Machine, count_of, eventfd, machine, need_kvm
 
 from transports.kvm.cpuid import AMD_SIGNATURES, PlatformKey, signature_of
+from transports.kvm.native import check, lib
 from virtio.errors import HostError
 from virtio.interrupt import InterruptStatus
 
@@ -94,6 +95,20 @@ async def test_a_doorbell_can_be_removed_while_the_guest_runs_and_after_its_fd_w
         )
         assert count_of(kept) == 1
         assert m.vm.stats().unknown_mmio == 1
+
+
+async def test_a_doorbell_that_kvm_does_not_give_back_can_be_asked_for_again() -> None:
+    with machine() as m, eventfd() as fd:
+        bell = m.vm.ioeventfd_mmio(QUEUE_NOTIFY, 4, 1, fd)
+        as_bell = (m.vm._pointer, QUEUE_NOTIFY, 4, 1, lib.VM_BELL_DATAMATCH)
+        check(lib.vm_ioeventfd(*as_bell[:-1], as_bell[-1] | lib.VM_BELL_REMOVE, fd.fileno()), "behind its back")
+        for _ in range(2):
+            with pytest.raises(HostError, match="taking away the doorbell at address 0xd0000050 for value 0x1"):
+                bell.remove()
+        check(lib.vm_ioeventfd(*as_bell, fd.fileno()), "and back")
+        bell.remove()
+        await m.run(f"{notify(1)}; {EXIT}")
+        assert count_of(fd) == 0
 
 
 def test_a_doorbell_that_is_taken_is_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import mmio_guest as regs
@@ -10,7 +11,7 @@ from driven import Scripted
 from kvm_scene import Scene, scene
 from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
-from vhost_user_wire import no_fd_leaks
+from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.kvm.device import LINES_MAX
 from transports.kvm.slots import DEVICES_MAX, gsi_of, slot
@@ -148,6 +149,25 @@ async def test_the_driver_hears_of_a_verb_that_fails_by_the_need_for_a_reset() -
         await s.start(size=8)
         assert await s.read(regs.STATUS) == NEGOTIATED | regs.DRIVER_OK
     backend.close()
+
+
+async def test_a_driver_that_meets_a_host_without_descriptors_needs_a_reset_and_then_goes_on() -> None:
+    """Each step of a driver wants some: every one it can fail at is a line and DEVICE_NEEDS_RESET, never the guest."""
+    async with rng() as backend, scene(backend) as s:
+        for left in range(20):
+            with capture_logs() as logs, no_further_descriptors(left):
+                with contextlib.suppress(AssertionError):  # of a queue that is not ready
+                    await s.start()
+                status = await s.read(regs.STATUS)
+            lines = [line for line in logs if line["event"] == "the driver's request failed"]
+            assert bool(status & regs.NEEDS_RESET) == bool(lines)
+            assert all("Too many open files" in line["error"] for line in lines), lines
+            if not lines:
+                break
+        assert 4 <= left < 20
+        s.rings[0].add([], [64])
+        s.ring_mmio(0)
+        await s.used(0)
 
 
 # ---- work ----

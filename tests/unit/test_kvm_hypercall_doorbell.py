@@ -14,12 +14,13 @@ from driven import Scripted
 from kvm_scene import KEY, Scene, scene
 from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
-from vhost_user_wire import no_fd_leaks
+from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.hypercall import RESERVED_ID, connection_id
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
+from virtio.errors import HostError, PeerError
 from virtio.testing.driver import SplitDriver
 from virtio.waist import Doorbell
 
@@ -203,6 +204,69 @@ async def test_an_id_that_kvm_does_not_let_go_is_listened_to_further_on() -> Non
             await s.device.set_policy("withhold")
         assert [line["error"] for line in logs if line["log_level"] == "error"] == ["KVM does not let go"]
         await request(s, "hypercall")
+
+
+async def test_a_withdrawal_that_failed_is_tried_again_when_the_operator_withholds_again() -> None:
+    async with rng() as backend, scene(backend) as s:
+        await s.start(FEATURES)
+        s.hypercalls.refuses_to_withdraw = True
+        for _ in range(3):
+            with capture_logs() as logs:
+                await s.device.set_policy("withhold")
+            assert [line["error"] for line in logs if line["log_level"] == "error"] == ["KVM does not let go"]
+            assert s.device.rung_by_hypercall == (0,)
+            await request(s, "hypercall")
+        s.hypercalls.refuses_to_withdraw = False
+        await s.device.set_policy("withhold")
+        assert s.device.rung_by_hypercall == ()
+        assert s.hypercalls.ring(ID) != 0
+        await request(s, "plain")
+        await s.rung(hypercall=3, kick=2)  # the withdrawal rings the plain one
+
+
+# ---- a host that has nothing left ----
+
+
+async def test_a_lack_of_descriptors_leaves_the_queue_plain_until_it_is_offered_again() -> None:
+    async with rng() as backend, scene(backend, policy="withhold") as s:
+        await s.start()
+        with capture_logs() as logs, no_further_descriptors():
+            await s.device.set_policy("offer")
+        warnings = [line for line in logs if line["log_level"] == "warning"]
+        assert [(line["event"], line["error"]) for line in warnings] == [
+            ("no hypercall doorbell, the plain ones go on", "no second descriptor: Too many open files")
+        ]
+        assert (await s.ids(), s.device.rung_by_hypercall) == ([0], ())
+        await request(s, "plain")
+        await s.device.set_policy("offer")
+        await request(s, "hypercall")
+
+
+@pytest.mark.parametrize("error", [PeerError("no eventfd"), HostError("none left")], ids=["peer", "host"])
+async def test_a_queue_that_cannot_listen_gets_no_id(error: Exception) -> None:
+    backend = RecordingBackend(queue_count=2, features=regs.F_VERSION_1)
+    async with scene(backend, policy="withhold") as s:
+        await s.start()
+        backend.failures["set_doorbell"] = error
+        with capture_logs() as logs:
+            await s.device.set_policy("offer")
+        assert [line["queue"] for line in logs if line["log_level"] == "warning"] == [0]
+        assert await s.ids() == [0, 0x101 ^ KEY]
+        assert list(s.hypercalls.registered) == [0x101 ^ KEY]
+    backend.close()
+
+
+async def test_a_doorbell_that_stays_when_nothing_rings_it_any_more_is_one_line() -> None:
+    backend = RecordingBackend(queue_count=2, features=regs.F_VERSION_1)
+    async with scene(backend) as s:
+        await s.start(FEATURES)
+        backend.failures["set_doorbell"] = PeerError("not now")
+        with capture_logs() as logs:
+            await s.device.set_policy("withhold")
+        lines = [(line["queue"], line["error"]) for line in logs if line["log_level"] == "warning"]
+        assert lines == [(0, "not now")]
+        assert s.hypercalls.registered == {}
+    backend.close()
 
 
 async def test_ids_stay_while_the_driver_resets_its_device_or_stops_its_queue() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import trio.testing
 from elf_kernel import plain_kernel
 from structlog.testing import capture_logs
 
+from daemon.assembly import Assembly
 from daemon.cli import _parser
 from daemon.microvm import QUIET_SECONDS, Microvm, has_ended_well, prepare
 from daemon.microvm_options import MicrovmOptions, read_options
+from daemon.policies import Policies
 from transports.kvm import pvh
 from transports.kvm.ending import VmEnd
 from transports.kvm.slots import DEVICES_MAX, slot
@@ -72,6 +75,44 @@ def test_an_initrd_larger_than_memory_is_refused_by_name(tmp_path: Path) -> None
 )
 def test_only_an_end_that_was_wanted_is_a_success(end: VmEnd, well: bool) -> None:
     assert has_ended_well(end) == well
+
+
+async def test_the_same_policy_again_is_another_attempt_and_the_first_ones_are_none(tmp_path: Path) -> None:
+    """What the machine was made with needs no attempt; a withdrawal that KVM refused does."""
+    made = options(tmp_path, "--device", "rng,name=entropy", "--control", str(tmp_path / "ctl"))
+    microvm = Microvm(made, prepare(made))
+    tried: list[tuple[str, str]] = []
+
+    def device(name: str) -> Any:
+        async def set_policy(policy: str) -> None:
+            await trio.lowlevel.checkpoint()
+            tried.append((name, policy))
+            one.policy = policy
+
+        one = SimpleNamespace(set_policy=set_policy, policy="offer")
+        return one
+
+    names = ("terminal", "entropy")
+    microvm._assembly = Assembly({}, {}, dict.fromkeys(names))  # type: ignore[arg-type]
+    machine: Any = SimpleNamespace(devices=tuple(map(device, names)))
+    given: list[Policies] = []
+
+    async def serve_control(*arguments: Any, task_status: trio.TaskStatus[None]) -> None:
+        given.append(arguments[2])
+        task_status.started()
+
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("daemon.microvm.serve_control", serve_control)
+            await microvm._serve(stack, nursery, machine)
+        (policies,) = given
+        await trio.testing.wait_all_tasks_blocked()
+        assert tried == []
+        for _ in range(2):
+            policies.set("entropy", "withhold")
+        await trio.testing.wait_all_tasks_blocked()
+        assert tried == [("entropy", "withhold")] * 2
+        nursery.cancel_scope.cancel()
 
 
 def machine(**counted: int) -> Any:

@@ -265,7 +265,10 @@ class MmioDevice:
         return offers(self._policy, guest_may_nest=offer.guest_may_nest)
 
     async def set_policy(self, policy: Policy) -> None:
-        """Offer or withhold the hypercall doorbell from now on, also while the guest uses it: nothing is lost."""
+        """Offer or withhold the hypercall doorbell from now on, also while the guest uses it: nothing is lost.
+
+        What fails is one line a queue, which keeps what it had. The same policy again tries again.
+        """
         async with self._lock:
             self._policy = policy
             if self._offered:
@@ -292,14 +295,13 @@ class MmioDevice:
         fds = self._queues[index]
         if fds.connection is not None:
             return True
-        if fds.started:  # it listens before anybody can ring
-            await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
         try:
+            if fds.started:  # it listens before anybody can ring
+                await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
             self._hypercalls.kind.register(connection, fds.hypercall)
-        except HostError as error:
+        except (HostError, PeerError) as error:
             self._log.warning("no hypercall doorbell, the plain ones go on", queue=index, error=str(error))
-            if fds.started:
-                await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+            await self._stop_listening(index)
             return False
         fds.connection = connection
         return True
@@ -325,8 +327,15 @@ class MmioDevice:
         """
         if self._withdraw_id(index):
             os.eventfd_write(self._queues[index].kick.fileno(), 1)
-            if self._queues[index].started:
+            await self._stop_listening(index)
+
+    async def _stop_listening(self, index: int) -> None:
+        """To an eventfd that KVM does not signal: should the queue go on, it does so in vain."""
+        if self._queues[index].started:
+            try:
                 await self.backend.set_doorbell(index, Doorbell.HYPERCALL, None)
+            except (HostError, PeerError) as error:
+                self._log.warning("a hypercall doorbell that rings no more stays", queue=index, error=str(error))
 
 
 def _eventfd(stack: ExitStack) -> OwnedFd:

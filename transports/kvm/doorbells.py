@@ -22,14 +22,15 @@ class Registration:
         self._undo = undo
 
     def remove(self) -> None:
-        """KVM does not use the eventfd any more when this returns. Again is harmless."""
+        """KVM does not use the eventfd any more when this returns. Again is harmless.
+
+        ``HostError``: KVM did not let go; it may still signal the eventfd, and may be asked again.
+        """
         if self._fd.closed:
             return
+        check(self._undo(self._fd.fileno()), f"taking away the {self.what}")
         self._owner.forget(self)
-        try:
-            check(self._undo(self._fd.fileno()), f"taking away the {self.what}")
-        finally:
-            self._fd.close()
+        self._fd.close()
 
     def drop(self) -> None:
         """The VM is gone, and KVM's half with it."""
@@ -88,9 +89,9 @@ class Doorbells:
     def _keep(self, what: str, fd: OwnedFd, undo: Callable[[int], int]) -> Registration:
         try:
             registration = Registration(self, what, fd.duplicate(), undo)
-        except OSError as error:
+        except HostError as error:
             undo(fd.fileno())
-            raise HostError(f"keeping the {what}: {error.strerror}", errno=error.errno or 0) from error
+            raise HostError(f"keeping the {what}: {error}", errno=error.errno) from error
         self._registered.add(registration)
         return registration
 

@@ -23,6 +23,7 @@ class HypervEventfds:
 
     def withdraw(self, connection: int) -> None:
         """An id that is not registered here is let be: it may be another device's."""
-        registration = self._registered.pop(connection, None)
+        registration = self._registered.get(connection)
         if registration is not None:
             registration.remove()
+            del self._registered[connection]  # not earlier: while KVM holds it, it can be asked for again

@@ -161,10 +161,10 @@ def _duplicate(regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
     try:
         for old in regions:
             kept.append(MemoryRegion(old.gpa, old.size, old.uva, old.offset, old.fd.duplicate()))
-    except OSError as error:
+    except HostError as error:
         for region in kept:
             region.fd.close()
-        raise HostError(f"cannot keep the memory table over a reset: {error}", errno=error.errno or 0) from error
+        raise HostError(f"cannot keep the memory table over a reset: {error}", errno=error.errno) from error
     return tuple(kept)
 
 
