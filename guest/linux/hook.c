@@ -21,6 +21,8 @@
 #include <linux/sysfs.h>
 #include <linux/virtio_config.h>
 
+#include <asm/pgtable.h>
+
 #include "hyperbell.h"
 
 struct hb_hook {
@@ -79,12 +81,15 @@ static noinline bool hb_rung(struct virtqueue *vq)
 	return true;
 }
 
-/* ftrace knows functions by name; another module's function may have the same. */
+/*
+ * ftrace knows functions by name; another module's function may have the same. The kernel exports no way to ask whether
+ * an address is its own, but its image ends where the modules' space begins.
+ */
 static __always_inline bool hb_hook_is(const struct hb_hook *hook, unsigned long ip)
 {
 	const struct module *owner = hook->transport->owner;
 
-	return !owner || within_module(ip, owner);
+	return owner ? within_module(ip, owner) : ip < MODULES_VADDR;
 }
 
 static void notrace hb_notify_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,

@@ -34,7 +34,7 @@ enum hb_state {
 	HB_PLAIN,	/* the plain doorbell: it has no other, or may not use it */
 	HB_ARMED,	/* the hypercall */
 	HB_REFUSED,	/* the plain doorbell: a hypercall has just been refused, the worker will see to it */
-	HB_WAITING,	/* the plain doorbell until it is armed again */
+	HB_WAITING,	/* the plain doorbell until it is armed again; it may have no bell meanwhile */
 };
 
 /*
@@ -57,8 +57,8 @@ struct hb_queue {
 	u32 bell;
 	unsigned long seen;		/* the last scan that met this queue */
 	unsigned int delay_ms;		/* how long the last refusal made it wait */
-	unsigned long due;		/* jiffies: when to arm it again */
-	s64 armed_at;			/* what 'hypercall' was then */
+	unsigned long due;		/* jiffies: when to arm it again, or to see whether it has a bell again */
+	s64 rung;			/* what 'hypercall' was when it was last armed, or made to wait */
 	char device[16];
 } ____cacheline_aligned;
 
@@ -71,11 +71,10 @@ struct hb_totals {
 DECLARE_PER_CPU(struct hb_totals, hb_totals);
 
 /* platform.c: may this guest ring by hypercall at all? */
-bool hb_platform_probe(void);
+bool hb_platform_look(void);
 bool hb_platform_available(void);
-const char *hb_platform_reason(void);
+ssize_t hb_platform_describe(char *page);
 u32 hb_platform_key(void);
-bool hb_platform_identify(void);
 void hb_platform_withdraw(void);
 
 /* kick.c: the fast path. */
@@ -88,7 +87,9 @@ extern struct mutex hb_queues_lock;
 extern struct hb_queue hb_queues[HB_QUEUES];
 struct hb_queue *hb_queue_find(const struct virtqueue *vq);
 struct hb_queue *hb_queue_claim(struct virtqueue *vq);
-void hb_queue_settle(struct hb_queue *queue, u32 bell, bool by_hand);
+void hb_queue_settle(struct hb_queue *queue, u32 bell);
+void hb_queues_hurry(void);
+void hb_queues_disarm(void);
 void hb_queues_forget(const struct virtio_device *vdev);
 void hb_queues_sweep(unsigned long seen);
 void hb_queues_reclaim(void);

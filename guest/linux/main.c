@@ -13,7 +13,7 @@ static int __init hb_init(void)
 {
 	int error;
 
-	hb_platform_probe();
+	hb_platform_look();
 	error = hb_show_start();
 	if (error)
 		goto err_platform;
@@ -47,4 +47,4 @@ module_exit(hb_exit);
 MODULE_AUTHOR("The hyperbell authors");
 MODULE_DESCRIPTION("Hypercall doorbell for virtio queues");
 MODULE_LICENSE("GPL");
-MODULE_VERSION("1");
+MODULE_VERSION("0.1.0");

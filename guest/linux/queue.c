@@ -86,20 +86,25 @@ struct hb_queue *hb_queue_claim(struct virtqueue *vq)
 
 static void hb_queue_arm(struct hb_queue *queue)
 {
-	queue->armed_at = atomic64_read(&queue->hypercall);
+	queue->rung = atomic64_read(&queue->hypercall);
 	atomic_set_release(&queue->state, HB_ARMED);
 }
 
-/* A refusal may be for a while only: the device was reset, the host took its offer back. Try later, and ever later. */
+/*
+ * A refusal may be for a while only: the device was reset, the host took its offer back. Try later, and ever later,
+ * unless it has rung since the last time.
+ */
 static void hb_queue_wait(struct hb_queue *queue)
 {
 	unsigned int first = max(READ_ONCE(rearm_ms), 1U);
 	unsigned int longest = max(READ_ONCE(rearm_max_ms), first);
+	s64 rung = atomic64_read(&queue->hypercall);
 
-	if (!queue->delay_ms || atomic64_read(&queue->hypercall) != queue->armed_at)
+	if (!queue->delay_ms || rung != queue->rung)
 		queue->delay_ms = first;
 	else
 		queue->delay_ms = min_t(u64, 2ULL * queue->delay_ms, longest);
+	queue->rung = rung;
 	queue->due = jiffies + msecs_to_jiffies(queue->delay_ms);
 	atomic_set(&queue->state, HB_WAITING);
 }
@@ -107,32 +112,71 @@ static void hb_queue_wait(struct hb_queue *queue)
 /*
  * hb_queue_settle - decide what the queue does from now on
  * @bell: its bell number, 0: it has none, or may not use it
- * @by_hand: do not wait any longer
+ *
+ * One that had a bell may get it back, and nobody says when: a virtio-mmio device that takes back its offer shows no
+ * bell until it offers again. So it is looked at again as if a hypercall had been refused once more.
  */
-void hb_queue_settle(struct hb_queue *queue, u32 bell, bool by_hand)
+void hb_queue_settle(struct hb_queue *queue, u32 bell)
 {
 	lockdep_assert_held(&hb_queues_lock);
 	queue->bell = bell;
-	if (!bell) {
-		atomic_set(&queue->state, HB_PLAIN);
-		return;
-	}
-	WRITE_ONCE(queue->id, bell ^ hb_platform_key());
+	if (bell)
+		WRITE_ONCE(queue->id, bell ^ hb_platform_key());
 	switch (atomic_read(&queue->state)) {
-	case HB_ARMED:
-		break;
 	case HB_PLAIN:
-		hb_queue_arm(queue);
+		if (bell)
+			hb_queue_arm(queue);
+		break;
+	case HB_ARMED:
+		if (!bell)
+			hb_queue_wait(queue);
 		break;
 	case HB_REFUSED:
 		hb_queue_wait(queue);
-		fallthrough;
-	case HB_WAITING:
-		if (by_hand)
-			queue->delay_ms = 0;
-		if (by_hand || time_after_eq(jiffies, queue->due))
-			hb_queue_arm(queue);
 		break;
+	case HB_WAITING:
+		if (time_before(jiffies, queue->due))
+			break;
+		if (bell)
+			hb_queue_arm(queue);
+		else
+			hb_queue_wait(queue);
+		break;
+	}
+}
+
+/*
+ * hb_queues_hurry - the queues that wait are due now, and have never waited
+ */
+void hb_queues_hurry(void)
+{
+	unsigned int i;
+
+	lockdep_assert_held(&hb_queues_lock);
+	for (i = 0; i < HB_QUEUES; i++) {
+		struct hb_queue *queue = &hb_queues[i];
+		int state = atomic_read(&queue->state);
+
+		if (!queue->used || (state != HB_REFUSED && state != HB_WAITING))
+			continue;
+		queue->delay_ms = 0;
+		queue->due = jiffies;
+		atomic_set(&queue->state, HB_WAITING);
+	}
+}
+
+/*
+ * hb_queues_disarm - the key is another one, or gone: all ids are void, and all queues as if never armed
+ */
+void hb_queues_disarm(void)
+{
+	unsigned int i;
+
+	lockdep_assert_held(&hb_queues_lock);
+	for (i = 0; i < HB_QUEUES; i++) {
+		atomic_set(&hb_queues[i].state, HB_PLAIN);
+		hb_queues[i].bell = 0;
+		hb_queues[i].delay_ms = 0;
 	}
 }
 
@@ -184,7 +228,7 @@ void hb_queues_reclaim(void)
 }
 
 /*
- * hb_queues_next - jiffies until the next queue is to be armed again; MAX_JIFFY_OFFSET: none waits
+ * hb_queues_next - jiffies until the next queue is to be looked at again; MAX_JIFFY_OFFSET: none waits
  */
 unsigned long hb_queues_next(void)
 {

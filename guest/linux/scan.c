@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The worker: it meets every queue of every running virtio device, learns its bell number, and arms it. It runs when
- * a device has been set up, when a hypercall was refused, when a queue has waited long enough, and by hand.
+ * a device has been set up, when a hypercall was refused, when a queue has waited long enough, and by hand. Each time
+ * it looks at the platform first.
  */
 #include <linux/compiler.h>
 #include <linux/device.h>
@@ -34,14 +35,12 @@
 struct hb_scan {
 	unsigned long seen;
 	bool available;
-	bool by_hand;
 	bool busy;
 	void __iomem *mmio;	/* the registers of the device whose queues are being met, if it has the key */
 };
 
 static void hb_scan_work(struct work_struct *work);
 static DECLARE_DELAYED_WORK(hb_scan_worker, hb_scan_work);
-static bool hb_by_hand;
 
 static u32 hb_bell_checked(u32 bell)
 {
@@ -107,7 +106,7 @@ static void hb_scan_queues(struct hb_scan *scan, struct virtio_device *vdev, boo
 		else if (scan->mmio)
 			bell = hb_mmio_bell(scan->mmio, vq);
 		queue->seen = scan->seen;
-		hb_queue_settle(queue, bell, scan->by_hand);
+		hb_queue_settle(queue, bell);
 	}
 	spin_unlock(&vdev->vqs_list_lock);
 }
@@ -156,22 +155,26 @@ static int hb_scan_parent(struct device *parent, void *data)
 static void hb_scan_work(struct work_struct *work)
 {
 	static unsigned long seen;
-	struct hb_scan scan = { .by_hand = xchg(&hb_by_hand, false) };
+	struct hb_scan scan = {};
 	unsigned long next;
 
 	mutex_lock(&hb_queues_lock);
 	hb_queues_reclaim();
 	scan.seen = ++seen;
-	scan.available = hb_platform_available() && hb_platform_identify();
+	if (hb_platform_look()) {
+		hb_queues_disarm();
+		if (!hb_platform_available())
+			hb_platform_withdraw();
+	}
+	scan.available = hb_platform_available();
 	if (hb_hooks_walk(hb_scan_parent, &scan))
 		scan.busy = true;
-	next = hb_queues_next();
 	if (scan.busy) {
-		next = min(next, msecs_to_jiffies(HB_BUSY_MS));
-		if (scan.by_hand)
-			WRITE_ONCE(hb_by_hand, true);
+		/* No sooner, even if a queue is due: it is the busy device's, and stays due as long as that is busy. */
+		next = msecs_to_jiffies(HB_BUSY_MS);
 	} else {
 		hb_queues_sweep(scan.seen);
+		next = hb_queues_next();
 	}
 	mutex_unlock(&hb_queues_lock);
 	/* Not mod_delayed_work(): who wants the worker at once meanwhile shall have it at once. */
@@ -193,8 +196,11 @@ void hb_scan_soon(void)
  */
 void hb_scan_now(bool by_hand)
 {
-	if (by_hand)
-		WRITE_ONCE(hb_by_hand, true);
+	if (by_hand) {
+		mutex_lock(&hb_queues_lock);
+		hb_queues_hurry();
+		mutex_unlock(&hb_queues_lock);
+	}
 	hb_scan_soon();
 	flush_delayed_work(&hb_scan_worker);
 }

@@ -22,7 +22,7 @@ static ssize_t available_show(struct kobject *kobject, struct kobj_attribute *at
 
 static ssize_t reason_show(struct kobject *kobject, struct kobj_attribute *attribute, char *page)
 {
-	return sysfs_emit(page, "%s\n", hb_platform_reason());
+	return hb_platform_describe(page);
 }
 
 static ssize_t hooks_show(struct kobject *kobject, struct kobj_attribute *attribute, char *page)

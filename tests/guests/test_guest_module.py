@@ -1,11 +1,14 @@
 """The guest's kernel module: it builds here, and in a guest whose hypervisor offers nothing it does no harm.
 
-What it is for, ringing by hypercall, needs KVM's Hyper-V code beneath the guest: that is ``tests/nested``.
+What it is for, ringing by hypercall, needs KVM's Hyper-V code beneath the guest: that is ``tests/nested``. What it
+decides is in ``tests/native/test_guest_module_rules.py``.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
+import tomllib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +21,13 @@ from guest.console import results_of
 from guest.initramfs import module_order, prepare_initramfs
 from guest.kernel import Kernel
 from guest.machine import Guest
-from guest.module import module_sources, prepare_headers, prepare_module
+from guest.module import SOURCES, module_sources, prepare_headers, prepare_module
 from guest.pattern import BLOCK_SIZE, check_pattern, sum_generations
 
 pytestmark = pytest.mark.guest
 
 MODULE = "/hyperbell.ko"
+VERSION = tomllib.loads((SOURCES.parents[1] / "pyproject.toml").read_text())["project"]["version"]
 SYSFS = "/sys/kernel/hyperbell"
 QUEUES = "/sys/kernel/debug/hyperbell/queues"
 MOUNT_DEBUGFS = "{ mountpoint -q /sys/kernel/debug || mount -t debugfs debugfs /sys/kernel/debug; }"
@@ -44,7 +48,15 @@ def test_module_builds_for_the_kernel_that_guests_boot(testbed: Testbed) -> None
     facts = dict(line.split(":", 1) for line in shown.splitlines() if ":" in line)
     assert facts["vermagic"].split()[0] == release
     assert facts["license"].strip() == "GPL"
+    assert facts["version"].strip() == VERSION
     assert prepare_module(testbed.kernel, print) == built
+
+
+def test_module_its_package_and_its_page_are_of_the_projects_version() -> None:
+    assert f'PACKAGE_VERSION="{VERSION}"' in (SOURCES / "dkms.conf").read_text().splitlines()
+    assert f'MODULE_VERSION("{VERSION}");' in (SOURCES / "main.c").read_text().splitlines()
+    page = (SOURCES / "README.md").read_text()
+    assert set(re.findall(r"hyperbell[-/](\d[\d.]*\d)", page)) == {VERSION}
 
 
 def test_module_builds_without_a_warning(testbed: Testbed, tmp_path: Path) -> None:
