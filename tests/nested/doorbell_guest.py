@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+
+import trio
 
 from guest.level import Guest, Level, LevelDaemon, NestedMachine
 from guest.pattern import SECTOR_SIZE, sector_content
@@ -14,6 +16,7 @@ MIB = 1024 * 1024
 SIZE = 16 * MIB
 SPAN = (1 * MIB, 512 * 1024)
 READS = 100
+REARM_SECONDS = 120  # a guest that never rings again shall not be waited for
 HYPERCALL_SOCKET = "/run/hypercall.sock"
 CONTROL_SOCKET = "/run/control.sock"
 QEMU_KEY = 0x5A17C3
@@ -88,10 +91,14 @@ async def rings_by_kind(daemon: LevelDaemon, name: str, earlier: Mapping[str, in
     return {kind: count for kind, count in since.items() if count}
 
 
-async def load_module(guest: Level) -> None:
-    """The guest's kernel module, which rings by hypercall where it may."""
+SOON = "rearm_ms=200 rearm_max_ms=800"
+
+
+async def load_module(guest: Level, parameters: str = "") -> None:
+    """The guest's kernel module, which rings by hypercall where it may. ``SOON`` makes it try again after moments."""
     await guest.run(
-        "insmod /hyperbell.ko && { [ -d /sys/kernel/debug/hyperbell ] || mount -t debugfs debugfs /sys/kernel/debug; }"
+        f"insmod /hyperbell.ko {parameters} &&"
+        " { [ -d /sys/kernel/debug/hyperbell ] || mount -t debugfs debugfs /sys/kernel/debug; }"
     )
 
 
@@ -113,6 +120,16 @@ class Queue:
             plain=self.plain - earlier.plain,
             refused=self.refused - earlier.refused,
         )
+
+
+async def rung_again(look: Callable[[], Awaitable[Sequence[Queue]]], earlier: Sequence[Queue]) -> None:
+    """Until the module, by itself, has armed all of a device's queues and rung more than ``earlier``."""
+    with trio.fail_after(REARM_SECONDS):
+        while True:
+            queues = await look()
+            rung = sum(queue.hypercall for queue in queues) - sum(queue.hypercall for queue in earlier)
+            if rung > 0 and {queue.state for queue in queues} == {"armed"}:
+                return
 
 
 # To read a disk's serial number is a request of its own and rings its doorbell, so each disk is asked once.

@@ -10,8 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
-from nested.disk_load import disk_load
-from nested.doorbell_guest import READS, SIZE, Queue, image_differs, load_module, module_totals, use_disk
+from nested.disk_load import DiskLoad, disk_load
+from nested.doorbell_guest import (
+    READS,
+    SIZE,
+    SOON,
+    Queue,
+    image_differs,
+    load_module,
+    module_totals,
+    rung_again,
+    use_disk,
+)
 from nested.laboratory import Laboratory
 from nested.microvm import ON_TERMINAL, Microvm
 
@@ -29,7 +39,9 @@ KEY = 0x5A5A5A
 INITRD = "/tmp/microvm.cpio"
 CONTROL = "/run/microvm.sock"
 METRICS = "127.0.0.1:9478"
-MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio-rng", "virtio_net")
+MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio-rng", "virtio_net", "msr")
+GUEST_OS_ID = "dd if=/dev/cpu/0/msr bs=8 count=1 skip=$((0x40000000 / 8)) 2>/dev/null | hexdump -e '8/1 \"%02x\"'"
+NO_ID = "00" * 8
 # What `hyperbell hypercall disk POLICY` says; the command itself takes many seconds to start beside a load.
 CHANGE = """
 import json, socket, sys
@@ -66,6 +78,8 @@ class Record:
     differs: dict[str, str] = field(default_factory=dict)
     totals: dict[str, str] = field(default_factory=dict)
     under_load: list[Use] = field(default_factory=list)  # offered, withdrawn, offered again
+    reloaded: dict[str, Use] = field(default_factory=dict)  # under the same load: without the module, and with it again
+    ids: list[str] = field(default_factory=list)  # GUEST_OS_ID before the module, with it, without, and with it again
     load: dict[str, str] = field(default_factory=dict)
 
 
@@ -112,6 +126,14 @@ class Scenario:
         await self.guest.run("taskset -p 3 $$ >/dev/null")
         return await self.since(name, before)
 
+    async def identity(self) -> None:
+        self.record.ids.append((await self.guest.run(f"result id $({GUEST_OS_ID})")).results["id"])
+
+    async def load_module(self) -> None:
+        await load_module(self.guest, SOON)
+        self.has_module = True
+        await self.identity()
+
     async def run(self) -> None:
         record = self.record
         record.found = (
@@ -123,8 +145,8 @@ class Scenario:
             )
         ).results
         record.plain = await self.use("held")
-        await load_module(self.guest)
-        self.has_module = True
+        await self.identity()
+        await self.load_module()
         record.totals = await module_totals(self.guest)
         for name in DISKS:
             record.used[name] = await self.use(name)
@@ -135,17 +157,35 @@ class Scenario:
         """The policy changes twice while the disk is busy; the load must not notice."""
         async with disk_load(self.guest, NODES["disk"], LOAD_SEED) as load:
             for policy in ("", "withhold", "offer"):
+                earlier = await self.disk() if policy == "offer" else []
                 if policy:
                     await self.host.run(f"python3 -S /tmp/change.py {CONTROL} {policy}", timeout_seconds=120)
                 if policy == "withhold":
                     # The first ring of each queue after it is refused and goes to the plain doorbell.
                     await load.next_round()
                 if policy == "offer":
-                    await self.guest.run("echo 1 >/sys/kernel/hyperbell/rearm")
+                    await rung_again(self.disk, earlier)
                 before = await self.count("disk")
                 await load.next_round()
                 self.record.under_load.append(await self.since("disk", before))
+            await self.reload(load)
             self.record.load = await load.end()
+
+    async def disk(self) -> list[Queue]:
+        return [queue for (device, _), queue in (await self.table()).items() if device == f"virtio{DISKS['disk']}"]
+
+    async def reload(self, load: DiskLoad) -> None:
+        """The module goes while the disk's queues are armed and busy, and comes back."""
+        await self.guest.run("rmmod hyperbell", timeout_seconds=120)
+        self.has_module = False
+        await self.identity()
+        before = await self.count("disk")
+        await load.next_round()
+        self.record.reloaded["without"] = await self.since("disk", before)
+        await self.load_module()
+        before = await self.count("disk")
+        await load.next_round()
+        self.record.reloaded["with"] = await self.since("disk", before)
 
 
 async def scenario(host: Level, initrd: bytes) -> Record:
@@ -247,18 +287,44 @@ def test_withheld_disk_keeps_its_plain_doorbell(record: Record) -> None:
     assert use.counted == {"kick": kicks}
 
 
-def test_withdrawn_ids_leave_the_plain_doorbell_working_and_come_back_when_offered_again(record: Record) -> None:
+def test_withdrawn_ids_leave_the_plain_doorbell_working_and_come_back_by_themselves_when_offered_again(
+    record: Record,
+) -> None:
     offered, withdrawn, again = record.under_load
     for use in (offered, again):
         assert set(use.counted) == {"hypercall"}
         assert sum(queue.hypercall for queue in use.queues("disk")) > 0
         assert kicks_seen(use, "disk") == 0
     assert set(withdrawn.counted) == {"kick"}
-    assert sum(queue.hypercall for queue in withdrawn.queues("disk")) == 0
+    # Looked at again and again, but a device that shows no bell is not rung.
+    assert {(queue.state, queue.bell) for queue in withdrawn.queues("disk")} == {("waiting", -1)}
+    assert sum(queue.hypercall + queue.refused for queue in withdrawn.queues("disk")) == 0
     assert kicks_seen(withdrawn, "disk") > 0
 
 
-def test_no_request_is_lost_or_late_while_the_policy_changes_under_load(record: Record) -> None:
+def test_module_unloaded_with_armed_queues_leaves_a_busy_disk_its_plain_doorbell(record: Record) -> None:
+    use = record.reloaded["without"]
+    assert set(use.counted) == {"kick"}
+    assert kicks_seen(use, "disk") > 0
+    assert use.seen.hypercalls == {}
+
+
+def test_module_loaded_again_beside_a_busy_disk_rings_by_hypercall(record: Record) -> None:
+    use = record.reloaded["with"]
+    assert set(use.counted) == {"hypercall"}
+    assert sum(queue.hypercall for queue in use.queues("disk")) > 0
+    assert kicks_seen(use, "disk") == 0
+
+
+def test_guest_says_who_it_is_only_while_the_module_is_loaded(record: Record) -> None:
+    before, loaded, unloaded, again = record.ids
+    assert before == unloaded == NO_ID
+    assert loaded == again != NO_ID
+
+
+def test_no_request_is_lost_or_late_while_the_policy_changes_and_the_module_goes_and_comes_under_load(
+    record: Record,
+) -> None:
     assert record.load["status"] == "0", record.load["said"]
     assert int(record.load["rounds"]) >= 6
     assert "load.error" not in record.load["said"]
