@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from config.loader import Config
+from config.schema import SOCKET_PATH_MAX
 from daemon.qemu_args import NO_HYPERCALL_SOCKET
 from transports.hypercall import check_key, derive_key
 from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
@@ -73,12 +75,25 @@ def preload_environment(socket: Path, key: int | None, name: str | None) -> dict
     """The environment variables that make QEMU report to ``socket``. ``HostError``: a mistake, or no library."""
     if name is not None and not is_vm_name(name):
         raise HostError(f"--name: {name!r} is not 1 to 31 letters, digits, dots, dashes and underlines")
-    environment = {PRELOAD: str(library_path()), VARIABLE_SOCKET: str(socket.absolute())}
+    environment = {PRELOAD: str(library_path()), VARIABLE_SOCKET: _absolute(socket)}
     if key is not None:
         environment[VARIABLE_KEY] = f"{key:06x}"
     if name is not None:
         environment[VARIABLE_NAME] = name
     return environment
+
+
+def _absolute(socket: Path) -> str:
+    """As QEMU finds it from wherever it is (-daemonize: /). The daemon may have made it by a relative path."""
+    path = socket.absolute()
+    length = len(os.fsencode(path))
+    if length > SOCKET_PATH_MAX:
+        raise HostError(
+            f"{path} is {length} bytes long, but the path of a Unix socket has room for {SOCKET_PATH_MAX}, and QEMU "
+            "needs all of it; put the socket into a folder with a shorter name, such as /run/hyperbell",
+            errno=errno.ENAMETOOLONG,
+        )
+    return str(path)
 
 
 def run_qemu(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:

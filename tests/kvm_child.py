@@ -21,6 +21,7 @@ KVM_CREATE_VM = 0xAE01
 KVM_CREATE_VCPU = 0xAE41
 KVM_IOEVENTFD = 0x4040AE79
 KVM_SET_CPUID2 = 0x4008AE90
+KVM_SET_MSRS = 0x4008AE89
 KVM_GET_CPUID2 = 0xC008AE91
 KVM_HYPERV_EVENTFD = 0x4018AEBD
 
@@ -45,6 +46,14 @@ def set_cpuid(vcpu: int, leaves: list[list[int]]) -> list[list[int]]:
         array += struct.pack("<10I", function, 0, 0, *registers, 0, 0, 0)
     _raw(vcpu, KVM_SET_CPUID2, array)
     return _leaves(bytes(array), len(leaves))
+
+
+def set_msrs(vcpu: int, registers: list[list[int]]) -> None:
+    """Registers as index and value; KVM takes those it knows."""
+    array = bytearray(struct.pack("<II", len(registers), 0))
+    for index, value in registers:
+        array += struct.pack("<IIQ", index, 0, value)
+    _raw(vcpu, KVM_SET_MSRS, array)
 
 
 def get_cpuid(vcpu: int) -> list[list[int]]:
@@ -163,6 +172,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         create_vm,
         create_vcpu,
         set_cpuid,
+        set_msrs,
         get_cpuid,
         ioeventfd,
         hyperv_eventfd,

@@ -1,6 +1,7 @@
 /*
  * KVM_HYPERV_EVENTFD for a KVM that lacks it: preloaded beneath the library under test, it answers for that one
  * capability and keeps the ids in a table; every other call goes to the real KVM. The tests ask it by its functions.
+ * With FAKE_ERROR in the environment it has the capability only in name, and answers every call with that errno.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,6 +9,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #define IDS_MAX 256
@@ -31,8 +33,11 @@ static int find(int vm, uint32_t number)
 static int change(int vm, const struct kvm_hyperv_eventfd *request)
 {
 	int place = find(vm, request->conn_id);
+	const char *error = getenv("FAKE_ERROR");
 
 	call_count++;
+	if (error)
+		return atoi(error);
 	if (request->flags & KVM_HYPERV_EVENTFD_DEASSIGN) {
 		if (place < 0)
 			return ENOENT;

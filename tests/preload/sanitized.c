@@ -19,8 +19,10 @@
 #define ROUNDS 400
 #define SHAKERS 3
 #define PORTS 20
+#define KEY_GIVEN 0x123456
 #define VM_FD 1000	/* no file: only the KVM below knows it */
 #define ARRAYS 3000
+#define REPLACEMENTS 20
 
 #define CHECK(condition) \
 	do { \
@@ -35,7 +37,7 @@
 static pthread_mutex_t kvm_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool has_id[KEY_MASK + 1];
 static int id_count;
-static atomic_int assigned_total;
+static atomic_int assigned_total, changes_total;
 static bool full;	/* KVM_SET_CPUID2 says E2BIG to whatever was changed */
 static uint32_t nent_given;
 
@@ -44,6 +46,7 @@ static int change_id(const struct kvm_hyperv_eventfd *change)
 	int error = 0;
 
 	CHECK(!(change->conn_id & ~KEY_MASK));
+	changes_total++;
 	pthread_mutex_lock(&kvm_lock);
 	if (change->flags & KVM_HYPERV_EVENTFD_DEASSIGN) {
 		error = has_id[change->conn_id] ? 0 : ENOENT;
@@ -87,13 +90,13 @@ int kvm_ioctl(int fd, unsigned long request, void *argument)
 static int listener;
 static atomic_bool daemon_ends;
 
-static void send_message(int sock, uint16_t type, const struct wire_message *about)
+static bool send_message(int sock, uint16_t type, const struct wire_message *about)
 {
 	struct wire_message message = {
 		.magic = WIRE_MAGIC, .version = WIRE_VERSION, .type = type, .bell = about->bell, .serial = about->serial,
 	};
 
-	(void)!send(sock, &message, sizeof(message), MSG_NOSIGNAL);
+	return send(sock, &message, sizeof(message), MSG_NOSIGNAL) == sizeof(message);
 }
 
 /* One connection: take what comes, order at random, end at random, sometimes with nonsense. */
@@ -147,6 +150,31 @@ static void *run_daemon(void *argument)
 		converse(sock, &seed);
 		close(sock);
 	}
+	return NULL;
+}
+
+/* One connection of a VM with one bell, which is ordered about until the library closes it. */
+static void *flood(void *argument)
+{
+	struct wire_message bell = { .type = 0 }, ignored;
+	uint16_t type = WIRE_REGISTER;
+	int sock = -1;
+
+	(void)argument;
+	while (bell.type != WIRE_BELL) {	/* recv() drops the descriptor that comes along */
+		if (sock >= 0 && recv(sock, &bell, sizeof(bell), 0) == sizeof(bell))
+			continue;
+		if (sock >= 0)
+			close(sock);	/* of the VM before, which had none */
+		sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+		CHECK(sock >= 0);
+	}
+	while (send_message(sock, type, &bell)) {
+		type ^= WIRE_REGISTER ^ WIRE_WITHDRAW;
+		while (recv(sock, &ignored, sizeof(ignored), MSG_DONTWAIT) > 0)
+			;
+	}
+	close(sock);
 	return NULL;
 }
 
@@ -209,14 +237,14 @@ static void copy_many_leaves(void)
 
 	for (int i = 0; i < ARRAYS; i++) {
 		struct kvm_cpuid2 *given = leaves((uint32_t)rand_r(&seed) % 400, i % 2, &seed);
-		struct kvm_cpuid2 *copy = cpuid_with_key(given, 0x123456);
+		struct kvm_cpuid2 *copy = cpuid_with_key(given, KEY_GIVEN);
 
 		CHECK(given->nent != 1 || cpuid_has_hyperv(given) == (i % 2));
 		if (copy) {
 			const struct kvm_cpuid_entry2 *base = &copy->entries[given->nent];
 
 			CHECK(copy->nent == given->nent + 2 && !(base[0].function & 0xff));
-			CHECK(base[0].eax == base[1].function && base[1].ebx == 0x123456);
+			CHECK(base[0].eax == base[1].function && base[1].ebx == KEY_GIVEN);
 			for (uint32_t k = 0; k < given->nent; k++)
 				CHECK(given->entries[k].function - base[0].function >= 0x100);
 		}
@@ -253,6 +281,30 @@ static void wait_until_ids(int least)
 		sched_yield();
 }
 
+/* A VM's file is closed and its number is another VM's: orders for the first that are under way are not carried out. */
+static void replace_under_orders(void)
+{
+	for (int i = 0; i < REPLACEMENTS; i++) {
+		pthread_t daemon_thread;
+		int fd = eventfd(0, EFD_CLOEXEC), assigned = assigned_total, before;
+
+		CHECK(!pthread_create(&daemon_thread, NULL, flood, NULL));
+		vm_created(VM_FD);
+		give_leaves(0);
+		ring_bell(0x3000, fd, false);
+		wait_until_ids(assigned + 20);
+		vm_created(VM_FD);
+		before = changes_total;
+		pthread_join(daemon_thread, NULL);	/* the first VM's thread has ended */
+		CHECK(changes_total == before);
+		pthread_mutex_lock(&kvm_lock);
+		has_id[0x300000 ^ KEY_GIVEN] = false;	/* KVM's went with its VM */
+		id_count = 0;
+		pthread_mutex_unlock(&kvm_lock);
+		close(fd);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	pthread_t daemon_thread, shakers[SHAKERS];
@@ -264,6 +316,7 @@ int main(int argc, char **argv)
 	before = descriptor_count();
 	setenv("HYPERBELL_SOCKET", argv[1], 1);
 	setenv("HYPERBELL_KEY", "123456", 1);
+	replace_under_orders();
 	CHECK(!pthread_create(&daemon_thread, NULL, run_daemon, NULL));
 	vm_created(VM_FD);
 	CHECK(!getenv("HYPERBELL_SOCKET") && !getenv("HYPERBELL_KEY"));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import struct
@@ -107,6 +108,27 @@ def test_an_id_that_somebody_else_has_is_answered_with_the_error(listener: Liste
     assert (answer.result, answer.flags) == (17, 0)  # EEXIST
     program.ioeventfd(vm, PORT, 0, fd, 7)
     assert program.ids() == [BELL ^ KEY]  # the other's stays
+
+
+@pytest.mark.parametrize("error", [errno.ENOTTY, errno.EINVAL, errno.EPERM])
+def test_a_kvm_that_has_the_capability_only_in_name_is_answered_with_its_error_and_all_else_goes_on(
+    listener: Listener, start: Start, error: int
+) -> None:
+    program = start(FAKE_ERROR=str(error))
+    vm = started(program)
+    peer = listener.accept()
+    fd, reported = bell(program, vm, peer)
+    for kind in (Type.REGISTER, Type.REGISTER):
+        answer = peer.order(kind, reported)
+        assert (answer.result, answer.flags) == (error, 0)
+    assert peer.order(Type.WITHDRAW, reported).result == 0  # there is nothing to be withdrawn
+    assert program.calls() == 2
+    assert program.ids() == []
+    assert program.ring(vm, BELL ^ KEY) == 3  # the guest goes to its plain doorbell, which is there:
+    with pytest.raises(OSError, match="EEXIST"):
+        program.ioeventfd(vm, PORT, 0, program.eventfd())
+    program.ioeventfd(vm, PORT, 0, fd, 7)
+    assert peer.expect(Type.BELL_GONE).bell == BELL
 
 
 def test_the_number_that_must_never_ring_is_no_id(listener: Listener, start: Start) -> None:

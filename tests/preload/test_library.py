@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 from pathlib import Path
+from typing import Final
 
 import pytest
 from kvm_process import KvmProcess, Listener
 from preload.guests import (
+    BELL,
     HYPERV,
     KEY,
     KVM_LEAVES,
@@ -96,6 +99,16 @@ def test_without_a_socket_it_is_not_there(kvm: None, fake: Path) -> None:
         assert seen(program, vcpu) == UNCHANGED
         assert "hyperbell" not in program.threads()
         assert "HYPERBELL_SOCKET names no socket" in program.end()
+
+
+def test_a_path_that_no_socket_has_is_named_with_its_limit(kvm: None, fake: Path) -> None:
+    path = "/run/" + "x" * 103
+    with KvmProcess({VARIABLE_SOCKET: path}, fake) as program:
+        started(program)
+        assert "hyperbell" not in program.threads()
+        complaint = program.end()
+    assert "HYPERBELL_SOCKET is 108 bytes long, the path of a Unix socket has room for 107" in complaint
+    assert path in complaint
 
 
 def test_a_full_pipe_of_complaints_that_nobody_reads_holds_up_nobody(listener: Listener, start: Start) -> None:
@@ -240,6 +253,48 @@ def test_a_vm_from_elsewhere_has_ids_only_with_a_stable_key(listener: Listener, 
     assert not shown(peer).result
     _, reported = bell(program, vm, peer)
     assert peer.order(Type.REGISTER, reported).result == 0
+
+
+GUEST_OS_ID: Final = 0x40000000
+RESTORED: Final = [[0x10, 1 << 40], [GUEST_OS_ID, 0x8100_0601_0000_0000]]
+
+
+def test_a_vm_that_loads_a_snapshot_later_loses_its_drawn_key_before_it_runs(listener: Listener, start: Start) -> None:
+    """By the monitor: the command line says nothing of it. The guest may remember another process's key."""
+    program = start(key=None)
+    vm = program.create_vm()
+    vcpu = program.create_vcpu(vm, 0)
+    program.set_cpuid(vcpu, ORDINARY)
+    peer = listener.accept()
+    assert not shown(peer).result
+    _, reported = bell(program, vm, peer)
+    assert peer.order(Type.REGISTER, reported).result == 0
+    program.set_msrs(vcpu, [[0x10, 0], [GUEST_OS_ID, 0]])  # as QEMU does when the machine is reset
+    assert len(program.ids()) == 1
+    program.set_msrs(vcpu, RESTORED)
+    assert program.ids() == []
+    message = peer.expect(Type.VM)
+    assert (message.result, VmFlag(message.flags) & VmFlag.INCOMING) == (Reason.INCOMING, VmFlag.INCOMING)
+    assert VmFlag.KEY_SHOWN not in VmFlag(message.flags)
+    assert peer.order(Type.REGISTER, reported).result == errno.EPERM
+    program.set_msrs(vcpu, [[GUEST_OS_ID, 0]])
+    assert peer.order(Type.REGISTER, reported).result == errno.EPERM  # for good
+    assert program.end().count("needs the key it had there") == 1
+
+
+def test_a_vm_that_loads_a_snapshot_later_keeps_the_key_it_was_given(listener: Listener, start: Start) -> None:
+    program = start()
+    vm = program.create_vm()
+    vcpu = program.create_vcpu(vm, 0)
+    program.set_cpuid(vcpu, ORDINARY)
+    peer = listener.accept()
+    _, reported = bell(program, vm, peer)
+    assert peer.order(Type.REGISTER, reported).result == 0
+    program.set_msrs(vcpu, RESTORED)
+    assert program.ids() == [BELL ^ KEY]
+    message = peer.expect(Type.VM)
+    assert (message.result, VmFlag(message.flags) & VmFlag.INCOMING) == (Reason.NONE, VmFlag.INCOMING)
+    assert program.end() == ""
 
 
 def test_a_kvm_without_the_capability_is_left_alone(listener: Listener, start: Start) -> None:

@@ -25,7 +25,10 @@ OPTIONS = {
 @pytest.mark.parametrize("sanitizer", sorted(FLAGS))
 def test_the_library_keeps_its_promises_under_the_sanitizers(tmp_path: Path, sanitizer: str) -> None:
     program = tmp_path / "sanitized"
-    sources = [HERE / "sanitized.c", *(SOURCES / f"{name}.c" for name in ("vm", "link", "cpuid", "environment"))]
+    sources = [
+        HERE / "sanitized.c",
+        *(SOURCES / f"{name}.c" for name in ("vm", "vcpu", "link", "cpuid", "environment")),
+    ]
     flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-pthread"]
     made = subprocess.run(["gcc", *flags, *FLAGS[sanitizer], *sources, "-o", program], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -260,6 +260,30 @@ def test_each_mistake_is_said_before_qemu_starts(
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("given", "folder", "length"), [("/run/" + "x" * 103, "", 108), ("h.sock", "d" * 120, 0)])
+def test_a_socket_whose_whole_path_is_too_long_for_one_is_said(
+    tmp_path: Path,
+    given: str,
+    folder: str,
+    length: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A daemon that runs in its folder makes it by its short name; QEMU may go elsewhere."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / folder)
+    whole = str(Path(given).absolute())
+    assert main(["qemu", "--socket", given, "--", "qemu-system-none"]) == 1
+    complaint = capsys.readouterr().err
+    assert f"{whole} is {length or len(whole)} bytes long" in complaint
+    assert "has room for 107" in complaint
+
+
+def test_the_longest_path_that_a_socket_can_have_is_taken() -> None:
+    longest = "/run/" + "x" * 102
+    assert started("--socket", longest)["HYPERBELL_SOCKET"] == longest
+
+
 def test_a_program_that_is_not_there_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["qemu", "--config", str(file), "--", "qemu-system-none"]) == 1
     assert "there is no program qemu-system-none" in capsys.readouterr().err

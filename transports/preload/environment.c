@@ -98,11 +98,14 @@ const struct settings *settings_take(void)
 	path = getenv(VARIABLE_SOCKET);
 	key = getenv(VARIABLE_KEY);
 	name = getenv(VARIABLE_NAME);
-	if (path && *path && strlen(path) < sizeof(settings.socket)) {
+	if (!path || !*path) {
+		say("%s names no socket: the VM keeps its plain doorbells", VARIABLE_SOCKET);
+	} else if (strlen(path) >= sizeof(settings.socket)) {
+		say("%s is %zu bytes long, the path of a Unix socket has room for %zu: the VM keeps its plain doorbells: %s",
+		    VARIABLE_SOCKET, strlen(path), sizeof(settings.socket) - 1, path);
+	} else {
 		strcpy(settings.socket, path);
 		settings.active = true;
-	} else {
-		say("%s names no socket: the VM keeps its plain doorbells", VARIABLE_SOCKET);
 	}
 	if (key) {
 		settings.has_key = parse_key(key, &settings.key);

@@ -49,6 +49,9 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 	case KVM_CREATE_VCPU:
 		vcpu_created(fd, result, (uint32_t)(uintptr_t)argument);
 		break;
+	case KVM_SET_MSRS:
+		vcpu_msrs_set(fd, argument);
+		break;
 	case KVM_IOEVENTFD:
 		ioeventfd_changed(fd, argument);
 		break;

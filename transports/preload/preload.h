@@ -2,7 +2,7 @@
  * The preload library: it stands between QEMU and ioctl(), and gives a VM the hypercall doorbell.
  *
  * DOORBELLS.md, "The preload library for stock QEMU", has the rules it keeps. Threads: QEMU's own call the functions
- * of vm.c through ioctl.c; one thread of ours a VM runs link.c. All state is behind one mutex, which nobody holds
+ * of vm.c and vcpu.c through ioctl.c; one thread of ours a VM runs link.c. All state is behind one mutex, which nobody holds
  * while waiting for anything but the kernel: no thread of QEMU ever waits for the daemon.
  */
 #ifndef HYPERBELL_PRELOAD_H
@@ -86,13 +86,20 @@ struct kvm_cpuid2 *cpuid_with_key(const struct kvm_cpuid2 *cpuid, uint32_t key);
 
 /* vm.c */
 extern pthread_mutex_t state_lock;
+extern struct vm *vms[VMS_MAX];
+struct vm *vm_by_fd(int fd);
+bool vm_withhold(struct vm *vm, int reason);
+void say_why(int reason);
 void vm_created(int fd);
-void vcpu_created(int vm_fd, int fd, uint32_t number);
-int vcpu_set_cpuid(int fd, struct kvm_cpuid2 *cpuid);
 void ioeventfd_changed(int vm_fd, const struct kvm_ioeventfd *change);
 void vm_forget_reports(struct vm *vm);
 void vm_obey(struct vm *vm, const struct wire_message *message);
 void vm_free(struct vm *vm);
+
+/* vcpu.c */
+void vcpu_created(int vm_fd, int fd, uint32_t number);
+int vcpu_set_cpuid(int fd, struct kvm_cpuid2 *cpuid);
+void vcpu_msrs_set(int fd, const struct kvm_msrs *msrs);
 
 /* link.c */
 bool link_start(struct vm *vm, const struct settings *settings);

@@ -1,4 +1,4 @@
-/* The VMs of this process: what each was given, its doorbells, and which of them have an id in KVM. */
+/* The VMs of this process: their keys, their doorbells, and which of those have an id in KVM. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -11,24 +11,13 @@
 
 pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static struct vm *vms[VMS_MAX];
+struct vm *vms[VMS_MAX];
 
-static struct vm *vm_by_fd(int fd)
+struct vm *vm_by_fd(int fd)
 {
 	for (unsigned int i = 0; i < VMS_MAX; i++)
 		if (vms[i] && vms[i]->fd == fd)
 			return vms[i];
-	return NULL;
-}
-
-static struct vm *vm_by_vcpu(int fd, struct vcpu **vcpu)
-{
-	for (unsigned int i = 0; i < VMS_MAX; i++)
-		for (unsigned int k = 0; vms[i] && k < vms[i]->vcpu_count; k++)
-			if (vms[i]->vcpus[k].fd == fd) {
-				*vcpu = &vms[i]->vcpus[k];
-				return vms[i];
-			}
 	return NULL;
 }
 
@@ -83,7 +72,7 @@ static int withdraw(const struct vm *vm, struct bell *bell)
 }
 
 /* From now on this VM has no ids, for `reason`, the first one given. Whether that is news. */
-static bool vm_withhold(struct vm *vm, int reason)
+bool vm_withhold(struct vm *vm, int reason)
 {
 	if (vm->reason)
 		return false;
@@ -123,12 +112,12 @@ static void vm_decide(struct vm *vm, const struct settings *settings)
 	}
 }
 
-static void say_why(int reason)
+void say_why(int reason)
 {
 	static const char *const texts[] = {
 		[WIRE_REASON_NO_CAPABILITY] = "KVM on this host has no KVM_HYPERV_EVENTFD",
 		[WIRE_REASON_NO_HYPERV] = "the guest has no Hyper-V leaves; add hv-relaxed to -cpu",
-		[WIRE_REASON_INCOMING] = "a VM that comes from elsewhere (-incoming, -loadvm) needs the key it had there: "
+		[WIRE_REASON_INCOMING] = "a VM that comes from elsewhere (-incoming, -loadvm, loadvm) needs the key it had there: "
 					 "--key, or --secret and --uuid",
 		[WIRE_REASON_CPUID_REFUSED] = "KVM did not take the platform leaf (its table of CPUID leaves is full)",
 		[WIRE_REASON_NO_KEY] = "the key is not 1 to 6 hexadecimal digits other than 0",
@@ -166,100 +155,6 @@ void vm_created(int fd)
 	pthread_mutex_unlock(&state_lock);
 	if (reason)
 		say_why(reason);
-}
-
-/* A vCPU's statistics have to be asked for now: once it runs, KVM would let the caller wait. */
-void vcpu_created(int vm_fd, int fd, uint32_t number)
-{
-	struct vcpu *vcpu, *grown;
-	struct vm *vm;
-
-	pthread_mutex_lock(&state_lock);
-	vm = vm_by_vcpu(fd, &vcpu);
-	if (vm)
-		vcpu->fd = -1;	/* the number was another vCPU's, which is closed by now */
-	vm = vm_by_fd(vm_fd);
-	grown = vm && vm->vcpu_count < VCPUS_MAX ? realloc(vm->vcpus, (vm->vcpu_count + 1) * sizeof(*grown)) : NULL;
-	if (grown) {
-		vm->vcpus = grown;
-		vcpu = &vm->vcpus[vm->vcpu_count++];
-		*vcpu = (struct vcpu){ .fd = fd, .number = number };
-		vcpu->stats_fd = kvm_ioctl(fd, KVM_GET_STATS_FD, NULL);
-		if (vcpu->stats_fd >= 0)
-			fcntl(vcpu->stats_fd, F_SETFD, FD_CLOEXEC);
-		link_wake(vm);
-	} else if (vm) {
-		vm_withhold(vm, WIRE_REASON_CPUID_REFUSED);	/* this vCPU could not be given the leaf */
-	}
-	pthread_mutex_unlock(&state_lock);
-}
-
-/* What came of giving a vCPU its leaves: note it, and why there shall be no ids, if so. */
-static void note_cpuid(int fd, uint32_t flags, int reason)
-{
-	struct vcpu *vcpu;
-	struct vm *vm;
-	bool news = false;
-
-	pthread_mutex_lock(&state_lock);
-	vm = vm_by_vcpu(fd, &vcpu);
-	if (vm) {
-		vcpu->key_shown |= (flags & WIRE_VM_KEY_SHOWN) != 0;
-		if (vm->reason)
-			flags &= ~WIRE_VM_KEY_SHOWN;
-		if ((vm->flags | flags) != vm->flags) {
-			vm->flags |= flags;
-			vm->changed = true;
-			link_wake(vm);
-		}
-		if (reason)
-			news = vm_withhold(vm, reason);
-	}
-	pthread_mutex_unlock(&state_lock);
-	if (news)
-		say_why(reason);
-}
-
-int vcpu_set_cpuid(int fd, struct kvm_cpuid2 *cpuid)
-{
-	struct kvm_cpuid2 *copy = NULL;
-	struct vcpu *vcpu;
-	struct vm *vm;
-	uint32_t key = 0, flags = WIRE_VM_CPUID_SEEN;
-	bool has_key = false;
-	int result, error, reason = 0;
-
-	pthread_mutex_lock(&state_lock);
-	vm = vm_by_vcpu(fd, &vcpu);
-	if (vm) {
-		has_key = !vm->reason || vcpu->key_shown;
-		key = vm->key;
-	}
-	pthread_mutex_unlock(&state_lock);
-	if (!vm)
-		return kvm_ioctl(fd, KVM_SET_CPUID2, cpuid);
-
-	flags |= cpuid_may_nest(cpuid) ? WIRE_VM_MAY_NEST : 0;
-	flags |= cpuid_has_hyperv(cpuid) ? WIRE_VM_HYPERV : 0;
-	if (!(flags & WIRE_VM_HYPERV))
-		reason = WIRE_REASON_NO_HYPERV;
-	else if (has_key)
-		copy = cpuid_with_key(cpuid, key);
-	result = copy ? kvm_ioctl(fd, KVM_SET_CPUID2, copy) : -1;
-	error = errno;
-	free(copy);
-	if (!copy || result < 0) {
-		result = kvm_ioctl(fd, KVM_SET_CPUID2, cpuid);
-		error = errno;
-		if (!reason && has_key)
-			reason = WIRE_REASON_CPUID_REFUSED;
-	} else {
-		flags |= WIRE_VM_KEY_SHOWN;
-	}
-	if (result >= 0)
-		note_cpuid(fd, flags, reason);
-	errno = error;
-	return result;
 }
 
 static struct bell *bell_by_number(struct vm *vm, uint32_t number)
@@ -370,12 +265,15 @@ void vm_forget_reports(struct vm *vm)
 	}
 }
 
-/* Do what the daemon asks for, on our own thread; a bell that has gone or come anew since is not meant. */
+/*
+ * Do what the daemon asks for, on our own thread; a bell that has gone or come anew since is not meant. Nor is a VM whose
+ * number is another VM's by now: the thread of the first may be in the midst of what it was sent.
+ */
 void vm_obey(struct vm *vm, const struct wire_message *message)
 {
 	struct bell *bell = bell_by_number(vm, message->bell);
 
-	if (!bell || bell->fd < 0 || bell->serial != message->serial)
+	if (vm->ended || !bell || bell->fd < 0 || bell->serial != message->serial)
 		return;
 	if (message->type == WIRE_WITHDRAW) {
 		bell->result = withdraw(vm, bell);

@@ -33,7 +33,7 @@
 /* Flags of VM. */
 #define WIRE_VM_KEY_SHOWN 1u	/* the guest sees the platform leaf */
 #define WIRE_VM_KEY_STABLE 2u	/* K was given, not drawn */
-#define WIRE_VM_INCOMING 4u	/* started for a migration or from a snapshot */
+#define WIRE_VM_INCOMING 4u	/* its guest comes from a migration or a snapshot, or may */
 #define WIRE_VM_CPUID_SEEN 8u	/* the two below mean something */
 #define WIRE_VM_HYPERV 16u	/* the guest has Hyper-V leaves */
 #define WIRE_VM_MAY_NEST 32u	/* the guest is shown VMX or SVM */
