@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -49,6 +50,21 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document, path
+
+
+@needs_kvm
+@pytest.mark.parametrize("error", [errno.ENOTTY, errno.EINVAL])
+def test_a_kvm_that_has_the_hypercall_only_in_name_is_measured_without_it(tmp_path: Path, error: int) -> None:
+    fake = tmp_path / "fake.so"
+    source = Path(__file__).parents[1] / "preload" / "fake_hyperv.c"
+    subprocess.run(["gcc", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC", source, "-o", fake], check=True)
+    done = command("--json", env={**os.environ, "LD_PRELOAD": str(fake), "FAKE_ERROR": str(error)})
+    assert done.returncode == 0, done.stderr
+    kinds = {kind["kind"]: kind for kind in json.loads(done.stdout)["doorbells"]}
+    assert kinds["hypercall"]["why_not"].endswith(f": {os.strerror(error)}")
+    assert kinds["hypercall"]["kernel"] is None
+    for name in ("mmio", "mmio-match", "pio"):
+        assert kinds[name]["kernel"]["rings"] > 0
 
 
 @needs_kvm
