@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+from daemon.device_checks import fault_of
 from virtio.device import Device
 from virtio.devices import REGISTRY
 
@@ -42,7 +43,9 @@ class DeviceClasses(Mapping[str, type[Device]]):
         point = self._points[name]
         try:
             found = point.load()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() in somebody's module is no end of ours
             raise DeviceClassError(f"the entry point {point.value} cannot be loaded: {_where(error)}") from error
         return _checked(found, f"the entry point {point.value}")
 
@@ -82,13 +85,12 @@ def class_from_file(file: Path, class_name: str) -> type[Device]:
         sys.modules[name] = module  # dataclasses and pickles look their module up
         try:
             spec.loader.exec_module(module)
-        except FileNotFoundError as error:
-            del sys.modules[name]
-            if error.filename == str(file):
+        except BaseException as error:  # sys.exit() in somebody's file is no end of ours
+            sys.modules.pop(name, None)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            if isinstance(error, FileNotFoundError) and error.filename == str(file):
                 raise DeviceClassError(f"{file} does not exist") from error
-            raise DeviceClassError(f"{file} cannot be run: {_where(error, file)}") from error
-        except Exception as error:
-            del sys.modules[name]
             raise DeviceClassError(f"{file} cannot be run: {_where(error, file)}") from error
     found = getattr(module, class_name, None)
     if found is None:
@@ -100,23 +102,17 @@ def _checked(found: object, what: str) -> type[Device]:
     """``found`` if it is a device class with all that one must have."""
     if not isinstance(found, type) or not issubclass(found, Device):
         raise DeviceClassError(f"{what} is not a class derived from virtio.Device")
-    virtio_id = getattr(found, "virtio_id", None)
-    if not isinstance(virtio_id, int) or not 1 <= virtio_id <= 0xFFFF:
-        raise DeviceClassError(f"{what} has no virtio_id, the number of its type in the specification (section 5)")
-    if not isinstance(getattr(found, "type_name", None), str):
-        raise DeviceClassError(f"{what} has no type_name, which metrics and tables call it by")
-    least, most = found.queue_counts
-    if not 1 <= least <= found.default_queues <= most:
-        raise DeviceClassError(f"{what}: default_queues = {found.default_queues} is not within {found.queue_counts}")
-    if found.native:
-        raise DeviceClassError(f"{what} says native, but a device from outside is driven by Python")
+    fault = fault_of(found)
+    if fault is not None:
+        raise DeviceClassError(f"{what} {fault}")
     return found
 
 
 def _where(error: BaseException, file: Path | None = None) -> str:
     """``error`` in one line, with the last line of ``file`` that it came by."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
+        place = f"line {error.lineno}: {error.msg}"
+        return place if error.filename in (None, str(file)) else f"{error.filename} {place}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if file is not None and frame.filename == str(file)]
     text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -13,6 +13,9 @@ from typing import Final
 HISTOGRAM_BUCKETS: Final = 25
 """Buckets of a latency histogram, the unbounded one included (DP_HISTOGRAM_BUCKETS in the data plane)."""
 
+OPS_MAX: Final = 8
+"""Operations that are told apart on one queue (DP_QUEUE_OPS in the data plane)."""
+
 DURATION_BOUNDS: Final[tuple[float, ...]] = tuple((1 << (10 + k)) / 1e9 for k in range(HISTOGRAM_BUCKETS - 1))
 """Upper bounds in seconds of all but the last bucket: 1.024 us, 2.048 us, ... 8.6 s."""
 

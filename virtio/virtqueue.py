@@ -16,10 +16,11 @@ from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
 from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable
-from virtio.stats import HISTOGRAM_BUCKETS, OpStats, QueueStats
+from virtio.stats import HISTOGRAM_BUCKETS, OPS_MAX, OpStats, QueueStats
 from virtio.waist import Doorbell, IotlbMiss, Permission, QueueSetup
 
 assert lib.DP_HISTOGRAM_BUCKETS == HISTOGRAM_BUCKETS
+assert lib.DP_QUEUE_OPS == OPS_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from config.loader import load
 from config.problems import ConfigError
 from daemon.catalogue import device_types, features_off, make_devices
 from daemon.cli import EXIT_CONFIG, main
+from daemon.device_checks import fault_of
 from daemon.device_classes import DeviceClasses, device_class
 from transports import TRANSPORTS
 from virtio.device import Device
@@ -83,7 +84,8 @@ def test_a_class_in_a_file_is_a_device_like_any_other(tmp_path: Path, monkeypatc
         (ECHO, "EchoOptions", "EchoOptions in {file} is not a class derived from virtio.Device"),
         (ECHO.replace("virtio_id: ClassVar[int] = 42", ""), "Echo", "Echo in {file} has no virtio_id"),
         (ECHO.replace('type_name = "echo"', ""), "Echo", "Echo in {file} has no type_name"),
-        (ECHO.replace("(1, 2)", "(2, 1)"), "Echo", "default_queues = 1 is not within (2, 1)"),
+        ("import sys\nsys.exit()\n", "Echo", "cannot be run: line 2: SystemExit"),
+        ("raise BaseException('mine')\n", "Echo", "cannot be run: line 1: BaseException: mine"),
         (ECHO.replace('"echo"', '"echo"\n    native = True'), "Echo", "a device from outside is driven by Python"),
     ],
 )
@@ -101,6 +103,96 @@ def test_a_file_that_does_not_work_is_one_error_that_names_the_place(
     assert "1 mistake in the configuration" in capsys.readouterr().err
 
 
+ATTRIBUTES = {
+    "virtio_id": ["0", "65536", "True", "'42'", "4.0"],
+    "type_name": ["7", "''", "'two\\nlines'"],
+    "queue_counts": ["2", "(2, 1)", "(0, 1)", "(1,)", "(1, 100000)", "('1', '2')", "None"],
+    "default_queues": ["3", "None", "'1'"],
+    "queue_size_limit": ["1000", "65536", "0", "'256'", "256.0"],
+    "ops": ["'abc'", "()", "('a', 'a')", "(1,)", "None", "tuple('abcdefghi')"],
+    "Options": ["dict", "{}", "None", "EchoOptions()"],
+    "feature_bits": ["['X']", "{3: 3}", "{'X': '3'}", "{'X': 1, 'Y': 1}", "{'VIRTIO_F_RING_PACKED': 1}", "None"],
+    "feature_bits['X']": ["-1", "24", "29", "49", "70", "True"],
+    "native": ["True"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ATTRIBUTES.items() for value in values])
+def test_a_class_attribute_that_is_wrong_is_one_line_that_names_file_class_and_attribute(
+    tmp_path: Path, name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "echo.py", ECHO + f"\n    feature_bits = {{}}\n    {name} = {value}\n")
+    path = configured(tmp_path, "./echo.py:Echo")
+    found = problem(path)
+    assert f"Echo in {tmp_path}/echo.py " in found
+    assert name in found.partition("echo.py has")[2] or name == "native"
+    assert main(["check", str(path)]) == EXIT_CONFIG
+    assert "1 mistake in the configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bit", [0, 23, 50, 63])
+def test_the_bits_that_the_specification_gives_to_devices_are_a_devices_own(tmp_path: Path, bit: int) -> None:
+    write(tmp_path / "echo.py", ECHO + f"\n    feature_bits = {{'X': {bit}}}\n")
+    mine = load(configured(tmp_path, "./echo.py:Echo", "features = { X = false }\n"), device_types(), TRANSPORTS)
+    assert features_off(mine.devices["mine"]) == {bit}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("def __init__(self): pass", "__init__ that does not take (self, name, options, queues, queue_size): too many"),
+        ("def __init__(self, name, options, queues, queue_size, more): pass", "missing a required argument: 'more'"),
+        ("def __init__(self, *, name, options, queues, queue_size): pass", "too many positional arguments"),
+        ("handle = Device.handle", "has neither handle() nor run_queue()"),
+    ],
+)
+def test_a_class_that_could_not_serve_is_found_before_it_serves(tmp_path: Path, body: str, reason: str) -> None:
+    write(tmp_path / "echo.py", ECHO + f"\n    {body}\n")
+    assert reason in problem(configured(tmp_path, "./echo.py:Echo"))
+
+
+def test_an_abstract_class_is_no_device(tmp_path: Path) -> None:
+    text = ECHO.replace("class Echo(Device)", "class Echo(Device, abc.ABC)") + "\n    @abc.abstractmethod\n"
+    write(tmp_path / "echo.py", f"import abc\n{text}    def blink(self): ...\n")
+    assert "is abstract: it lacks blink" in problem(configured(tmp_path, "./echo.py:Echo"))
+
+
+def test_an_option_that_hides_behind_a_key_of_every_device_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "echo.py", ECHO.replace("prefix: str", "queue_size: int = 3\n    prefix: str"))
+    assert "has Options with the key queue_size" in problem(configured(tmp_path, "./echo.py:Echo"))
+
+
+def test_an_init_of_ones_own_may_take_whatever_it_is_given(tmp_path: Path) -> None:
+    write(tmp_path / "echo.py", ECHO + "\n    def __init__(self, *given, more=1): super().__init__(*given)\n")
+    config = load(configured(tmp_path, "./echo.py:Echo"), device_types(), TRANSPORTS)
+    assert make_devices(config.devices)["mine"].name == "mine"
+
+
+def test_an_interrupt_of_the_operators_passes(tmp_path: Path) -> None:
+    write(tmp_path / "echo.py", "raise KeyboardInterrupt\n")
+    path = configured(tmp_path, "./echo.py:Echo")
+    for _ in range(2):  # and no half-made module stays behind
+        with pytest.raises(KeyboardInterrupt):
+            load(path, device_types(), TRANSPORTS)
+
+
+def test_our_own_classes_are_held_to_the_same() -> None:
+    for name, kind in REGISTRY.items():
+        expected = "says native, but a device from outside is driven by Python" if kind.native else None
+        assert fault_of(kind) == expected, name
+
+
+def test_a_syntax_error_in_a_file_that_is_imported_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "other_of_a_test.py", "x = 1\nclass (\n")
+    text = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport other_of_a_test\n"
+    write(tmp_path / "echo.py", text)
+    try:
+        found = problem(configured(tmp_path, "./echo.py:Echo"))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert f"echo.py cannot be run: {tmp_path}/other_of_a_test.py line 2: " in found
+
+
 def test_a_wrong_option_of_a_class_in_a_file_is_found_like_any_other(tmp_path: Path) -> None:
     write(tmp_path / "echo.py", ECHO)
     assert "[devices.mine] prefixx" in problem(configured(tmp_path, "./echo.py:Echo", 'prefixx = ">"\n'))
@@ -113,9 +205,11 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(info / "METADATA", "Metadata-Version: 2.1\nName: echoes\nVersion: 1.0\n")
     write(
         info / "entry_points.txt",
-        "[hyperbell.devices]\necho = echoes_of_a_test:Echo\nbroken = echoes_of_a_test:Nothing\nblk = os:path\n",
+        "[hyperbell.devices]\necho = echoes_of_a_test:Echo\nbroken = echoes_of_a_test:Nothing\n"
+        "ends = ends_of_a_test:Echo\nblk = os:path\n",
     )
     write(tmp_path / "site" / "echoes_of_a_test.py", ECHO)
+    write(tmp_path / "site" / "ends_of_a_test.py", "raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "echoes_of_a_test", raising=False)
     return tmp_path
@@ -131,6 +225,11 @@ def test_an_entry_point_of_another_distribution_is_a_type(distribution: Path) ->
 def test_an_entry_point_that_does_not_work_is_one_error(distribution: Path) -> None:
     found = problem(configured(distribution, "broken"))
     assert "the entry point echoes_of_a_test:Nothing cannot be loaded: AttributeError" in found
+
+
+def test_an_entry_point_whose_module_ends_the_program_is_one_error(distribution: Path) -> None:
+    found = problem(configured(distribution, "ends"))
+    assert "the entry point ends_of_a_test:Echo cannot be loaded: SystemExit: 0" in found
 
 
 def test_a_name_of_ours_is_nobody_elses(distribution: Path) -> None:
