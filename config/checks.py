@@ -56,7 +56,10 @@ def check_against_type(
 ) -> Iterator[Finding]:
     """What is wrong between a device's keys and what its type can do; ``faulty`` keys are not looked at."""
     for feature in common.features:
-        if feature not in device_type.features:
+        if feature in device_type.features_kept:
+            message = f"is always offered: {device_type.features_kept[feature]}"
+            yield Finding((*path, "features", feature), message, "leave it out")
+        elif feature not in device_type.features:
             message = f"a {common.type} device has no such feature that could be turned off"
             yield Finding((*path, "features", feature), message, closest(feature, device_type.features))
     queues, size = common.queues, common.queue_size

@@ -10,7 +10,7 @@ import ipaddress
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -222,7 +222,8 @@ class DeviceTable(Table):
     )
     features: dict[str, bool] = Field(
         default_factory=dict,
-        description="Virtio features by their names in the specification; false turns one off.",
+        description="Virtio features by their names in the specification; false turns one off, and with it those "
+        "that require it.",
         examples=[{"VIRTIO_F_RING_PACKED": False}],
     )
 
@@ -310,7 +311,8 @@ class DeviceConfig(DeviceTable):
 class DeviceType:
     """What the loader must know of a device type; the daemon makes these from its registry.
 
-    ``options`` describes the keys of its own, ``features`` the spec names that may be turned off,
+    ``options`` describes the keys of its own, ``features`` the spec names that may be turned off, ``features_kept``
+    those that may not, with the reason,
     ``native`` whether worker threads drive its queues; ``queues_min``, ``queues_max`` and ``queues_default`` say how
     many queues it can have and has when nothing is said, ``queue_size_max`` how large they can be.
     """
@@ -322,6 +324,7 @@ class DeviceType:
     queues_max: int
     queues_default: int
     queue_size_max: int
+    features_kept: Mapping[str, str] = field(default_factory=dict)
 
 
 class DeviceTypes(Mapping[str, DeviceType]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from config.schema import WorkerConfig
-from daemon.catalogue import Configured, features_off
+from daemon.catalogue import Configured, features_left_out, features_off
 from virtio.backend import Backend
 from virtio.device import Device
 from virtio.errors import HostError
@@ -59,6 +59,10 @@ async def assemble(
             threads[name] = await stack.enter_async_context(worker)
         backends: dict[str, Backend] = {}
         for name, device in devices.items():
+            without = features_left_out(configured[name])
+            if without:
+                log = structlog.get_logger()
+                log.info("not offered: requires what is turned off", device=name, features=sorted(without))
             backend = Backend(
                 device,
                 workers=[threads[worker_name] for worker_name in configured[name].workers],

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from config.schema import DeviceConfig, DeviceTable, DeviceType, DeviceTypes
 from daemon.device_classes import DeviceClassError, DeviceClasses, class_from_file, device_class, split_type
+from daemon.features import ALWAYS_OFFERED, left_out
 from transports import TRANSPORTS
 from transports.base import BackendLike
 from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
@@ -20,9 +21,6 @@ from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.spec import RING_FEATURES
-
-_ALWAYS_ON: Final = frozenset({"VIRTIO_F_VERSION_1"})
-"""Not to be turned off: without it a device would be a legacy one (virtio 1.3, 6.1), and no device here is."""
 
 
 class Configured(Protocol):
@@ -102,9 +100,11 @@ def device_types() -> DeviceTypes:
 
 def _device_type(kind: type[VirtioDevice]) -> DeviceType:
     least, most = kind.queue_counts
+    features = feature_bits(kind).keys()
     return DeviceType(
         options=kind.Options,
-        features=feature_bits(kind).keys() - _ALWAYS_ON,
+        features=features - ALWAYS_OFFERED.keys(),
+        features_kept={name: ALWAYS_OFFERED[name] for name in sorted(features & ALWAYS_OFFERED.keys())},
         native=kind.native,
         queues_min=least,
         queues_max=most,
@@ -119,9 +119,19 @@ def feature_bits(kind: type[VirtioDevice]) -> dict[str, int]:
 
 
 def features_off(device: Configured) -> frozenset[int]:
-    """The bit numbers that the operator turned off for ``device``."""
+    """The bit numbers that ``device`` is not to offer: what the operator turned off, and what requires it."""
     bits = feature_bits(device_class(device.common.type))
-    return frozenset(bits[name] for name, on in device.common.features.items() if not on)
+    return frozenset(bits[name] for name in turned_off(device) | features_left_out(device))
+
+
+def turned_off(device: Configured) -> frozenset[str]:
+    """The features that the operator turned off."""
+    return frozenset(name for name, on in device.common.features.items() if not on)
+
+
+def features_left_out(device: Configured) -> frozenset[str]:
+    """The features that ``device`` cannot offer because they require what the operator turned off."""
+    return left_out(turned_off(device), feature_bits(device_class(device.common.type)))
 
 
 def make_devices(
