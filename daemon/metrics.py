@@ -86,6 +86,7 @@ class StateCollector(Collector):
         yield from _worker_metrics(state.workers)
         yield from _hypercall_metrics(state)
         yield from doorbell_metrics(state.doorbells)
+        yield from _stray_metrics(state)
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
@@ -202,9 +203,11 @@ def _worker_metrics(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
 
 def _hypercall_metrics(state: DaemonState) -> Iterator[Metric]:
     registered = {(bell.device, bell.queue) for vm in state.vms for bell in vm.bells if bell.registered}
+    own = [(device.backend.device, bell) for device in state.devices if device.own for bell in device.own.bells]
+    registered |= {(device, bell.queue) for device, bell in own if bell.registered}
     gauge = GaugeMetricFamily(
         "hyperbell_hypercall_doorbells",
-        "1 while a guest of stock QEMU can ring the queue by hypercall: its connection id is in KVM.",
+        "1 while a guest can ring the queue by hypercall: its connection id is in KVM.",
         labels=("device", "queue"),
     )
     for device in state.devices:
@@ -212,6 +215,14 @@ def _hypercall_metrics(state: DaemonState) -> Iterator[Metric]:
             key = (device.backend.device, queue.queue)
             gauge.add_metric((key[0], str(key[1])), key in registered)
     yield gauge
+    accepted = GaugeMetricFamily(
+        "hyperbell_hypercall_doorbells_accepted",
+        "1 where the driver in a machine of our own said that it may ring the queue by hypercall.",
+        labels=("device", "queue"),
+    )
+    for name, bell in own:
+        accepted.add_metric((name, str(bell.queue)), bell.accepted)
+    yield accepted
     hypercalls = CounterMetricFamily(
         "hyperbell_vm_hypercalls", "Hypercalls of all kinds, as KVM counts them.", labels=("vm",)
     )
@@ -226,3 +237,32 @@ def _hypercall_metrics(state: DaemonState) -> Iterator[Metric]:
     for reason, count in state.refusals.items():
         refusals.add_metric((reason,), count)
     yield refusals
+
+
+def _stray_metrics(state: DaemonState) -> Iterator[Metric]:
+    """What a guest of a machine of our own rings or touches where there is nothing."""
+    strays = CounterMetricFamily(
+        "hyperbell_stray_doorbells",
+        "Doorbells of queues that do not exist, rung in a machine of our own.",
+        labels=("device",),
+    )
+    for device in state.devices:
+        if device.own is not None:
+            strays.add_metric((device.backend.device,), device.own.stray_doorbells)
+    yield strays
+    refused = CounterMetricFamily(
+        "hyperbell_machine_refused_hypercalls",
+        "Hypercalls with unknown connection ids in a machine of our own, as far as KVM passes them on.",
+        labels=(),
+    )
+    unknown = CounterMetricFamily(
+        "hyperbell_machine_unknown_accesses",
+        "Accesses to where a machine of our own has nothing. A kernel that looks for devices makes some.",
+        labels=("space",),
+    )
+    if state.machine is not None:
+        refused.add_metric((), state.machine.refused_hypercalls)
+        unknown.add_metric(("memory",), state.machine.unknown_memory)
+        unknown.add_metric(("ports",), state.machine.unknown_ports)
+    yield refused
+    yield unknown

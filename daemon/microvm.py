@@ -8,7 +8,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Final
 
@@ -36,6 +37,8 @@ from transports.kvm.ending import VmEnd
 from transports.kvm.entry import PvhEntry
 from transports.kvm.machine import DeviceSetup, Machine, MachineSetup, open_machine
 from transports.kvm.slots import DEVICES_MAX, slot
+from transports.kvm.state import MachineState
+from transports.qemu_doorbells.messages import Reason
 from virtio.device import Device
 from virtio.devices.console import ConsoleOptions
 from virtio.devices.terminal import Escapes, TerminalConsole
@@ -108,12 +111,21 @@ class Microvm:
 
     def snapshot(self) -> DaemonState:
         """The counters now."""
+        assert self._machine is not None
+        ours = dict(zip(self._assembly.backends, self._machine.devices, strict=True))
+        machine = self._machine.state()
         devices = tuple(
-            DeviceState(backend.stats(), connection=None, transport=OWN_TRANSPORT, socket=None)
-            for backend in self._assembly.backends.values()
+            DeviceState(backend.stats(), connection=None, transport=OWN_TRANSPORT, socket=None, own=ours[name].state())
+            for name, backend in self._assembly.backends.items()
         )
-        doorbells = self._meter.state() if self._meter is not None else None
-        return DaemonState(devices, self._assembly.worker_stats(), doorbells=doorbells)
+        return DaemonState(
+            devices,
+            self._assembly.worker_stats(),
+            policies={name: device.policy for name, device in ours.items()},
+            refusals=_refusals(machine, devices),
+            doorbells=self._meter.state() if self._meter is not None else None,
+            machine=machine,
+        )
 
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery, machine: Machine) -> None:
         """What others may ask of us while the guest runs."""
@@ -237,6 +249,15 @@ def prepare(options: MicrovmOptions) -> pvh.Boot:
 def has_ended_well(end: VmEnd) -> bool:
     """Whether nothing went wrong: the guest powered off (or a program that is no Linux said so), or was stopped."""
     return end.kind in ("power off", "stopped") or (end.kind == "exit" and end.status == 0)
+
+
+def _refusals(machine: MachineState, devices: Sequence[DeviceState]) -> Mapping[str, int]:
+    """By the names that VMs of stock QEMU have for the same."""
+    counts = Counter({Reason.NO_CAPABILITY.name.lower(): 1} if machine.key_shown and machine.reason else {})
+    for device in devices:
+        if device.own is not None:
+            counts.update(device.own.refusals)
+    return dict(counts)
 
 
 def _terminal_entry() -> OptionDevice:

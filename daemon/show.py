@@ -12,6 +12,9 @@ from daemon.worth_table import render_worth
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
 _NET_COLUMNS: Final = ("INTERFACE", "LINK", "DIRECTION", "FRAMES", "BYTES", "LOST", "BECAUSE")
 _VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
+_OWN: Final = "(own)"
+"""For the name of a VM, of which ``hyperbell microvm`` has one."""
+_STRAY_COLUMNS: Final = ("DOORBELLS THAT RANG NOTHING", "TIMES")
 _BELL_COLUMNS: Final = ("DEVICE", "QUEUE", "VM", "BELL", "POLICY", "HYPERCALL")
 _DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "REFUSED", "ERRORS", "SOCKET")
 
@@ -30,9 +33,16 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     interfaces = [row for device in devices for row in _interface_rows(device["backend"])]
     if interfaces:
         text += "\n\n" + table(_NET_COLUMNS, interfaces)
-    if stats["vms"]:
-        text += "\n\n" + table(_VM_COLUMNS, [_vm_row(vm, now) for vm in stats["vms"]])
-        text += "\n\n" + table(_BELL_COLUMNS, _bell_rows(stats["vms"], stats["policies"]))
+    machine = stats["machine"]
+    if stats["vms"] or (machine is not None and machine["key_shown"]):
+        vms = [_vm_row(vm, now) for vm in stats["vms"]]
+        if machine is not None:
+            vms.append((_OWN, "-", "-", "given", str(_hypercalls(devices)), machine["reason"] or "-"))
+        text += "\n\n" + table(_VM_COLUMNS, vms)
+        text += "\n\n" + table(_BELL_COLUMNS, _bell_rows(devices, stats["vms"], stats["policies"]))
+    strays = _stray_rows(devices, machine)
+    if strays:
+        text += "\n\n" + table(_STRAY_COLUMNS, strays)
     if stats["doorbells"] is not None:
         text += "\n\n" + render_worth(stats["doorbells"])
     return text
@@ -50,7 +60,26 @@ def _vm_row(vm: Mapping[str, Any], now: float) -> Sequence[str]:
     )
 
 
-def _bell_rows(vms: Iterable[Mapping[str, Any]], policies: Mapping[str, str]) -> Iterable[Sequence[str]]:
+def _hypercalls(devices: Iterable[Mapping[str, Any]]) -> int:
+    """In a machine of our own those that rang a queue are counted."""
+    return sum(queue["doorbells"]["hypercall"] for device in devices for queue in _queues(device))
+
+
+def _stray_rows(devices: Iterable[Mapping[str, Any]], machine: Mapping[str, Any] | None) -> list[Sequence[str]]:
+    """Doorbells of a machine of our own that rang nothing, where there were any."""
+    counts = {
+        f"{device['backend']['device']}: queues that do not exist": device["own"]["stray_doorbells"]
+        for device in devices
+        if device["own"] is not None
+    }
+    if machine is not None:
+        counts["hypercalls of unknown connection ids"] = machine["refused_hypercalls"]
+    return [(what, str(count)) for what, count in counts.items() if count]
+
+
+def _bell_rows(
+    devices: Iterable[Mapping[str, Any]], vms: Iterable[Mapping[str, Any]], policies: Mapping[str, str]
+) -> Iterable[Sequence[str]]:
     """Every doorbell that is a queue's, and a line for each device that has none."""
     rows = [
         (
@@ -63,6 +92,19 @@ def _bell_rows(vms: Iterable[Mapping[str, Any]], policies: Mapping[str, str]) ->
         )
         for vm in vms
         for bell in vm["bells"]
+    ]
+    rows += [
+        (
+            device["backend"]["device"],
+            str(bell["queue"]),
+            _OWN,
+            f"{bell['bell']:06x}" if bell["bell"] else "-",
+            policies[device["backend"]["device"]],
+            "no" if not bell["registered"] else "accepted" if bell["accepted"] else "registered",
+        )
+        for device in devices
+        if device["own"] is not None
+        for bell in device["own"]["bells"]
     ]
     known = {row[0] for row in rows}
     rows += [(device, "-", "-", "-", policy, "no") for device, policy in policies.items() if device not in known]

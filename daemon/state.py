@@ -9,6 +9,7 @@ from pathlib import Path
 
 from daemon.doorbell_worth import DoorbellState
 from transports.hypercall import Policy
+from transports.kvm.state import MachineState, MmioDeviceState
 from transports.qemu_doorbells.state import VmState
 from transports.vhost_user.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats
@@ -43,13 +44,14 @@ class DeviceState:
     """One device at this moment.
 
     ``connection`` and ``socket``, where its front-end connects, are of devices that are reached over a socket. A device
-    of a virtual machine of our own has neither.
+    of a virtual machine of our own has neither, but ``own``.
     """
 
     backend: BackendStats
     connection: ConnectionState | None
     transport: str
     socket: Path | None
+    own: MmioDeviceState | None = None
 
     @property
     def connected(self) -> bool:
@@ -65,7 +67,7 @@ class DaemonState:
 
     ``vms`` are those of stock QEMU that report their doorbells; ``policies`` say by device who may ring by hypercall,
     ``refusals`` count by reason what was asked for and not to be had. ``doorbells`` are there where the costs of a ring
-    are known.
+    are known, ``machine`` where the guest is one of our own.
     """
 
     devices: tuple[DeviceState, ...]
@@ -74,6 +76,7 @@ class DaemonState:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)
     doorbells: DoorbellState | None = None
+    machine: MachineState | None = None
 
 
 def version() -> str:

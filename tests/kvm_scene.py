@@ -44,6 +44,7 @@ class FakeWindow:
         self.index, self.gpa = index, gpa
         self.interrupt_status = interrupt_status
         self.kicks: dict[int, int] = {}
+        self.stray_notifies = 0
 
     def set_kick(self, queue_index: int, fd: OwnedFd | None) -> None:
         assert fd is not None

@@ -143,6 +143,13 @@ class ToyMachine:
         backend: Any = device.backend
         return {kind: count for kind, count in backend.stats().queues[queue].doorbells.items() if count}
 
+    async def rung(self, name: str, queue: int = 0, **kinds: int) -> None:
+        """Wait until a queue was rung exactly so often, by kind: a count is read some time after its work is done."""
+        with trio.fail_after(GUARD):
+            while (counts := self.kicks(name, queue)) != kinds:
+                assert all(count <= kinds.get(kind, 0) for kind, count in counts.items()), (name, queue, counts, kinds)
+                await trio.lowlevel.checkpoint()
+
     def check_disk(self, requests: int = REQUESTS) -> None:
         """The disk holds the pattern, byte for byte: checked on the host's side."""
         assert check_pattern(self.image, 0, requests * 2 * SECTOR_SIZE, 1) == ""

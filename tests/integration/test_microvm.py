@@ -20,6 +20,7 @@ import trio
 from elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
 
 from guest.toy import prepare_toy
+from transports.kvm.host import Kvm
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60  # seconds; only a failing run gets there
@@ -232,6 +233,17 @@ async def test_metrics_and_the_control_socket_show_its_devices(tmp_path: Path, p
         assert isinstance(devices, list)
         assert [(device["transport"], device["connection"]) for device in devices] == [("kvm", None)] * 2
         assert "no driver" in table
+        assert 'hyperbell_stray_doorbells_total{device="entropy"} 0.0' in metrics
+        with Kvm.open() as kvm:
+            reason = kvm.why_no_hypercall or ""
+        can = "0.0" if reason else "1.0"  # the id is in KVM before any driver asks
+        assert f'hyperbell_hypercall_doorbells{{device="entropy",queue="0"}} {can}' in metrics
+        assert ('hyperbell_hypercall_refusals_total{reason="no_capability"} 1.0' in metrics) == bool(reason)
+        assert reason in table
+        (before,) = [line.split() for line in table.splitlines() if line.startswith("entropy") and "(own)" in line]
+        assert before == ["entropy", "0", "(own)", "000200", "offer", "no" if reason else "registered"]
+        assert stats["policies"] == {"terminal": "offer", "entropy": "withhold"}
+        assert devices[1]["own"]["bells"] == [{"queue": 0, "bell": 0x200, "registered": False, "accepted": False}]
         assert changed == "entropy: withhold\n"
         machine.process.terminate()
         assert await machine.end() == 0

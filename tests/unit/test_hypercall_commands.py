@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -22,6 +23,7 @@ from daemon.policies import Policies
 from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import derive_key
+from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
 from transports.preload import library_path
 from transports.qemu_doorbells.state import BellState, VmState
 from virtio.errors import HostError
@@ -166,6 +168,49 @@ def test_vms_and_their_doorbells_are_shown() -> None:
         ["disk", "1", "web1", "109001", "offer", "refused:", "EEXIST"],
         ["other", "-", "-", "-", "withhold", "no"],
     ]
+
+
+OWN: Final = MmioDeviceState(
+    bells=(QueueBell(0, 0x100, True, True), QueueBell(1, 0x101, True, False)), stray_doorbells=0, refusals={}
+)
+WITHHELD: Final = MmioDeviceState((QueueBell(0, 0x200, False, False), QueueBell(1, 0, False, False)), 12, {})
+MACHINE: Final = MachineState(True, "", refused_hypercalls=0, unknown_memory=5, unknown_ports=6)
+
+
+def own(machine: MachineState = MACHINE) -> DaemonState:
+    """Two devices of a machine of our own, "disk" with 4 hypercalls a queue."""
+    (disk,) = state().devices
+    rung = tuple(replace(queue, doorbells={"kick": 0, "pio": 0, "hypercall": 4}) for queue in disk.backend.queues)
+    disk = replace(disk, backend=replace(disk.backend, queues=rung), transport="kvm", socket=None, own=OWN)
+    other = replace(state().devices[0], transport="kvm", socket=None, own=WITHHELD)
+    other = replace(other, backend=replace(other.backend, device="other"))
+    return replace(state(), devices=(disk, other), machine=machine)
+
+
+def shown(what: DaemonState) -> list[str]:
+    answer = json.loads(json.dumps(respond(b'{"command": "stats"}', what), default=str))
+    return render(answer).split("\n\n")
+
+
+def test_a_machine_of_our_own_shows_its_doorbells_and_what_rang_nothing() -> None:
+    *_, vms, bells, strays = shown(own(replace(MACHINE, refused_hypercalls=3)))
+    assert lines(vms)[1:] == [["(own)", "-", "-", "given", "8", "-"]]
+    assert lines(bells)[1:] == [
+        ["disk", "0", "(own)", "000100", "offer", "accepted"],
+        ["disk", "1", "(own)", "000101", "offer", "registered"],
+        ["other", "0", "(own)", "000200", "withhold", "no"],
+        ["other", "1", "(own)", "-", "withhold", "no"],
+    ]
+    assert [line.rsplit(maxsplit=1) for line in strays.splitlines()[1:]] == [
+        ["other: queues that do not exist", "12"],
+        ["hypercalls of unknown connection ids", "3"],
+    ]
+
+
+def test_a_machine_without_a_key_shows_no_hypercalls_and_a_host_without_them_says_why() -> None:
+    assert "HYPERCALL" not in "".join(shown(own(replace(MACHINE, key_shown=False, reason="it was given no key"))))
+    _, _, vms, *_ = shown(own(replace(MACHINE, reason="this KVM has none")))
+    assert lines(vms)[1][-4:] == ["this", "KVM", "has", "none"]
 
 
 def test_without_vms_the_tables_are_as_ever() -> None:

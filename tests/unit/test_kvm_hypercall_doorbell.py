@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.hypercall import RESERVED_ID, connection_id
+from transports.kvm.state import MmioDeviceState, QueueBell
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
@@ -224,6 +225,33 @@ async def test_a_withdrawal_that_failed_is_tried_again_when_the_operator_withhol
         await s.rung(hypercall=3, kick=2)  # the withdrawal rings the plain one
 
 
+# ---- what is shown ----
+
+
+async def test_its_state_shows_who_may_ring_who_said_so_and_what_was_not_to_be_had() -> None:
+    backend = RecordingBackend(queue_count=3, features=regs.F_VERSION_1)
+    async with scene(backend, policy="withhold") as s:
+        await s.start()
+        assert s.device.policy == "withhold"
+        assert s.device.state().bells == tuple(QueueBell(index, 0x100 + index, False, False) for index in range(3))
+        s.hypercalls.taken.add(0x101 ^ KEY)
+        await s.device.set_policy("offer")
+        backend.failures["set_doorbell"] = PeerError("no eventfd")
+        await s.device.set_policy("withhold")
+        await s.device.set_policy("offer")
+        await accept(s, 0)
+        assert s.device.state() == MmioDeviceState(
+            bells=(
+                QueueBell(0, 0x100, registered=True, accepted=True),
+                QueueBell(1, 0x101, registered=False, accepted=False),
+                QueueBell(2, 0x102, registered=True, accepted=False),
+            ),
+            stray_doorbells=0,
+            refusals={"EEXIST": 2},
+        )
+    backend.close()
+
+
 # ---- a host that has nothing left ----
 
 
@@ -251,6 +279,7 @@ async def test_a_queue_that_cannot_listen_gets_no_id(error: Exception) -> None:
         with capture_logs() as logs:
             await s.device.set_policy("offer")
         assert [line["queue"] for line in logs if line["log_level"] == "warning"] == [0]
+        assert s.device.state().refusals == {"other": 1}
         assert await s.ids() == [0, 0x101 ^ KEY]
         assert list(s.hypercalls.registered) == [0x101 ^ KEY]
     backend.close()

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from daemon.metrics import StateCollector
 from daemon.metrics_server import serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState
+from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
 from virtio.errors import HostError
 from virtio.stats import DURATION_BOUNDS, HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, WorkerStats
 
@@ -86,6 +87,24 @@ def test_a_device_without_a_front_end_has_queues_and_no_figures_of_a_connection(
     found = collected(DaemonState((ours,), ()))
     assert value(found, "hyperbell_doorbells_total", device="disk", queue="0", kind="hypercall") == 2
     assert not [name for name, _ in found if "frontend" in name or "memory_regions" in name]
+
+
+def test_a_machine_of_our_own_shows_who_can_ring_by_hypercall_and_what_rang_nothing() -> None:
+    bells = (QueueBell(0, 0x100, registered=True, accepted=True), QueueBell(1, 0x101, registered=False, accepted=False))
+    own = MmioDeviceState(bells, stray_doorbells=12, refusals={})
+    ours = replace(state().devices[0], connection=None, transport="kvm", socket=None, own=own)
+    machine = MachineState(True, "", refused_hypercalls=3, unknown_memory=5, unknown_ports=6)
+    found = collected(DaemonState((ours,), (), refusals={"EEXIST": 1}, machine=machine))
+    for index, rings in enumerate((1, 0)):
+        labels = {"device": "disk", "queue": str(index)}
+        assert value(found, "hyperbell_hypercall_doorbells", **labels) == rings
+        assert value(found, "hyperbell_hypercall_doorbells_accepted", **labels) == rings
+    assert value(found, "hyperbell_hypercall_refusals_total", reason="EEXIST") == 1
+    assert value(found, "hyperbell_stray_doorbells_total", device="disk") == 12
+    assert value(found, "hyperbell_machine_refused_hypercalls_total") == 3
+    assert value(found, "hyperbell_machine_unknown_accesses_total", space="memory") == 5
+    assert value(found, "hyperbell_machine_unknown_accesses_total", space="ports") == 6
+    assert not [name for name, _ in collected(state()) if "machine" in name or "stray" in name]
 
 
 @pytest.mark.parametrize(

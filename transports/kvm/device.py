@@ -6,7 +6,9 @@ back end gets duplicates while a queue runs. A doorbell rung while it does not i
 
 from __future__ import annotations
 
+import errno
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from transports.base import BackendLike
 from transports.hypercall import RESERVED_ID, HypercallKind, Policy, connection_id, offers
 from transports.kvm.ram import GuestRam
 from transports.kvm.slots import Slot
+from transports.kvm.state import MmioDeviceState, QueueBell
 from transports.kvm.vmm import Access, Vm
 from virtio import spec
 from virtio.errors import GuestError, HostError, PeerError
@@ -82,6 +85,7 @@ class MmioDevice:
         self._ram = ram
         self._hypercalls = hypercalls
         self._policy: Policy = policy
+        self._refusals: Counter[str] = Counter()
         self._lines = 0
         self._lock = trio.Lock()  # operations come from the guest, and from whoever changes the policy
         self._log: FilteringBoundLogger = structlog.get_logger().bind(device=backend.name)
@@ -252,6 +256,15 @@ class MmioDevice:
     def policy(self) -> Policy:
         return self._policy
 
+    def state(self) -> MmioDeviceState:
+        """What is shown of it."""
+        accepted = self.registers.bells_accepted
+        bells = tuple(
+            QueueBell(index, self.slot.bell(index), fds.connection is not None, index in accepted)
+            for index, fds in enumerate(self._queues)
+        )
+        return MmioDeviceState(bells, self.window.stray_notifies, dict(self._refusals))
+
     @property
     def rung_by_hypercall(self) -> tuple[int, ...]:
         """The queues whose connection id is registered, so that the guest can ring them so."""
@@ -300,6 +313,8 @@ class MmioDevice:
                 await self.backend.set_doorbell(index, Doorbell.HYPERCALL, fds.hypercall.duplicate())
             self._hypercalls.kind.register(connection, fds.hypercall)
         except (HostError, PeerError) as error:
+            number = error.errno if isinstance(error, HostError) else 0
+            self._refusals[errno.errorcode.get(number, "other")] += 1
             self._log.warning("no hypercall doorbell, the plain ones go on", queue=index, error=str(error))
             await self._stop_listening(index)
             return False

@@ -19,6 +19,8 @@ from transports.kvm.host import KVM_PATH, Kvm
 from transports.kvm.hypercalls import HypervEventfds
 from transports.kvm.ram import GuestRam
 from transports.kvm.slots import DEVICES_MAX, gsi_of, slot
+from transports.kvm.state import MachineState
+from transports.kvm.strays import Source, StrayWatch
 from transports.kvm.vmm import Access, OnOutput, Vm, VmSetup
 from virtio.errors import HostError
 
@@ -54,10 +56,30 @@ class Machine:
         self.ram = ram
         self.vm = vm
         self.devices = tuple(devices)
+        self.strays = StrayWatch(
+            [
+                *(_strays_of(device) for device in devices),
+                Source("hypercalls of unknown connection ids", lambda: vm.stats().refused_hypercalls),
+            ]
+        )
 
     async def run(self, entry: Entry, on_output: OnOutput) -> VmEnd:
         """Run the guest to its end, and say how it ended. The devices are as it left them."""
-        return await self.vm.run(entry, self._on_access, on_output)
+        try:
+            return await self.vm.run(entry, self._on_access, on_output)
+        finally:
+            self.strays.look(last=True)
+
+    def state(self) -> MachineState:
+        """What is shown of it, beside its devices."""
+        stats, key_shown = self.vm.stats(), self.vm.setup.platform is not None
+        return MachineState(
+            key_shown=key_shown,
+            reason=(self.vm.why_no_hypercall or "") if key_shown else "it was given no key",
+            refused_hypercalls=stats.refused_hypercalls,
+            unknown_memory=stats.unknown_mmio,
+            unknown_ports=stats.unknown_pio,
+        )
 
     async def _on_access(self, access: Access) -> int:
         return await self.devices[access.window.index].answer(access)
@@ -82,10 +104,16 @@ async def open_machine(setup: MachineSetup, devices: Sequence[DeviceSetup]) -> A
         nursery = await stack.enter_async_context(trio.open_nursery())
         for device in made:
             nursery.start_soon(device.serve)
+        machine = Machine(ram, vm, made)
+        nursery.start_soon(machine.strays.run)
         try:
-            yield Machine(ram, vm, made)
+            yield machine
         finally:
             nursery.cancel_scope.cancel()
+
+
+def _strays_of(device: MmioDevice) -> Source:
+    return Source("doorbells of queues that do not exist", lambda: device.window.stray_notifies, device.backend.name)
 
 
 def _platform_key(setup: MachineSetup) -> PlatformKey | None:
