@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import importlib.util
 import keyword
 import re
 import sys
@@ -28,6 +30,14 @@ example:
 
 _FILES: Final = {"device.py": "{}.py", "test_device.py": "test_{}.py", "device.toml": "{}.toml"}
 
+MODULES_TAKEN: Final = frozenset({"pydantic", "pytest", "trio", "virtio"} | {"conftest", "pyproject"})
+"""What the files import, whether or not it is installed here; and files that pytest and others look for."""
+
+CLASSES_TAKEN: Final = frozenset(
+    {"Chain", "ClassVar", "Device", "DeviceOptions", "Field", "Literal", "Queue", "TestDriver"}
+)
+"""What the files import by these names."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=_name, help="the device's name: a Python module's, such as leds")
@@ -46,7 +56,7 @@ def new_device(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     values = {
         "name": name,
-        "class_name": "".join(part.capitalize() for part in name.split("_")),
+        "class_name": _class_name(name),
         "virtio_id": arguments.id,
         "python": sys.executable,
     }
@@ -67,11 +77,29 @@ def new_device(arguments: argparse.Namespace) -> int:
 
 
 def _name(text: str) -> str:
+    """``text`` if a module and its classes can be called by it, and nothing is called so that they would hide."""
     if re.fullmatch(r"[a-z][a-z0-9_]{0,30}", text) is None or keyword.iskeyword(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot name a Python module: small letters, digits and _")
-    if text in REGISTRY or text in sys.stdlib_module_names:
+    if text in REGISTRY or text in MODULES_TAKEN or _importable(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a name that exists already; choose another")
+    for name in (_class_name(text), f"{_class_name(text)}Options"):
+        if keyword.iskeyword(name) or hasattr(builtins, name) or name in CLASSES_TAKEN:
+            raise argparse.ArgumentTypeError(f"{text!r} would have the class {name}, which exists already")
     return text
+
+
+def _class_name(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _importable(name: str) -> bool:
+    """Whether there is a module called so, which one in the current folder could hide."""
+    if name in sys.stdlib_module_names:  # also those of other platforms
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # it is loaded, and does not say from where
+        return True
 
 
 def _virtio_id(text: str) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 import pytest
 
 from daemon.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, main
+from daemon.new_device import CLASSES_TAKEN, MODULES_TAKEN
+
+FIELDS = ("name", "class_name", "virtio_id", "python")
 
 
 def test_the_skeleton_passes_its_own_tests_and_can_be_served(
@@ -50,12 +56,63 @@ def test_a_file_that_is_there_is_not_touched(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "test_leds.py").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["Leds", "3d", "a-b", "class", "blk", "json", ""])
-def test_a_name_that_cannot_be_a_new_module_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(["new-device", name])
+        main(["new-device", name, "--folder", str(folder)])
     assert ended.value.code == EXIT_USAGE
-    assert "NAME" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    said = capsys.readouterr().err
+    assert "argument NAME: " in said
+    return said
+
+
+@pytest.mark.parametrize("name", ["Leds", "3d", "a-b", "class", "blk", ""])
+def test_a_name_that_cannot_be_a_new_module_is_wrong_usage(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(name, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["json", "virtio", "config", "daemon", "trio", "pytest", "pydantic", "structlog", "cffi", "conftest"]
+)
+def test_a_name_that_would_hide_a_module_is_wrong_usage(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{name!r} is a name that exists already" in refused(name, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("none", "None"),
+        ("true", "True"),
+        ("exception", "Exception"),
+        ("chain", "Chain"),
+        ("device", "Device"),
+        ("class_var", "ClassVar"),
+        ("test_driver", "TestDriver"),
+    ],
+)
+def test_a_name_whose_class_would_hide_another_is_wrong_usage(
+    name: str, class_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{name!r} would have the class {class_name}, which exists already" in refused(name, tmp_path, capsys)
+
+
+def test_whatever_the_skeleton_imports_is_taken() -> None:
+    modules: set[str] = set()
+    names: set[str] = set()
+    for template in ("device.py", "test_device.py"):
+        text = resources.files("daemon").joinpath("templates", f"{template}.template").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(Template(text).substitute(dict.fromkeys(FIELDS, "mine"), virtio_id=1))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module != "mine":
+                modules.add(str(node.module).partition(".")[0])
+                names |= {alias.name for alias in node.names}
+    assert modules - sys.stdlib_module_names - {"__future__"} <= MODULES_TAKEN
+    assert {name for name in names if name[0].isupper()} == CLASSES_TAKEN
 
 
 def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
