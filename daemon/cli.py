@@ -36,6 +36,7 @@ from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
 from transports import TRANSPORTS
+from virtio.devices import REGISTRY
 from virtio.errors import HostError
 
 EXIT_OK: Final = 0
@@ -226,7 +227,8 @@ def doorbells(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hyperbell",
-        description="Serves virtio devices (disks, entropy, consoles) to QEMU/KVM guests over vhost-user.",
+        description=f"Serves virtio devices ({', '.join(sorted(REGISTRY))}, and any written in Python)\n"
+        "to QEMU/KVM guests over vhost-user, and to guests of its own.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -15,6 +15,7 @@ import structlog
 from daemon.app import App
 from daemon.cli import _parser, main
 from daemon.preflight import PACKAGES, foreign_packages
+from virtio.devices import REGISTRY
 from virtio.errors import HostError
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,12 @@ def help_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main([*arguments, "--help"])
     assert caught.value.code == 0
     return capsys.readouterr().out
+
+
+def test_help_names_every_device_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    before, _, after = help_text(capsys).partition(", and any written in Python)")
+    assert after
+    assert before.rpartition("(")[2].split(", ") == sorted(REGISTRY)
 
 
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
