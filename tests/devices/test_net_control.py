@@ -114,6 +114,23 @@ async def test_more_addresses_than_there_is_room_for_let_everything_through(sett
 
 
 @every_reactor
+async def test_too_many_addresses_of_one_driver_let_nothing_through_to_the_next(setting: Setting) -> None:
+    async with two_ports(setting) as (one, two):
+        assert await command(two.guest, RX, 0, b"\0") == OK
+        groups = b"".join(GROUP[:4] + struct.pack(">H", number) for number in range(1000))
+        assert await command(two.guest, MAC, 0, struct.pack("<II", 0, 1000) + groups) == OK
+        await two.guest.link.reset()
+        two.guest.forget_queues()
+        await two.guest.start()
+        two.listen()
+        assert await command(two.guest, RX, 0, b"\0") == OK
+        await one.send(bytes.fromhex("025e10000009"), b"unwanted")
+        await one.send(two.device.mac, b"wanted")
+        assert await two.heard() == b"wanted"
+        assert two.device.native_device.counters() == NicCounters(filtered=1)
+
+
+@every_reactor
 async def test_a_driver_may_go_by_another_address_until_it_starts_anew(setting: Setting) -> None:
     mine = bytes.fromhex("025e10000077")
     async with plugged(net(), setting) as p:

@@ -15,7 +15,7 @@ import structlog
 import trio
 import trio.testing
 from blk_driver import pattern
-from frontend import Setting, every_reactor, plugged
+from frontend import REACTORS, Setting, every_reactor, every_ring, plugged
 from net_station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ from virtio.devices.net import Net, NetOptions
 from virtio.devices.net_socket import FRAME_MAX
 from virtio.devices.net_socket_options import parse_address
 from virtio.errors import HostError
+from virtio.nic import NicCounters
 from virtio.testing.queue import GUARD
 
 PEER = bytes.fromhex("020000000002")
@@ -236,6 +237,35 @@ def fill(peer: socket.socket, stack: contextlib.ExitStack) -> None:
                 sent += 1
         if sent == 0:
             return
+
+
+@every_ring
+@pytest.mark.parametrize("reactor", REACTORS)
+@pytest.mark.parametrize(("sizes", "indirect"), [([1526], False), ([526, 1000], False), ([526, 1000], True)], ids=str)
+async def test_a_frame_larger_than_the_whole_ring_is_lost_alone(
+    folder: Path, reactor: str, ring: str, sizes: list[int], indirect: bool
+) -> None:
+    here, there = (f"unixgram:{folder / name}" for name in "ab")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+        peer.bind(str(folder / "b"))
+        device = Net("a", NetOptions(backend="socket", local=here, remote=there), 1, 256)
+        async with plugged(device, Setting("waist", ring, reactor), queue_size=16) as p:
+            receive = p.guest.queues[0]
+            count = 16 if indirect else 16 // len(sizes)
+            for _ in range(count):
+                receive.driver.add([], sizes, indirect=indirect)
+            largest = count * 1526 - 12 - 14
+            for payload in (b"before", pattern(largest + 1, 1), b"after", pattern(30000, 2), pattern(largest, 3)):
+                peer.sendto(frame(payload), str(folder / "a"))
+            heard: list[bytes] = []
+            for number in (1, 1, count):
+                back = await receive.used(number)
+                heard.append(b"".join(b"".join(used.buffers)[: used.written] for used in back)[26:])
+                for _ in back:
+                    receive.driver.add([], sizes, indirect=indirect)
+                receive.kick()
+            assert heard == [b"before", b"after", pattern(largest, 3)]
+            assert device.native_device.counters() == NicCounters(refused=2)
 
 
 async def test_a_guest_that_takes_nothing_makes_its_peer_wait_and_loses_nothing(folder: Path) -> None:

@@ -93,7 +93,7 @@ uint32_t iotlb_generation(struct iotlb *tlb);
 
 struct chain_view { /* one popped chain; iov belongs to whoever popped */
 	uint32_t head;            /* split: descriptor index; packed: buffer id */
-	uint32_t slots;           /* packed: ring entries it took */
+	uint32_t slots;           /* ring entries (split: of the descriptor table) it took */
 	uint32_t descriptors;     /* gathered so far, those of an indirect table included */
 	uint32_t readable_count;  /* iov entries, readable ones first */
 	uint32_t writable_count;

@@ -156,7 +156,7 @@ static inline uint32_t net_header_size(const struct net_device *net)
  */
 bool net_frame_read(struct net_device *net, const struct chain_view *chain, struct iovec *iov, struct net_frame *frame);
 
-/* NO_BUFFERS may go better later, the others never: REFUSED is too large, MALFORMED has a header that lies. */
+/* NO_BUFFERS may go better later, the others never: REFUSED is too large (for the buffers, the ring, the MTU), MALFORMED has a header that lies. */
 enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED, NET_MALFORMED };
 /* Write a frame to the guest as it is. */
 enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const struct net_frame *frame);

@@ -34,6 +34,7 @@ void net_filter_reset(struct net_device *net)
 	store_relaxed(&net->filter.own, mac_pack(net->setup.mac));
 	store_relaxed(&net->filter.count, 0);
 	store_relaxed(&net->filter.all_groups, 0);
+	store_relaxed(&net->filter.overflow, 0);
 	/* A driver that never says what it wants gets everything. */
 	store_relaxed(&net->filter.promiscuous, 1);
 }

@@ -57,9 +57,17 @@ void net_give_back(struct net_pair *pair)
 	pair->held.count = pair->held.slots = 0;
 }
 
+/* The driver has no descriptors left for one more buffer like the first: no more will come before these are used. */
+static bool ring_full(const struct virtqueue *vq, const struct merge *merge)
+{
+	return merge->count && merge->taken.slots + merge->slots[0] > vq->size;
+}
+
 static enum net_result give_up(struct net_pair *pair, struct merge *merge, enum net_result result)
 {
 	merge->taken.count = merge->count;
+	if (result == NET_NO_BUFFERS && virtqueue_runnable(pair->rx) && ring_full(pair->rx, merge))
+		result = NET_REFUSED;
 	/* A frame that waits keeps what it has: then only more buffers are work, and only they are worth a kick. */
 	if (result == NET_NO_BUFFERS && pair->net->backend->receive && virtqueue_runnable(pair->rx))
 		pair->held = merge->taken;

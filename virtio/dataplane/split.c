@@ -88,7 +88,7 @@ static int split_pop(struct virtqueue *vq, struct chain_view *chain)
 		at = d.next;
 	}
 	chain->head = head;
-	chain->slots = 1;
+	chain->slots = steps + 1;
 	r->last_avail++; /* not before the chain is whole: a miss takes it up again from its head */
 	return VQ_CHAIN;
 }
