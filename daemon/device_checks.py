@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from config.schema import DeviceConfig
 from virtio.device import Device, DeviceOptions
-from virtio.spec import RING_FEATURES, VIRTQUEUE_SIZE_MAX
+from virtio.spec import CHAIN_LENGTH_MAX, RING_FEATURES, VIRTQUEUE_SIZE_MAX
 from virtio.stats import OPS_MAX
 
 QUEUES_MAX: Final = 256
@@ -86,6 +86,12 @@ def _queue_size_limit(value: object) -> str | None:
     return f"has queue_size_limit = {value!r}, not a power of two from 2 to {VIRTQUEUE_SIZE_MAX}"
 
 
+def _request_max(value: object) -> str | None:
+    if _whole(value, 1, CHAIN_LENGTH_MAX):
+        return None
+    return f"has request_max = {value!r}, not a number of bytes from 1 to {CHAIN_LENGTH_MAX}"
+
+
 def _ops(value: object) -> str | None:
     names = value if isinstance(value, tuple | list) else ()
     good = [op for op in names if isinstance(op, str) and op and op.isprintable()]
@@ -129,6 +135,7 @@ _FAULTS: Final[Mapping[str, Callable[[Any], str | None]]] = {
     "queue_counts": _queue_counts,
     "default_queues": _default_queues,
     "queue_size_limit": _queue_size_limit,
+    "request_max": _request_max,
     "ops": _ops,
     "Options": _options,
     "feature_bits": _feature_bits,

@@ -32,7 +32,8 @@ class Device:
 
     Class attributes: ``virtio_id`` (section 5), ``features`` (the names and bits it offers of its own; ring features
     are added by the backend), ``queue_counts`` (least, most), ``ops`` (names of its operations, for the metrics),
-    ``Options`` (its configuration). ``native`` devices set ``native_device``.
+    ``Options`` (its configuration), ``request_max`` (a chain holds at most so many bytes to read, and has room for at
+    most so many: a longer one breaks the queue before the device sees it). ``native`` devices set ``native_device``.
     """
 
     virtio_id: ClassVar[int]
@@ -44,6 +45,7 @@ class Device:
     queue_size_limit: ClassVar[int] = 32768
     ops: ClassVar[tuple[str, ...]] = ("request",)
     Options: ClassVar[type[DeviceOptions]] = DeviceOptions
+    request_max: ClassVar[int] = 1 << 20
 
     def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
         """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""

@@ -18,7 +18,7 @@ from virtio.virtqueue import Virtqueue
 from virtio.waist import Doorbell
 
 BATCH: Final = 64
-"""Chains popped at once; between batches other tasks of the daemon have their turn."""
+"""Chains popped at once, or fewer that hold a MiB; between batches other tasks of the daemon have their turn."""
 
 POLL_SECONDS: Final = 0.001
 """How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
@@ -31,8 +31,9 @@ _BEGINNINGS: Final = (0, 0x8000_8000)
 class Queue:
     """One running queue of a Python device. ``index`` is the virtqueue's index (section 5, "Virtqueues")."""
 
-    def __init__(self, vq: Virtqueue) -> None:
+    def __init__(self, vq: Virtqueue, request_max: int) -> None:
         self.index = vq.index
+        self._request_max = request_max
         self._vq = vq
         self._room = ffi.new("struct chain *[]", BATCH)
         self.used_before = vq.base not in _BEGINNINGS
@@ -44,7 +45,7 @@ class Queue:
         self.spawned: trio.Nursery  # for as long as the queue runs
 
     def _pop(self, limit: int) -> list[Chain]:
-        count = self._vq.pop_many(self._room, limit)
+        count = self._vq.pop_many(self._room, limit, self._request_max)
         self.outstanding += count
         return [Chain(self, self._room[i]) for i in range(count)]
 

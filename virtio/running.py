@@ -76,7 +76,7 @@ class PumpedQueue:
         self._ended = trio.Event()
 
     async def start(self) -> None:
-        self._queue = Queue(self._vq)
+        self._queue = Queue(self._vq, self._device.request_max)
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
         self._nursery.start_soon(self._run, self._queue)

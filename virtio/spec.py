@@ -46,4 +46,6 @@ RING_FEATURES: Final[dict[str, int]] = {
 
 # Virtqueue sizes, sections 2.7 and 2.8.
 VIRTQUEUE_SIZE_MAX: Final = 32768
+CHAIN_LENGTH_MAX: Final = 0xFFFF_FFFF
+"""Bytes of one chain: what the data plane takes; 2.7.4.2 has a limit of 2^32."""
 CONFIG_SPACE_MAX: Final = 256

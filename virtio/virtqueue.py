@@ -16,6 +16,7 @@ from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
 from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable
+from virtio.spec import CHAIN_LENGTH_MAX
 from virtio.stats import HISTOGRAM_BUCKETS, OPS_MAX, OpStats, QueueStats
 from virtio.waist import Doorbell, IotlbMiss, Permission, QueueSetup
 
@@ -135,9 +136,12 @@ class Virtqueue:
         count: int = lib.virtqueue_take_kicks(self.pointer)
         return count
 
-    def pop_many(self, room: Any, limit: int) -> int:
-        """Fill ``room`` (a ``struct chain *[]``) with up to ``limit`` chains; how many, 0 also when broken."""
-        count: int = lib.virtqueue_pop_many(self.pointer, room, limit)
+    def pop_many(self, room: Any, limit: int, request_max: int = CHAIN_LENGTH_MAX) -> int:
+        """Fill ``room`` (a ``struct chain *[]``) with up to ``limit`` chains; how many, 0 also when broken.
+
+        A chain of more than ``request_max`` bytes, readable or writable, breaks the queue.
+        """
+        count: int = lib.virtqueue_pop_many(self.pointer, room, limit, request_max)
         return max(count, 0)
 
     def push_many(self, pointers: Sequence[Any], written: Sequence[int]) -> None:

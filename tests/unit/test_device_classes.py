@@ -109,6 +109,7 @@ ATTRIBUTES = {
     "queue_counts": ["2", "(2, 1)", "(0, 1)", "(1,)", "(1, 100000)", "('1', '2')", "None"],
     "default_queues": ["3", "None", "'1'"],
     "queue_size_limit": ["1000", "65536", "0", "'256'", "256.0"],
+    "request_max": ["0", "1 << 32", "1e6", "None"],
     "ops": ["'abc'", "()", "('a', 'a')", "(1,)", "None", "tuple('abcdefghi')"],
     "Options": ["dict", "{}", "None", "EchoOptions()"],
     "feature_bits": ["['X']", "{3: 3}", "{'X': '3'}", "{'X': 1, 'Y': 1}", "{'VIRTIO_F_RING_PACKED': 1}", "None"],

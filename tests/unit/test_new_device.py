@@ -35,7 +35,7 @@ def test_the_skeleton_passes_its_own_tests_and_can_be_served(
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "3 passed" in ran.stdout
+    assert "4 passed" in ran.stdout
     assert "virtio_id: ClassVar[int] = 77" in (tmp_path / "blinking_leds.py").read_text()
     assert main(["check", str(tmp_path / "blinking_leds.toml")]) == EXIT_OK
     assert "Devices: blinking_leds" in capsys.readouterr().out

@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#define POP_BYTES (1u << 20) /* popped at once: between batches others have their turn */
+
 struct chain {
 	struct inflight link; /* first */
 	struct virtqueue *vq;
@@ -42,16 +44,23 @@ static void chain_release(struct chain *c)
 	free(c);
 }
 
-int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max)
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max)
 {
 	static __thread struct iovec scratch[CHAIN_IOV_MAX];
 	struct chain_view view = { .iov = scratch };
 	uint32_t count = 0;
+	uint64_t bytes = 0;
 	int rc = VQ_EMPTY;
 
 	if (!vq->configured)
 		return 0;
-	while (count < max && (rc = virtqueue_pop(vq, &view)) == VQ_CHAIN) {
+	while (count < max && bytes < POP_BYTES && (rc = virtqueue_pop(vq, &view)) == VQ_CHAIN) {
+		if (unlikely(view.readable_len > request_max || view.writable_len > request_max)) {
+			virtqueue_unpop(vq, &view.head, 1, view.slots);
+			rc = virtqueue_fail(vq, VQ_FAULT_REQUEST_MAX, view.head, view.readable_len, view.writable_len);
+			break;
+		}
+		bytes += view.readable_len + view.writable_len;
 		chains[count] = chain_keep(vq, &view);
 		if (!chains[count]) { /* no memory: the driver gets the chain back, empty */
 			virtqueue_push(vq, view.head, view.slots, 0);

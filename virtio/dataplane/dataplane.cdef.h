@@ -91,6 +91,7 @@ uint32_t interrupt_status_value(struct interrupt_status *status);
 #define VQ_FAULT_MEMORY_GONE 15
 #define VQ_FAULT_SHAPE 16
 #define VQ_FAULT_CALL_FD 17
+#define VQ_FAULT_REQUEST_MAX 18
 
 #define VQ_SPACE_GPA 0
 #define VQ_SPACE_UVA 1
@@ -179,8 +180,11 @@ struct chain_info {
 
 /* Read every doorbell's eventfd, never blocking; returns the sum of their counts. */
 uint64_t virtqueue_take_kicks(struct virtqueue *vq);
-/* Up to `max` chains into `chains`; returns how many, VQ_BROKEN, or 0 (empty or parked). */
-int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max);
+/*
+ * Up to `max` chains into `chains`, or so many as hold a MiB; returns how many, VQ_BROKEN, or 0 (empty or parked).
+ * One of more than `request_max` bytes, readable or writable, breaks the queue.
+ */
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max);
 void chain_info(const struct chain *c, struct chain_info *info);
 int64_t chain_read(const struct chain *c, uint64_t offset, void *buffer, uint64_t length);
 int64_t chain_write(struct chain *c, uint64_t offset, const void *buffer, uint64_t length);

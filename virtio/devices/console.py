@@ -95,6 +95,7 @@ class Console(Device):
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_CONSOLE
     type_name = "console"
     ops = ("receive", "transmit", "control")
+    request_max = spec.CHAIN_LENGTH_MAX  # what is written is taken in pieces
     Options = ConsoleOptions
     feature_bits = {
         "VIRTIO_CONSOLE_F_SIZE": VIRTIO_CONSOLE_F_SIZE,

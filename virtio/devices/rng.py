@@ -18,6 +18,7 @@ class Rng(Device):
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_RNG
     type_name = "rng"
     ops = ("read",)
+    request_max = spec.CHAIN_LENGTH_MAX  # no harm in a large buffer: it gets MAX_BYTES
 
     async def handle(self, queue: Queue, chain: Chain) -> None:
         """5.4.6.1: the driver's buffers are device-writable only, and get at least one byte."""

@@ -74,6 +74,7 @@ class Vsock(Device):
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_VSOCK
     type_name = "vsock"
     ops = ("receive", "transmit", "event")
+    request_max = spec.CHAIN_LENGTH_MAX  # no more is read than a connection has credit for
     Options = VsockOptions
     feature_bits = {
         "VIRTIO_VSOCK_F_STREAM": VIRTIO_VSOCK_F_STREAM,
