@@ -71,6 +71,7 @@ stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
 
 install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
+	@./install-packages.sh
 	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
 	rm -rf build
 	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check $(BUILD_REQUIRES)
@@ -80,6 +81,11 @@ install: ## a venv of its own under PREFIX, the command, the systemd units (as r
 	install -D -m 644 systemd/hyperbell.service $(DESTDIR)/usr/lib/systemd/system/hyperbell.service
 	install -D -m 644 systemd/sysusers.d/hyperbell.conf $(DESTDIR)/usr/lib/sysusers.d/hyperbell.conf
 	install -D -m 644 systemd/tmpfiles.d/hyperbell.conf $(DESTDIR)/usr/lib/tmpfiles.d/hyperbell.conf
+# For a package, the paths without DESTDIR; otherwise the user, the folders and the unit, where systemd runs.
+	[ -z "$(DESTDIR)" ] || grep -rlI -- "$(DESTDIR)" $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/pyvenv.cfg | xargs -r sed -i "s#$(DESTDIR)##g"
+	[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || \
+	  { systemd-sysusers hyperbell.conf && systemd-tmpfiles --create hyperbell.conf && systemctl daemon-reload; }
 
 clean: ## remove what was built (.venv and the cache of downloads stay)
-	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c virtio/_usernet*.so virtio/_usernet.c transports/_vmm*.so transports/_vmm.c $(VENV)/.ready
+	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c virtio/_usernet*.so virtio/_usernet.c transports/_vmm*.so transports/_vmm.c \
+	  transports/preload/_library*.so $(VENV)/.ready

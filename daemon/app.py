@@ -189,7 +189,13 @@ class App:
         except ConfigError as error:
             for problem in error.problems:
                 self._log.error("not reloaded: the configuration has a mistake", problem=str(problem))
+            refusal = "a reload was refused: the configuration has a mistake; "
+        except Exception:
+            # A mistake of ours, or of a device's file. The guests that are served now must not pay for it.
+            self._log.exception("not reloaded")
+            refusal = "a reload failed; "
         else:
+            refusal = ""
             self._log_choice.apply(new)
             for change in changes(self._config, new):
                 self._report(change)
@@ -197,7 +203,7 @@ class App:
             self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
             self._assembly.refresh_devices()
             self._log.info("reloaded")
-        self._notifier.ready(self._status())
+        self._notifier.ready(refusal + self._status())
 
     def _reload_policies(self, new: Config) -> None:
         """What an operator has changed by the control socket stays, unless the file says something new."""

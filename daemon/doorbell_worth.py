@@ -15,7 +15,6 @@ MMIO: Final = "mmio"  # a store that any value may ring: a queue with a notify a
 MMIO_MATCH: Final = "mmio-match"  # a store that rings by its value: one address for several queues
 PIO: Final = "pio"
 HYPERCALL: Final = "hypercall"
-PLAIN_KINDS: Final = (MMIO, MMIO_MATCH, PIO)
 """The doorbells a hypercall can stand in for, by the names that the measured costs have."""
 
 Queue = TypeVar("Queue")

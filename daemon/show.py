@@ -20,7 +20,7 @@ _DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "
 
 
 def render(stats: Mapping[str, Any], now: float | None = None) -> str:
-    """The answer to the control command ``stats`` as two tables: devices with their front-ends, and queues.
+    """The answer to the control command ``stats`` as tables: devices with their front-ends, queues, and more.
 
     QUIET is the share of completions' notifications that the driver wanted suppressed. ``now``: wall clock seconds.
     """

@@ -37,9 +37,6 @@ VIRTIO_F_HYPERCALL_NOTIFY: Final = 44
 SIGNAL_EVENT: Final = 0x1005D
 """Hyper-V's HvCallSignalEvent (0x5d) as a fast call (bit 16): what the driver has in RCX."""
 
-STATUS_INVALID_CONNECTION: Final = 0x12
-"""Hyper-V's HV_STATUS_INVALID_CONNECTION_ID: what we answer for an id that nobody registered."""
-
 PLATFORM_SIGNATURE: Final = b"HyperBellVMM"
 LEAF_FIRST: Final = 0x4000_0000
 LEAF_STEP: Final = 0x100

@@ -283,6 +283,37 @@ async def test_a_pty_that_nobody_reads_never_holds_up_the_guest(setting: Setting
         await type_in(p.guest, bytes(3 * BACKLOG_MAX))
 
 
+def test_a_pty_in_use_keeps_its_link_when_another_device_wants_the_path(pty_path: Path) -> None:
+    first = console("pty", pty_path)
+    target = pty_path.readlink()
+    with no_fd_leaks(), pytest.raises(HostError, match="another device or daemon is using it"):
+        console("pty", pty_path)
+    assert pty_path.readlink() == target
+    first.close()
+    assert not pty_path.is_symlink()
+
+
+def test_a_link_that_a_killed_daemon_left_is_replaced(pty_path: Path) -> None:
+    ours, theirs = os.openpty()
+    try:
+        for left in ("/dev/pts/99999", os.ttyname(theirs)):  # gone; or its number is another terminal's by now
+            pty_path.symlink_to(left)
+            device = console("pty", pty_path)
+            assert str(pty_path.readlink()) != left
+            device.close()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_link_that_leads_elsewhere_is_left_alone(pty_path: Path, tmp_path: Path) -> None:
+    pty_path.symlink_to(tmp_path / "precious")
+    with no_fd_leaks(), pytest.raises(HostError, match=f"it is a link to {tmp_path}/precious; remove it or choose"):
+        console("pty", pty_path)
+    assert pty_path.is_symlink()
+    pty_path.unlink()
+
+
 def test_a_pty_does_not_overwrite_a_file(tmp_path: Path) -> None:
     path = tmp_path / "pts"
     path.write_text("precious")

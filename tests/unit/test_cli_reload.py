@@ -18,6 +18,7 @@ import pytest
 import structlog
 import trio
 
+from config.loader import Config
 from daemon.app import App, LogChoice
 from daemon.cli import load_config
 from daemon.control import ask
@@ -228,3 +229,30 @@ async def test_a_snapshot_shows_devices_queues_connections_and_workers(
         assert [each is not None and each.connected for each in connections] == [False, False]
         assert state.devices[1].socket == folder / "e.sock"
         assert [worker.name for worker in state.workers] == ["w"]
+
+
+async def test_a_reload_that_fails_for_another_reason_leaves_the_daemon_serving(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Path) -> Config:
+        raise RuntimeError(f"somebody's mistake in {file.name}")
+
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), "load_config", fail)
+            (line,) = await run.reload()
+        assert line["event"] == "not reloaded"
+        assert "somebody's mistake in hyperbell.toml" in line["exception"]
+        assert [line["event"] for line in await run.reload()] == ["reloaded"]
+
+
+async def test_the_service_manager_is_told_of_a_refused_reload(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(folder, DAEMON + DISK, capsys) as run:
+        run.file.write_text(DAEMON + DISK + "nonsense = 1\n")
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (await run.notified())[0] == "RELOADING=1"
+        ready, status, *_ = await run.notified()
+        assert ready == "READY=1"
+        assert status.startswith("STATUS=a reload was refused: the configuration has a mistake; serving disk")

@@ -183,10 +183,6 @@ class Message:
         """Legal payload sizes in bytes."""
         return SIZES[self.payload]
 
-    @property
-    def has_vring_index(self) -> bool:
-        return self.payload in (Payload.VRING_STATE, Payload.VRING_ADDR, Payload.VRING_FD)
-
 
 _ROWS: Final = (
     Message(

@@ -175,6 +175,31 @@ class SocketEnd:
             self._path.unlink(missing_ok=True)
 
 
+def _remove_stale_link(path: Path) -> None:
+    """Remove the link to a pseudo terminal that a daemon left behind when it was killed.
+
+    Its number may be another terminal's by now; only that of a daemon that runs is locked. ``HostError``: it is, or the
+    link leads elsewhere.
+    """
+    if not path.is_symlink():
+        return
+    target = str(path.readlink())
+    if not target.startswith("/dev/pts/"):
+        raise HostError(f"console pty {path}: it is a link to {target}; remove it or choose another path")
+    try:
+        terminal = OwnedFd(os.open(target, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        pass  # gone, or somebody else's terminal
+    else:
+        try:
+            fcntl.flock(terminal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HostError(f"console pty {path}: another device or daemon is using it") from None
+        finally:
+            terminal.close()
+    path.unlink()
+
+
 class PtyEnd:
     """A pseudo terminal; ``path`` is a symbolic link to it (``screen PATH``)."""
 
@@ -192,13 +217,13 @@ class PtyEnd:
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._target = os.ttyname(theirs)
         try:
-            if path.is_symlink():
-                path.unlink()
+            fcntl.flock(theirs, fcntl.LOCK_EX)  # says to another daemon that this one is not left behind
+            _remove_stale_link(path)
             path.symlink_to(self._target)
         except OSError as error:
             self._ours.close()
             self._theirs.close()
-            raise HostError(f"console pty {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
+            raise HostError(f"console pty {path}: {error.strerror or error}", errno=error.errno or 0) from error
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         # trio's FdStream makes the fd non-blocking; it is ours alone, so nobody is surprised.
