@@ -62,3 +62,26 @@ def check_sums(frame: bytes) -> bytes:
 
 KINDS = ("tcp4", "tcp6", "udp4", "udp6")
 GSO = {"tcp4": 1, "tcp6": 4, "udp4": 5, "udp6": 5}
+
+LIES: tuple[tuple[tuple[int, int, int, int, int, int, int], str], ...] = (
+    ((1, 1, 0, 0, 34, 16, 0), "sender"),  # segments of no bytes
+    ((1, 1, 0, 1, 34, 16, 0), "nobody"),  # as many segments as bytes: honest, and slow for nobody but the sender
+    ((0, 1, 0, 1400, 34, 16, 0), "sender"),  # segments without a checksum
+    ((1, 1, 0, 1400, 0xFFFF, 16, 0), "sender"),
+    ((1, 1, 0, 1400, 34, 0xFFFF, 0), "sender"),
+    ((1, 1, 0, 1400, 0xFFFF, 0xFFFF, 0), "sender"),  # whose sum is inside, in 16 bits
+    ((1, 0, 0, 0, 0xFFFF, 0xFFFF, 0), "sender"),
+    ((1, 0, 0, 0, 13, 16, 0), "sender"),  # a checksum that begins in the Ethernet header
+    ((1, 1, 0, 1400, 13, 16, 0), "sender"),
+    ((1, 1, 0, 1400, 20, 16, 0), "receiver"),  # the transport inside the IP header
+    ((1, 1, 0, 1400, 34, 6, 0), "receiver"),
+    ((1, 4, 0, 1400, 34, 16, 0), "receiver"),  # version 6, it says
+    ((1, 5, 0, 1400, 34, 16, 0), "receiver"),
+    ((1, 3, 0, 1400, 34, 16, 0), "sender"),  # UFO, which nobody offered
+    ((1, 2, 0, 1400, 34, 16, 0), "sender"),  # no type at all
+    ((1, 0x80, 0, 1400, 34, 16, 0), "sender"),  # ECN of nothing
+    ((1, 0x81, 0, 1400, 34, 16, 0), "nobody"),  # ECN
+    ((0xFF, 0xFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF), "sender"),
+)
+"""Headers of a TCP packet over IPv4 of 1300 bytes that are false or odd, and who sees that: the sender's side, or the
+receiver's when it cuts and sums the packet."""

@@ -42,7 +42,7 @@ class NicCounters:
     no_buffers: int = 0
     """For the guest, which had no receive buffers."""
     refused: int = 0
-    """For the guest: larger than its buffers."""
+    """For the guest: larger than its buffers, or than its MTU."""
     received_link_down: int = 0
     filtered: int = 0
     """For the guest: to an address that it does not listen to."""
@@ -96,6 +96,10 @@ class NativeNic(NativeDevice):
     def set_link(self, up: bool) -> None:
         """Down: whatever is sent either way is lost."""
         lib.net_set_link(self._alive(), up)
+
+    def set_mtu(self, mtu: int) -> None:
+        """What a driver that asked (VIRTIO_NET_F_MTU) was told: nothing longer is passed to it. 0: nothing."""
+        lib.net_set_mtu(self._alive(), mtu)
 
     def mute(self, pair: int, on: bool) -> None:
         """Whatever is sent on that pair is taken and lost. Its worker knows once it has been nudged."""

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+import structlog
 import trio
 from blk_driver import pattern
 from frontend import REACTORS, RINGS, Guest, Plugged, Setting, plugged
@@ -19,6 +20,7 @@ from packets import GSO, KINDS, packet
 from pydantic import ValidationError
 
 from virtio.backend import Backend
+from virtio.devices import tap
 from virtio.devices.net import Net, NetOptions
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
@@ -32,6 +34,7 @@ SIOCGIFMTU = 0x8921
 VNET_HEADER = 10  # what a packet socket shows of the virtio header
 PACKET_VNET_HDR = 15
 SOL_PACKET = 263
+RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 17, 1, 4
 
 every_tap = pytest.mark.parametrize("setting", [Setting("waist", ring, r) for r in REACTORS for ring in RINGS], ids=str)
 
@@ -214,6 +217,49 @@ async def test_the_tap_is_up_with_its_mtu_and_gone_when_the_device_is_closed() -
     assert struct.unpack_from("=i", answer, 16) == (1300,)
     device.close()
     assert "hb0" not in [name for _, name in socket.if_nameindex()]
+
+
+def delete_link(name: str) -> None:
+    """As ``ip link delete`` does it (rtnetlink(7))."""
+    body = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(name), 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
+        route.send(struct.pack("=IHHII", 16 + len(body), RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body)
+        assert struct.unpack_from("=i", route.recv(4096), 16) == (0,)
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+@pytest.mark.parametrize("reactor", REACTORS)
+async def test_a_tap_deleted_beneath_its_device_is_said_once_with_its_name(
+    reactor: str, queues: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tap, "LOOK_INTERVAL", 0.01)
+    device = on_tap(queues)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(device.close)
+        worker = await stack.enter_async_context(Worker("gone", reactor=reactor))
+        backend = await stack.enter_async_context(Backend(device, workers=[worker]))
+        guest = Guest(WaistLink(backend), "split")
+        stack.callback(guest.close)
+        await guest.start()
+        logs = stack.enter_context(structlog.testing.capture_logs())
+        await guest.queues[TRANSMIT].request([PLAIN, frame(HOST, device.mac, b"x" * 60)], [])
+        await trio.sleep(0.1)
+        assert logs == []
+        delete_link("hb0")
+        with trio.fail_after(GUARD):
+            while True:
+                await trio.sleep(0.01)
+                if logs:
+                    break
+        for _ in range(3):
+            await guest.queues[TRANSMIT].request([PLAIN, frame(HOST, device.mac, b"x" * 60)], [])
+        await trio.sleep(0.1)  # whatever it polls for has ended by then
+        before = worker.stats().wakeups
+        await trio.sleep(0.3)
+        assert worker.stats().wakeups == before
+        assert [(line["log_level"], line["device"], line["tap"]) for line in logs] == [("warning", "lan", "hb0")]
+        assert device.native_device.counters().dropped == 3
+        await guest.link.reset()  # which is no mistake of anybody's
 
 
 async def test_a_tap_that_was_opened_by_somebody_else_is_used_by_its_fd() -> None:

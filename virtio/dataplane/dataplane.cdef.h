@@ -279,7 +279,7 @@ struct net_counters { /* frames lost, by reason; one set a pair, written by its 
 	uint64_t dropped;         /* nobody there to take it */
 	/* for the guest */
 	uint64_t no_buffers;      /* which had no receive buffers */
-	uint64_t refused;         /* larger than its buffers */
+	uint64_t refused;         /* larger than its buffers or its MTU */
 	uint64_t received_link_down;
 	uint64_t filtered;        /* for an address it does not want to hear */
 	uint64_t misreceived;     /* no frame, or one with a header that no receiver understands */
@@ -294,6 +294,8 @@ struct native_device *net_new(const struct net_setup *setup, struct net_switch *
 /* Any thread, at any time. Other features than before: what the driver said by its control queue is forgotten. */
 void net_set_features(struct native_device *device, uint64_t features);
 void net_set_link(struct native_device *device, uint32_t up);
+/* 5.1.4.1: with VIRTIO_NET_F_MTU no packet is longer for the driver; 0: nobody said what it is. */
+void net_set_mtu(struct native_device *device, uint32_t mtu);
 /* Any thread: what is sent on that pair is taken and lost. A turn that has begun may not know yet. */
 void net_mute(struct native_device *device, uint32_t pair, uint32_t on);
 /* 5.1.4: ask the driver to announce itself; true until it has acknowledged that. */

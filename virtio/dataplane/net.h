@@ -16,6 +16,7 @@
 /* 5.1.3, feature bits that the data path looks at. */
 #define VIRTIO_NET_F_CSUM 0
 #define VIRTIO_NET_F_GUEST_CSUM 1
+#define VIRTIO_NET_F_MTU 3
 #define VIRTIO_NET_F_GUEST_TSO4 7
 #define VIRTIO_NET_F_GUEST_TSO6 8
 #define VIRTIO_NET_F_GUEST_ECN 9
@@ -101,6 +102,7 @@ struct net_backend {
 };
 
 #define NET_FILTER_MAX 64
+#define NET_FLOWS 256 /* a power of two */
 
 struct net_filter { /* 5.1.6.5.1, 5.1.6.5.2: written where the control queue is driven; all atomic */
 	uint32_t promiscuous;
@@ -120,8 +122,10 @@ struct net_device {
 	struct net_switch *lan;      /* NET_BACKEND_SWITCH; a reference */
 	uint32_t lan_port;           /* worker: where it is plugged in; NET_NO_PORT: nowhere */
 	uint32_t lan_pairs;          /* worker: how many of its pairs are driven */
+	uint8_t flow_pairs[NET_FLOWS]; /* worker: on which pair the driver last sent something of a flow, + 1; 0: never */
 	uint64_t features;           /* atomic: what the driver accepted */
 	uint32_t link_up;            /* atomic */
+	uint32_t mtu;                /* atomic: 0: none was told */
 	uint32_t announcing;         /* atomic: the driver was asked to announce itself, and has not acknowledged that */
 	uint64_t rarp;               /* atomic: the address to announce for it, packed; 0: none */
 	pthread_mutex_t selecting;   /* for the next two, and what pairs say of it */
@@ -168,6 +172,21 @@ void net_give_back(struct net_pair *pair);
 
 /* Write a frame to the guest, doing in software what its driver did not offer to. Counts what is dropped. */
 enum net_result net_deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
+
+/* ---- net_flow.c ---- */
+
+#define ETHERTYPE_QINQ 0x88a8
+
+static inline uint16_t net_read16(const uint8_t *at)
+{
+	return (uint16_t)(at[0] << 8 | at[1]);
+}
+
+/* Where the network's header begins in a frame of that length, behind two VLAN tags at most, and of which type it is. */
+uint32_t net_network_offset(const uint8_t *bytes, uint32_t length, uint16_t *ether_type);
+/* Which of NET_FLOWS a frame belongs to, the same for both directions of a conversation; NET_NO_FLOW: it is not IP. */
+uint32_t net_flow(const struct net_frame *frame);
+#define NET_NO_FLOW UINT32_MAX
 
 /* ---- net_queues.c ---- */
 

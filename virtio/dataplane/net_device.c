@@ -146,6 +146,11 @@ void net_set_link(struct native_device *device, uint32_t up)
 	store_relaxed(&((struct net_device *)device)->link_up, up);
 }
 
+void net_set_mtu(struct native_device *device, uint32_t mtu)
+{
+	store_relaxed(&((struct net_device *)device)->mtu, mtu);
+}
+
 void net_mute(struct native_device *device, uint32_t pair, uint32_t on)
 {
 	struct net_device *net = (struct net_device *)device;

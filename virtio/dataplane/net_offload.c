@@ -8,7 +8,6 @@
 #include <net/ethernet.h>
 #include <netinet/in.h>
 
-#define ETHERTYPE_QINQ 0x88a8
 #define IP4_MIN 20
 #define IP6_SIZE 40
 #define TCP_MIN 20
@@ -46,19 +45,35 @@ static uint16_t sum_fold(uint32_t sum)
 	return (uint16_t)~sum;
 }
 
-static uint16_t read16(const uint8_t *at)
-{
-	uint16_t value;
-
-	memcpy(&value, at, 2);
-	return ntohs(value);
-}
-
 static void write16(uint8_t *at, uint32_t value)
 {
 	uint16_t wire = htons((uint16_t)value);
 
 	memcpy(at, &wire, 2);
+}
+
+/* ---- how long a packet may be ---- */
+
+/* 5.1.4.1: with VIRTIO_NET_F_MTU no packet is longer than that, the header of the link not counted. */
+static bool exceeds_mtu(const struct net_device *net, uint32_t packet)
+{
+	uint32_t mtu = load_relaxed(&net->mtu);
+
+	return unlikely(mtu && packet > mtu) && net_has(net, VIRTIO_NET_F_MTU);
+}
+
+/* A frame that is to arrive as it is, not in segments. */
+static bool is_oversized(const struct net_device *net, const struct net_frame *frame)
+{
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	uint8_t bytes[ETHERNET_SIZE + 8];
+	uint32_t length;
+	uint16_t type;
+
+	if (!exceeds_mtu(net, frame->length - ETHERNET_SIZE))
+		return false;
+	length = (uint32_t)pieces_read(&from, bytes, sizeof(bytes));
+	return exceeds_mtu(net, frame->length - net_network_offset(bytes, length, &type));
 }
 
 /* ---- where the headers of a frame that is to be segmented lie ---- */
@@ -70,19 +85,13 @@ struct headers {
 	uint32_t payload;
 };
 
-/* False: not what its header claims, or longer than any honest sender makes it. */
+/* False: not what its header claims, or longer than any honest sender makes it: `bytes` are HEADERS_MAX at most. */
 static bool headers_find(const struct net_frame *frame, const uint8_t *bytes, struct headers *h)
 {
 	uint8_t type = frame->header.gso_type & (uint8_t)~VIRTIO_NET_HDR_GSO_ECN;
-	uint16_t ether_type = read16(bytes + 12);
+	uint16_t ether_type;
 
-	h->network = ETHERNET_SIZE;
-	for (int tags = 0; tags < 2 && (ether_type == ETHERTYPE_VLAN || ether_type == ETHERTYPE_QINQ); tags++) {
-		if (h->network + 4 > frame->length)
-			return false;
-		ether_type = read16(bytes + h->network + 2);
-		h->network += 4;
-	}
+	h->network = net_network_offset(bytes, frame->length, &ether_type);
 	h->transport = frame->header.csum_start;
 	h->ip6 = ether_type == ETHERTYPE_IPV6;
 	h->udp = type == VIRTIO_NET_HDR_GSO_UDP_L4;
@@ -91,7 +100,7 @@ static bool headers_find(const struct net_frame *frame, const uint8_t *bytes, st
 	if ((type == VIRTIO_NET_HDR_GSO_TCPV4 && h->ip6) || (type == VIRTIO_NET_HDR_GSO_TCPV6 && !h->ip6))
 		return false;
 	if (h->transport < h->network + (h->ip6 ? IP6_SIZE : IP4_MIN) ||
-	    h->transport + (h->udp ? UDP_SIZE : TCP_MIN) > frame->length)
+	    h->transport + (h->udp ? UDP_SIZE : TCP_MIN) > frame->length || h->transport + TCP_MIN > HEADERS_MAX)
 		return false;
 	/* 5.1.6.2: the checksum is the transport's own. */
 	if (frame->header.csum_offset != (h->udp ? 6 : 16))
@@ -122,7 +131,7 @@ static void headers_adjust(const struct headers *h, uint8_t *headers, const uint
 		write16(ip + 4, h->payload - h->network - IP6_SIZE + length);
 	} else {
 		write16(ip + 2, h->payload - h->network + length);
-		write16(ip + 4, read16(ip + 4) + number);
+		write16(ip + 4, net_read16(ip + 4) + number);
 		write16(ip + 10, 0);
 		sum = sum_fold(sum_bytes(0, ip, h->transport - h->network));
 		memcpy(ip + 10, &(uint16_t){ (uint16_t)sum }, 2);
@@ -148,19 +157,34 @@ static void headers_adjust(const struct headers *h, uint8_t *headers, const uint
 	memcpy(checksum, &(uint16_t){ (uint16_t)sum }, 2);
 }
 
-static enum net_result segment(struct net_pair *pair, struct worker *w, const struct net_frame *frame,
-			       const uint8_t *bytes)
+/* There is something to write to: what is not worth looking for buffers is not worth copying either. */
+static bool has_buffers(const struct net_pair *pair)
 {
+	return pair->rx && !pair->rx->detaching && (pair->held.count || virtqueue_has_work(pair->rx));
+}
+
+static enum net_result segment(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	/* A copy of ours: what is checked and summed is what is delivered. */
+	uint8_t *bytes = pair->work;
 	uint8_t headers[HEADERS_MAX];
 	struct headers h;
-	uint32_t payload, done = 0;
+	uint32_t payload, largest, done = 0;
 
+	pieces_read(&from, bytes, HEADERS_MAX);
 	if (!headers_find(frame, bytes, &h))
 		return NET_MALFORMED;
 	payload = frame->length - h.payload;
+	largest = payload < frame->header.gso_size ? payload : frame->header.gso_size;
+	if (exceeds_mtu(pair->net, h.payload - h.network + largest))
+		return NET_REFUSED;
+	if (!has_buffers(pair))
+		return NET_NO_BUFFERS;
+	pieces_read(&from, bytes + HEADERS_MAX, NET_FRAME_MAX - HEADERS_MAX);
 	for (uint32_t number = 0; done < payload; number++) {
 		uint32_t length = payload - done < frame->header.gso_size ? payload - done : frame->header.gso_size;
-		struct iovec iov[2] = { { headers, h.payload }, { (void *)(uintptr_t)(bytes + h.payload + done), length } };
+		struct iovec iov[2] = { { headers, h.payload }, { bytes + h.payload + done, length } };
 		struct net_frame piece = { .iov = iov, .count = 2, .length = h.payload + length };
 		enum net_result result;
 
@@ -178,14 +202,19 @@ static enum net_result segment(struct net_pair *pair, struct worker *w, const st
 	return NET_DELIVERED;
 }
 
-static enum net_result complete_checksum(struct net_pair *pair, struct worker *w, const struct net_frame *frame,
-					 uint8_t *bytes)
+static enum net_result complete_checksum(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
 {
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	uint8_t *bytes = pair->work; /* a copy of ours, as above */
 	uint32_t start = frame->header.csum_start;
 	struct iovec iov = { bytes, frame->length };
 	struct net_frame whole = { .iov = &iov, .count = 1, .length = frame->length };
-	uint16_t sum = sum_fold(sum_bytes(0, bytes + start, frame->length - start));
+	uint16_t sum;
 
+	if (!has_buffers(pair))
+		return NET_NO_BUFFERS;
+	pieces_read(&from, bytes, frame->length);
+	sum = sum_fold(sum_bytes(0, bytes + start, frame->length - start));
 	/* 5.1.6.2: the driver left the pseudo header's sum in the field. 0 and 0xffff are the same to all but UDP. */
 	if (sum == 0)
 		sum = 0xffff;
@@ -205,18 +234,49 @@ static bool receiver_segments(const struct net_device *net, uint8_t gso_type)
 	}
 }
 
+/* The headers of a large packet, as long as they say they are, and no longer than all of it. */
+static uint16_t headers_length(const struct net_frame *frame)
+{
+	struct pieces from = pieces_of(frame->iov, frame->count);
+	uint32_t length = frame->header.csum_start + UDP_SIZE;
+	uint8_t offset = 0;
+
+	if ((frame->header.gso_type & ~VIRTIO_NET_HDR_GSO_ECN) != VIRTIO_NET_HDR_GSO_UDP_L4) {
+		pieces_skip(&from, frame->header.csum_start + 12u);
+		pieces_read(&from, &offset, 1);
+		offset = (uint8_t)((offset >> 4) * 4);
+		length = frame->header.csum_start + (offset < TCP_MIN ? TCP_MIN : (uint32_t)offset);
+	}
+	if (length > frame->length)
+		length = frame->length;
+	return (uint16_t)(length > UINT16_MAX ? UINT16_MAX : length);
+}
+
+/* To a receiver that does itself what is left to do. */
+static enum net_result pass_on(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct net_frame told = *frame;
+
+	/* 5.1.6.4.1: not less than the headers. Of a switch's frames nobody has looked; a tap's kernel has said it. */
+	if (frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !frame->header.hdr_len)
+		told.header.hdr_len = headers_length(frame);
+	/* 5.1.6.4.1: flags are 0 without GUEST_CSUM, DATA_VALID too, which a tap says of what a NIC has verified. */
+	if (frame->header.flags && !net_has(pair->net, VIRTIO_NET_F_GUEST_CSUM))
+		told.header.flags = 0, told.header.csum_start = told.header.csum_offset = 0;
+	return net_frame_write(pair, w, &told);
+}
+
 static enum net_result deliver(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
 {
-	bool segments = receiver_segments(pair->net, frame->header.gso_type);
-	bool sums = !(frame->header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) || net_has(pair->net, VIRTIO_NET_F_GUEST_CSUM);
-	struct pieces from = pieces_of(frame->iov, frame->count);
-	uint8_t *bytes = pair->work;
+	const struct net_header *header = &frame->header;
 
-	if (segments && sums)
-		return net_frame_write(pair, w, frame);
-	/* A copy of ours: what is checked and summed is what is delivered. */
-	pieces_read(&from, bytes, frame->length);
-	return segments ? complete_checksum(pair, w, frame, bytes) : segment(pair, w, frame, bytes);
+	if (!receiver_segments(pair->net, header->gso_type))
+		return segment(pair, w, frame);
+	if (header->gso_type == VIRTIO_NET_HDR_GSO_NONE && is_oversized(pair->net, frame))
+		return NET_REFUSED;
+	if (header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM && !net_has(pair->net, VIRTIO_NET_F_GUEST_CSUM))
+		return complete_checksum(pair, w, frame);
+	return pass_on(pair, w, frame);
 }
 
 /* 5.1.6.5.1: what the driver does not want to hear ends here. */

@@ -57,6 +57,7 @@ void net_switch_plug(struct net_device *net, const struct worker *w)
 	for (uint32_t port = 0; port < NET_SWITCH_PORTS_MAX; port++) {
 		if (net->lan->ports[port])
 			continue;
+		memset(net->flow_pairs, 0, sizeof(net->flow_pairs));
 		net->lan->ports[port] = net;
 		net->lan_port = port;
 		return;
@@ -118,8 +119,13 @@ static bool is_group(const uint8_t mac[6])
 
 static void hand_over(struct net_device *to, uint32_t pair, struct worker *w, const struct net_frame *frame)
 {
-	/* Frames of one queue stay in order: they all go to the same queue of the other side. */
-	net_deliver(&to->pairs[pair % load_relaxed(&to->active_pairs)], w, frame);
+	uint32_t active = load_relaxed(&to->active_pairs), flow = active > 1 ? net_flow(frame) : NET_NO_FLOW;
+
+	/* 5.1.6.5.6.2: answers come to the pair that the flow was sent on. What was never answered goes to the queue */
+	/* that it was sent on at the other side: so frames of one queue, or of one flow, stay in order. */
+	if (flow != NET_NO_FLOW && to->flow_pairs[flow])
+		pair = to->flow_pairs[flow] - 1;
+	net_deliver(&to->pairs[pair % active], w, frame);
 }
 
 static bool switch_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
@@ -127,7 +133,7 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 	struct net_device *net = pair->net;
 	struct net_switch *lan = net->lan;
 	struct pieces from = pieces_of(frame->iov, frame->count);
-	uint32_t index = (uint32_t)(pair - net->pairs);
+	uint32_t index = (uint32_t)(pair - net->pairs), flow;
 	uint8_t macs[12]; /* destination, source */
 	const struct station *station;
 
@@ -136,6 +142,8 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 		return true;
 	}
 	pieces_read(&from, macs, sizeof(macs));
+	if (net->setup.pairs > 1 && (flow = net_flow(frame)) != NET_NO_FLOW)
+		net->flow_pairs[flow] = (uint8_t)(index + 1);
 	if (!is_group(macs + 6))
 		station_learn(lan, macs + 6, net->lan_port);
 	station = is_group(macs) ? NULL : station_find(lan, macs);

@@ -263,6 +263,7 @@ class Net(Device):
         except BaseException:
             self._close_outside()
             raise
+        self._nic.set_mtu(options.mtu or 0)
 
     def _native_backend(self) -> NicBackend:
         if self._tap is not None:
@@ -304,10 +305,12 @@ class Net(Device):
             self._peer.close()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if self._peer is None:
-            task_status.started()
-        else:
+        if self._peer is not None:
             await self._peer.run(task_status=task_status)
+        else:
+            task_status.started()
+            if self._tap is not None:
+                await self._tap.watch(self.name)
 
     @property
     def native_device(self) -> NativeNic:
@@ -381,6 +384,11 @@ class Net(Device):
         if not MTU_MIN <= mtu <= (self._options.mtu or MTU_MAX):
             allowed = f"{MTU_MIN} to {self._options.mtu or MTU_MAX}"
             raise PeerError(f"an MTU of {mtu} bytes; this interface has {allowed}")
+        self._nic.set_mtu(mtu)
+
+    def reset(self) -> None:
+        super().reset()
+        self._nic.set_mtu(self._options.mtu or 0)
 
     def prepare_announcement(self, address: bytes) -> None:
         self._nic.prepare_rarp(address)

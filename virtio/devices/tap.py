@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import structlog
+import trio
+
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
 NAME_MAX: Final = 15
 HEADER_SIZE: Final = 12
+
+LOOK_INTERVAL: Final = 1.0
+"""Seconds between two looks at whether the interface is still there."""
 
 TUN_F_CSUM: Final = 1
 TUN_F_TSO4: Final = 2
@@ -107,7 +113,7 @@ class Tap:
             bits &= ~TUN_F_TSO_ECN
         if bits & _USO != _USO:
             bits &= ~_USO
-        if not self._try_offloads(bits):
+        if not self._try_offloads(bits) and self._is_there():
             raise HostError(f"the tap refuses the offloads {bits:#x}")
 
     def raise_up(self, bridge: str | None, mtu: int | None) -> None:
@@ -127,6 +133,26 @@ class Tap:
             _net(control, _SIOCGIFFLAGS, request, f"{self.name}: reading its flags")
             flags = _IFREQ_FLAGS.unpack(request)[1] | _IFF_UP
             _net(control, _SIOCSIFFLAGS, _IFREQ_FLAGS.pack(name, flags), f"{self.name}: setting it up")
+
+    async def watch(self, device: str) -> None:
+        """Says once that the interface was deleted beneath its device, which nothing tells a tap's owner."""
+        while True:
+            await trio.sleep(LOOK_INTERVAL)
+            if not self._is_there():
+                break
+        structlog.get_logger().warning(
+            "tap is gone: somebody deleted it; nothing is sent or received until the daemon starts anew",
+            device=device,
+            tap=self.name,
+        )
+
+    def _is_there(self) -> bool:
+        try:
+            # The first queue's: one that is detached because its pair is not used has no interface either.
+            fcntl.ioctl(self.fds[0].fileno(), _TUNGETIFF, bytearray(_IFREQ_FLAGS.size))
+        except OSError as error:
+            return error.errno != errno.EBADFD
+        return True
 
     def close(self) -> None:
         for fd in self.fds:

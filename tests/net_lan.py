@@ -1,0 +1,75 @@
+"""Guests on a switch, by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Sequence
+
+from frontend import Guest
+from links import WaistLink
+
+from virtio.backend import Backend
+from virtio.devices.net import Net, NetOptions
+from virtio.worker import Worker
+
+RECEIVE, TRANSMIT = 0, 1
+PLAIN = bytes(12)
+BROADCAST = b"\xff" * 6
+
+
+class Station:
+    """One guest on the switch."""
+
+    def __init__(self, guest: Guest, device: Net) -> None:
+        self.guest = guest
+        self.device = device
+        self.mac = device.mac
+
+    async def send(self, to: bytes, payload: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
+        await self.guest.queues[2 * pair + TRANSMIT].request([header + to + self.mac, payload], [])
+
+    def listen(self, count: int = 8, size: int = 1600, pair: int = 0) -> None:
+        for _ in range(count):
+            self.guest.queues[2 * pair + RECEIVE].driver.add([], [size])
+
+    async def frames(self, count: int = 1, pair: int = 0) -> list[tuple[bytes, bytes]]:
+        """(header, frame) of each that came, put together from its buffers."""
+        found: list[tuple[bytes, bytes]] = []
+        waiting: list[bytes] = []
+        needed = 1
+        while len(found) < count:
+            for used in await self.guest.queues[2 * pair + RECEIVE].used():
+                waiting.append(b"".join(used.buffers)[: used.written])
+                needed = struct.unpack_from("<H", waiting[0], 10)[0]
+                if len(waiting) == needed:
+                    whole = b"".join(waiting)
+                    found.append((whole[:12], whole[12:]))
+                    waiting = []
+        return found
+
+    def heard_nothing(self) -> bool:
+        return not self.guest.queues[RECEIVE].driver.has_used()
+
+
+@contextlib.asynccontextmanager
+async def lan(
+    reactor: str, ring: str, *without: int, pairs: Sequence[int] = (), mtus: Sequence[int | None] = ()
+) -> AsyncIterator[list[Station]]:
+    """As many stations on one switch as there are ``without``: the feature bits that each one's driver declines.
+
+    Those that are named in ``pairs`` and ``mtus`` have so many pairs of queues, of which all are used, and that MTU.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(Worker("lan", reactor=reactor))
+        stations = []
+        for number, bits in enumerate(without):
+            options = NetOptions(backend="switch", switch="lan", mtu=mtus[number] if mtus else None)
+            device = Net(f"port{number}", options, pairs[number] if pairs else 1, 256)
+            stack.callback(device.close)
+            backend = await stack.enter_async_context(Backend(device, workers=[worker]))
+            guest = Guest(WaistLink(backend), ring)
+            stack.callback(guest.close)
+            await guest.start(without=bits)
+            stations.append(Station(guest, device))
+        yield stations
