@@ -145,7 +145,7 @@ static void lies(struct rig *rig, bool packed, uint32_t rounds)
 	uint8_t *data;
 
 	port_open(&from, rig, lan, FEATURES | FROM_GUEST | CONTROLS, packed);
-	port_open(&to, rig, lan, FEATURES, packed);
+	port_open(&to, rig, lan, FEATURES | 1ull << VIRTIO_NET_F_MTU, packed);
 	net_switch_unref(lan);
 	data = guest_at(from.guest, from.data_gpa);
 	for (uint32_t i = 0; i < rounds; i++) {
@@ -155,6 +155,8 @@ static void lies(struct rig *rig, bool packed, uint32_t rounds)
 		listen_again(&to, &random);
 		if (random_next(&random) % 8 == 0) /* at any moment, also in the middle of a turn */
 			net_mute(from.nic, 0, random_next(&random) & 1);
+		if (random_next(&random) % 8 == 0)
+			net_set_mtu(to.nic, random_next(&random) & 1 ? random_next(&random) % 3000 : 0);
 		send(&from, TX, length, 0, &random);
 		for (uint32_t b = 0; b < 40; b++)
 			data[b] = (uint8_t)random_next(&random);
@@ -166,6 +168,7 @@ static void lies(struct rig *rig, bool packed, uint32_t rounds)
 	net_counters(to.nic, &heard);
 	/* Each kind was met: what is refused at once, what only segmenting finds out, and what is honest enough. */
 	CHECK(sent.malformed > rounds / 100 && sent.sent_disabled > rounds / 100 && heard.misreceived > rounds / 100);
+	CHECK(heard.refused > rounds / 100);
 	CHECK(load_relaxed(&virtqueue_stats(to.vq[RX])->ops[NET_OP_RECEIVE].requests) > rounds / 100);
 	port_close(&from, rig);
 	port_close(&to, rig);
