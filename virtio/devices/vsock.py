@@ -58,6 +58,8 @@ FIRST_HOST_PORT: Final = 1 << 30
 """Ports that connections from the host come from, upwards."""
 ANSWER_SECONDS: Final = 10
 """How long a guest may take to accept a connection."""
+LAST_WORDS_MAX: Final = 64
+"""Connections that the guest has closed and whose host has yet to read what it sent: 16 MiB of it at most."""
 BATCH: Final = 64
 """Packets to the guest with one notification."""
 
@@ -87,6 +89,7 @@ class Vsock(Device):
         self._options = options
         self._connections: dict[Key, Connection] = {}
         self._waiting: deque[Connection] = deque()  # those with something for the guest, in turn
+        self._last_words: set[Connection] = set()  # those that are over for the guest, and not yet for the host
         self._resets: deque[Packet] = deque()
         self._something = trio.Event()
         self._events = trio.Event()
@@ -111,7 +114,7 @@ class Vsock(Device):
 
     def reset(self) -> None:
         for connection in self._connections.values():
-            connection.drop()
+            self._end(connection)
         self._connections.clear()
         self._waiting.clear()
         self._resets.clear()
@@ -161,7 +164,8 @@ class Vsock(Device):
                 client.send(b"OK %d\n" % host_port)
             except OSError:
                 connection.reset()  # it has gone
-            await connection.run(client)
+            connection.join(client)
+            await self._run(connection)
 
     async def _accepted(self, connection: Connection) -> bool:
         """Wait for the guest to accept; one that does not answer is told that it is too late."""
@@ -216,7 +220,14 @@ class Vsock(Device):
             socket.close()
             connection.drop()
         else:
-            self._nursery.start_soon(connection.run, socket)
+            connection.join(socket)
+            self._nursery.start_soon(self._run, connection)
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._last_words.discard(connection)
 
     async def _connect_guest(self, connection: Connection) -> None:
         """To another guest of the group: it is asked, and its answer is ours."""
@@ -281,10 +292,21 @@ class Vsock(Device):
             if packet.op != VIRTIO_VSOCK_OP_RST:
                 self._refuse(packet)
         elif packet.op == VIRTIO_VSOCK_OP_RST:
-            connection.drop()
+            self._end(connection)
             self._forget(connection)
         elif connection.state is not State.CLOSED:
             self._take(connection, packet, chain)
+
+    def _end(self, connection: Connection) -> None:
+        """The guest has done with it. Linux resets what it closed after 8 s, though the host may read more slowly.
+
+        What the guest sent before it shut its side is the host's to read, so such a connection goes on without the
+        guest, which may use its ports again. It ends by itself (``LAST_WORDS_SECONDS``), even if the device is reset.
+        """
+        goes_on = connection.has_last_words and len(self._last_words) < LAST_WORDS_MAX
+        connection.drop(last_words=goes_on)
+        if goes_on:
+            self._last_words.add(connection)
 
     def _take(self, connection: Connection, packet: Packet, chain: Chain) -> None:
         length = packet.len if packet.op == VIRTIO_VSOCK_OP_RW else 0

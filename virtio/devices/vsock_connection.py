@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import socket as sockets
-from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Final
@@ -17,6 +16,7 @@ from typing import Final
 import structlog
 import trio
 
+from virtio.devices.vsock_backlog import Backlog
 from virtio.devices.vsock_host import gone, has_gone, prepare_for_messages, receive_message, shut_down
 from virtio.devices.vsock_packet import (
     SHUTDOWN_BOTH,
@@ -38,11 +38,11 @@ from virtio.devices.vsock_packet import (
 MESSAGE_MAX: Final = 256 * 1024
 """The longest message for the guest, however large its buffer is."""
 
-MESSAGES_MAX: Final = 4096
-"""Messages of a seqpacket connection that wait for the host at most: credit counts bytes only (5.10.6.3)."""
-
 LINGER_SECONDS: Final = 8
 """How long a connection that has ended both ways waits for the guest to agree (5.10.6.5)."""
+
+LAST_WORDS_SECONDS: Final = 60
+"""How long the host may take to read what a guest sent before it closed, once the guest no longer waits for that."""
 
 _MASK: Final = 0xFFFF_FFFF
 
@@ -80,8 +80,7 @@ class Connection:
         self._message_out: memoryview | None = None  # what is left of a seqpacket's message
         self._shut = self._told_shut = 0
         # Of the guest.
-        self._backlog = bytearray()
-        self._lengths: deque[int] = deque()  # of the messages in the backlog
+        self._backlog = Backlog(messages=self._is_seqpacket)
         self._message = bytearray()  # the parts of a message that is not whole yet
         self._peer_shut = 0
         # Credit (5.10.6.3).
@@ -109,18 +108,25 @@ class Connection:
         self.drop()
         self._tell(VIRTIO_VSOCK_OP_RST)
 
-    def drop(self) -> None:
-        """It is over, and there is nobody to tell."""
+    @property
+    def has_last_words(self) -> bool:
+        """The guest has sent all that it wants to send, and the host has yet to read some of it."""
+        is_whole = self.state is State.OPEN and bool(self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND)
+        return is_whole and bool(self._backlog) and self._socket is not None
+
+    def drop(self, *, last_words: bool = False) -> None:
+        """It is over, and there is nobody to tell; with ``last_words`` the host still gets what the guest sent."""
         self.state = State.CLOSED
         self._due.clear()
-        self._forget_backlog()
+        if not last_words:
+            self._forget_backlog()
         self._message_out, self._readable = None, False
         self._life.cancel()
         self._change()
 
     def _forget_backlog(self) -> None:
-        self._backlog, self._message = bytearray(), bytearray()
-        self._lengths.clear()
+        self._backlog.clear()
+        self._message = bytearray()
 
     def _tell(self, op: int) -> None:
         self._due.add(op)
@@ -181,24 +187,17 @@ class Connection:
                     self._update_credit()
                     return
                 data, self._message = memoryview(self._message), bytearray()
-        waits = self._has_backlog
+        waits = bool(self._backlog)
         if not waits and self._socket is not None:
             sent = self._write(data)
             if sent == len(data):
                 return
             data = data[max(sent, 0) :]
-        if self._is_seqpacket:
-            self._lengths.append(len(data))
-            if len(self._lengths) > MESSAGES_MAX:
-                self.reset()
-                return
-        self._backlog += data
-        if not waits:
+        self._backlog.add(data)
+        if self._backlog.has_too_many:
+            self.reset()
+        elif not waits:
             self._change()
-
-    @property
-    def _has_backlog(self) -> bool:
-        return bool(self._lengths or self._backlog)
 
     def _forward(self, count: int) -> None:
         """So many bytes of the guest's have left us: it may send as many more."""
@@ -274,14 +273,19 @@ class Connection:
 
     # ---- the host's socket ----
 
-    async def run(self, socket: sockets.socket) -> None:
+    def join(self, socket: sockets.socket) -> None:
+        """The host's end, which ``run`` serves and closes."""
+        socket.setblocking(False)
+        if self._is_seqpacket:
+            prepare_for_messages(socket, self._buffer_size)
+        self._socket = socket
+
+    async def run(self) -> None:
         """Move data until both sides have had enough; the socket is closed then."""
+        socket = self._socket
+        assert socket is not None
         with socket:
             with self._life:
-                self._socket = socket
-                socket.setblocking(False)
-                if self._is_seqpacket:
-                    prepare_for_messages(socket, self._buffer_size)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch_host, socket)
                     await self._deliver(socket)
@@ -291,7 +295,20 @@ class Connection:
                     while self._peer_shut != SHUTDOWN_BOTH:
                         await self._changed.wait()
                 self.reset()
+            if self._backlog:
+                await self._deliver_last_words(socket)
             self._socket = None
+
+    async def _deliver_last_words(self, socket: sockets.socket) -> None:
+        """The guest has closed, and for it the connection is no more (``drop``)."""
+        shut_down(socket, sockets.SHUT_RD)
+        with trio.move_on_after(LAST_WORDS_SECONDS):
+            while self._backlog:
+                await self._backlog.flush_when_possible(socket, self._write)
+        if self._backlog:
+            lost, port = len(self._backlog), self.key.peer_port
+            log.warning("the host has not read all that a guest sent before it closed", port=port, lost=lost)
+            self._forget_backlog()
 
     async def _watch_host(self, socket: sockets.socket) -> None:
         with self._watch:
@@ -308,26 +325,13 @@ class Connection:
 
     async def _deliver(self, socket: sockets.socket) -> None:
         while not self._shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
-            if self._has_backlog:
-                await trio.lowlevel.wait_writable(socket)
-                self._flush()
+            if self._backlog:
+                await self._backlog.flush_when_possible(socket, self._write)
             elif self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND:
                 shut_down(socket, sockets.SHUT_WR)
                 self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE)
             else:
                 await self._changed.wait()
-
-    def _flush(self) -> None:
-        """Write as much of the backlog as the socket takes."""
-        while self._has_backlog:
-            length = self._lengths[0] if self._is_seqpacket else len(self._backlog)
-            with memoryview(self._backlog) as whole, whole[:length] as data:
-                sent = self._write(data)
-            if sent < 0 or not self._has_backlog:  # the socket is full, or nobody reads it any more
-                return
-            del self._backlog[:sent]
-            if self._is_seqpacket:
-                self._lengths.popleft()
 
     def _write(self, data: memoryview) -> int:
         """How many bytes of the guest's went to the host; -1: they must wait. All of them go where nobody reads."""
