@@ -180,8 +180,9 @@ async def test_only_so_many_connections_are_kept_for_hosts_that_do_not_read(tmp_
         assert len(device._last_words) == LAST_WORDS_MAX
         assert device._connections == {}
         await works(guest, tmp_path)
-        for each in (*kept, listener):
-            each.close()
+        for outside in kept:
+            outside.close()
+        listener.close()
         await trio.testing.wait_all_tasks_blocked()
         assert device._last_words == set()
 

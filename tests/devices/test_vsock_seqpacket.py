@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 from blk_driver import pattern
-from frontend import every_ring
+from frontend import Setting, every_ring, plugged
+from peak import Peak
 from vsock_guest import (
     EOM,
     F_SEQPACKET,
@@ -123,10 +124,66 @@ async def test_a_message_is_cut_to_the_credit_of_the_guest_and_stays_one(tmp_pat
 async def test_a_message_longer_than_the_guests_buffer_ends_the_connection(tmp_path: Path) -> None:
     async with attach(vsock(tmp_path)) as driver:
         inside, outside = await message_pair(VsockGuest(driver), tmp_path, buf_alloc=1000)
+        await outside.send(bytes(1000))
         await outside.send(bytes(1001))
+        assert await inside.receive_message() == bytes(1000)
         assert (await inside.hear()).op == RST
-        await outside.at_end()
+        with pytest.raises(ConnectionResetError):  # not an end like any other: its message was not read
+            await outside.receive(1)
         outside.close()
+
+
+async def test_a_message_longer_than_the_buffer_ends_the_connection_though_the_guest_reads_nothing(
+    tmp_path: Path,
+) -> None:
+    async with attach(vsock(tmp_path)) as driver:
+        inside, outside = await message_pair(VsockGuest(driver), tmp_path, buf_alloc=1000)
+        await outside.send(bytes(1000))
+        await outside.send(bytes(1001))
+        assert len((await inside.hear()).data) == 1000
+        assert (await inside.hear()).op == RST  # of no use is to wait for credit: it would never be enough
+        outside.close()
+
+
+@every_ring
+async def test_a_message_that_the_guest_has_a_part_of_goes_on_when_its_queues_do(ring: str, tmp_path: Path) -> None:
+    async with plugged(vsock(tmp_path), Setting("waist", ring)) as p:
+        inside, outside = await message_pair(VsockGuest(p.guest, room=1000, buffers=2), tmp_path)
+        await outside.send(pattern(30_000, 1))
+        await outside.send(b"the next")
+        first = b""
+        for _ in range(5):
+            first += (await inside.hear()).data
+            bases = [await p.guest.link.stop(index) for index in range(3)]
+            for index, base in enumerate(bases):
+                await p.guest.start_queue(index, base)
+        assert first + await inside.receive_message() == pattern(30_000, 1)
+        assert await inside.receive_message() == b"the next"
+        outside.close()
+
+
+async def test_a_guest_that_never_reads_messages_costs_no_memory(tmp_path: Path) -> None:
+    """It begins to take the longest message there is on each of its connections, and never gives room for the rest."""
+    count, message = 100, pattern(200_000, 1)
+    async with attach(vsock(tmp_path)) as driver:
+        guest = VsockGuest(driver, room=100, buffers=1)
+        listener = HostListener(tmp_path, 1024, socket.SOCK_SEQPACKET)
+        pairs = []
+        for port in range(count):
+            inside = await guest.connect(port, 1024, type=SEQPACKET, buf_alloc=256 * 1024)
+            pairs.append((inside, await listener.accept()))
+        await trio.testing.wait_all_tasks_blocked()
+        peak = Peak()
+        for _, outside in pairs:
+            outside.raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+            await outside.raw.send(message)
+        await trio.testing.wait_all_tasks_blocked()
+        heard = [await guest.hear() for _ in pairs]
+        assert {packet.len for packet in heard} == {100}
+        assert peak.kib < 4 << 10
+        for _, outside in pairs:
+            outside.close()
+        listener.close()
 
 
 async def test_messages_nobody_takes_are_bounded_though_they_are_empty(tmp_path: Path) -> None:

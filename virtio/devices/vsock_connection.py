@@ -1,8 +1,8 @@
 """A connection between a port in the guest and a Unix socket of the host: credit, shutdown, reset (5.10.6.3 to .6).
 
 Bytes for the host go out at once where the socket takes them; what it does not take yet is kept, and the credit bounds
-that. Bytes for the guest stay in the socket until the guest has given both a buffer and credit for them; only of a
-seqpacket connection is one message taken out before, for it may need several buffers.
+that. Bytes for the guest stay in the socket until the guest has given both a buffer and credit for them. A message of a
+seqpacket that needs several buffers is copied out of the socket piece by piece, and leaves it with the last one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Final
 import structlog
 import trio
 
+from virtio.devices import vsock_host as host
 from virtio.devices.vsock_backlog import Backlog
-from virtio.devices.vsock_host import gone, has_gone, prepare_for_messages, receive_message, shut_down
 from virtio.devices.vsock_packet import (
     SHUTDOWN_BOTH,
     VIRTIO_VSOCK_OP_CREDIT_REQUEST,
@@ -77,7 +77,7 @@ class Connection:
         self._is_seqpacket = key.type == VIRTIO_VSOCK_TYPE_SEQPACKET
         # For the guest.
         self._due: set[int] = set()  # operations that wait for a buffer of the guest's
-        self._message_out: memoryview | None = None  # what is left of a seqpacket's message
+        self._told = 0  # bytes that the guest has of the message that stands first in the socket
         self._shut = self._told_shut = 0
         # Of the guest.
         self._backlog = Backlog(messages=self._is_seqpacket)
@@ -120,7 +120,7 @@ class Connection:
         self._due.clear()
         if not last_words:
             self._forget_backlog()
-        self._message_out, self._readable = None, False
+        self._readable = False
         self._life.cancel()
         self._change()
 
@@ -143,7 +143,7 @@ class Connection:
         self._peer_buf_alloc, self._peer_fwd_cnt = packet.buf_alloc, packet.fwd_cnt
         if self._credit > 0:
             self._asked_for_credit = False
-            if self._readable or self._message_out is not None:
+            if self._readable:
                 self._send(self)
 
     @property
@@ -166,7 +166,7 @@ class Connection:
         elif packet.op == VIRTIO_VSOCK_OP_SHUTDOWN:
             self._peer_shut |= packet.flags & SHUTDOWN_BOTH  # what was shut stays so (5.10.6.5)
             if self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
-                self._message_out, self._readable = None, False
+                self._readable = False
                 self._watch.cancel()
             self._change()
         elif packet.op == VIRTIO_VSOCK_OP_CREDIT_REQUEST:
@@ -212,7 +212,7 @@ class Connection:
     # ---- to the guest ----
 
     def next_packet(self, room: memoryview) -> tuple[Packet, memoryview] | None:
-        """What to tell the guest next; data lies in ``room`` or is no longer than it. ``None``: nothing now."""
+        """What to tell the guest next; data lies in ``room``. ``None``: nothing now."""
         nothing = room[:0]
         for op in (VIRTIO_VSOCK_OP_RST, VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE):
             if op in self._due:
@@ -220,8 +220,7 @@ class Connection:
                 return self._packet(op), nothing
         if self.state is not State.OPEN:
             return None
-        is_wanted = not self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE
-        if is_wanted and (self._readable or self._message_out is not None):
+        if self._readable and not self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE:
             packet = self._next_data(room)
             if packet is not None:
                 return packet
@@ -237,30 +236,18 @@ class Connection:
         return None
 
     def _next_data(self, room: memoryview) -> tuple[Packet, memoryview] | None:
-        flags = 0
-        if self._is_seqpacket and self._message_out is None:
-            self._message_out = self._receive_message()
-            if self._message_out is None:
-                return None
-        credit = self._credit
-        is_empty = self._message_out is not None and not self._message_out
-        if credit <= 0 and not is_empty:
-            if not self._asked_for_credit:  # 5.10.6.3: the answer says when there is room
-                self._asked_for_credit = True
-                self._due.add(VIRTIO_VSOCK_OP_CREDIT_REQUEST)
+        room = room[: max(self._credit, 0)]
+        part = self._next_part(room) if self._is_seqpacket else self._next_bytes(room)
+        if part is None:
             return None
-        if self._message_out is None:
-            count = self._receive(room[:credit])
-            if count == 0:
-                return None
-            data = room[:count]
-        else:
-            count = min(len(self._message_out), max(credit, 0), len(room))
-            data, self._message_out = self._message_out[:count], self._message_out[count:]
-            if not self._message_out:
-                self._message_out, flags = None, VIRTIO_VSOCK_SEQ_EOM
+        count, flags = part
         self._tx_cnt = (self._tx_cnt + count) & _MASK
-        return self._packet(VIRTIO_VSOCK_OP_RW, flags, count), data
+        return self._packet(VIRTIO_VSOCK_OP_RW, flags, count), room[:count]
+
+    def _ask_for_credit(self) -> None:
+        if not self._asked_for_credit:  # 5.10.6.3: the answer says when there is room
+            self._asked_for_credit = True
+            self._due.add(VIRTIO_VSOCK_OP_CREDIT_REQUEST)
 
     def _packet(self, op: int, flags: int = 0, length: int = 0) -> Packet:
         key = self.key
@@ -277,7 +264,7 @@ class Connection:
         """The host's end, which ``run`` serves and closes."""
         socket.setblocking(False)
         if self._is_seqpacket:
-            prepare_for_messages(socket, self._buffer_size)
+            host.prepare_for_messages(socket, self._buffer_size)
         self._socket = socket
 
     async def run(self) -> None:
@@ -301,7 +288,7 @@ class Connection:
 
     async def _deliver_last_words(self, socket: sockets.socket) -> None:
         """The guest has closed, and for it the connection is no more (``drop``)."""
-        shut_down(socket, sockets.SHUT_RD)
+        host.shut_down(socket, sockets.SHUT_RD)
         with trio.move_on_after(LAST_WORDS_SECONDS):
             while self._backlog:
                 await self._backlog.flush_when_possible(socket, self._write)
@@ -318,9 +305,9 @@ class Connection:
                 self._send(self)
                 while self._readable:
                     await self._changed.wait()
-        shut_down(socket, sockets.SHUT_RD)
+        host.shut_down(socket, sockets.SHUT_RD)
         with self._hang_up:
-            await gone(socket)
+            await host.gone(socket)
             self._stop_receiving()
 
     async def _deliver(self, socket: sockets.socket) -> None:
@@ -328,7 +315,7 @@ class Connection:
             if self._backlog:
                 await self._backlog.flush_when_possible(socket, self._write)
             elif self._peer_shut & VIRTIO_VSOCK_SHUTDOWN_F_SEND:
-                shut_down(socket, sockets.SHUT_WR)
+                host.shut_down(socket, sockets.SHUT_WR)
                 self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE)
             else:
                 await self._changed.wait()
@@ -348,37 +335,46 @@ class Connection:
         self._forward(sent)
         return sent
 
-    def _receive(self, room: memoryview) -> int:
-        """Read from the host; 0: there is nothing now, or there never will be."""
+    def _next_bytes(self, room: memoryview) -> tuple[int, int] | None:
+        """Read bytes of the host's: how many, and flags; ``None``: there are none now, or there never will be."""
+        if not room:
+            self._ask_for_credit()
+            return None
+        count = self._from_host(host.receive_bytes, room)
+        return (count, 0) if count is not None else None
+
+    def _next_part(self, room: memoryview) -> tuple[int, int] | None:
+        """The same of the first message, from where the guest has it to. An empty one needs no credit."""
+        left = self._from_host(host.peek_message, room)
+        if left is None:
+            return None
+        if self._told + left > (limit := min(self._peer_buf_alloc, MESSAGE_MAX)):
+            log.warning("a message is longer than the guest's buffer", guest_port=self.key.guest_port, limit=limit)
+            self.reset()
+        elif left and not room:
+            self._ask_for_credit()
+        elif left > len(room):
+            self._told += len(room)
+            return len(room), 0
+        else:
+            assert self._socket is not None
+            host.take_message(self._socket)
+            self._told = 0
+            return left, VIRTIO_VSOCK_SEQ_EOM
+        return None
+
+    def _from_host(self, read: Callable[[sockets.socket, memoryview], int | None], room: memoryview) -> int | None:
         assert self._socket is not None
         try:
-            count = self._socket.recv_into(room)
+            count = read(self._socket, room)
         except BlockingIOError:
             self._wait_for_host()
-            return 0
+            return None
         except OSError:  # it left without reading everything
-            count = 0
-        if count == 0:
+            count = None
+        if count is None:
             self._end_of_host()
         return count
-
-    def _receive_message(self) -> memoryview | None:
-        assert self._socket is not None
-        try:
-            message = receive_message(self._socket, min(self._peer_buf_alloc, MESSAGE_MAX))
-        except BlockingIOError:
-            self._wait_for_host()
-        except OSError as error:
-            if error.errno == errno.EMSGSIZE:
-                log.warning("a message is longer than the guest's buffer", guest_port=self.key.guest_port)
-                self.reset()
-            else:
-                self._end_of_host()
-        else:
-            if message is not None:
-                return memoryview(message)
-            self._end_of_host()
-        return None
 
     def _wait_for_host(self) -> None:
         self._readable = False
@@ -388,7 +384,7 @@ class Connection:
         assert self._socket is not None
         self._wait_for_host()
         self._shut_down(VIRTIO_VSOCK_SHUTDOWN_F_SEND)
-        if has_gone(self._socket):
+        if host.has_gone(self._socket):
             self._stop_receiving()
 
     def _stop_receiving(self) -> None:

@@ -9,7 +9,6 @@ which a program of the host listens. Where whole messages travel (SOCK_SEQPACKET
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket as sockets
 from pathlib import Path
@@ -28,6 +27,7 @@ SOCKET_KINDS: Final = {
 BACKLOG: Final = 64
 COMMAND_MAX: Final = 32
 COMMAND_SECONDS: Final = 10
+_SO_PEEK_OFF: Final = 42  # asm-generic/socket.h; Python has no name for it
 _CREDENTIALS_SPACE: Final = sockets.CMSG_SPACE(12)  # struct ucred
 PORT_MAX: Final = 0xFFFF_FFFE  # the last number means any port
 
@@ -102,17 +102,27 @@ async def read_command(socket: sockets.socket) -> int | None:
 
 
 def prepare_for_messages(socket: sockets.socket, message_size: int) -> None:
-    """Messages of that size can be sent, as far as the host allows; an empty one is told from the end when received."""
+    """Messages of that size can be sent, as far as the host allows; those that are received can be peeked at."""
     socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, message_size)
-    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_PASSCRED, 1)
+    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_PASSCRED, 1)  # so an empty message is told from the end
+    socket.setsockopt(sockets.SOL_SOCKET, _SO_PEEK_OFF, 0)  # from here on each look goes on where the last one ended
 
 
-def receive_message(socket: sockets.socket, limit: int) -> bytes | None:
-    """The next message; ``None`` at the end. ``OSError``, with EMSGSIZE if it is longer than ``limit``."""
-    data, credentials, flags, _ = socket.recvmsg(limit, _CREDENTIALS_SPACE)
-    if flags & sockets.MSG_TRUNC:
-        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-    return data if data or credentials else None  # credentials come with every message, and not with the end
+def receive_bytes(socket: sockets.socket, room: memoryview) -> int | None:
+    """Of a stream, into ``room``, which is not empty; how many. ``None`` at the end."""
+    return socket.recv_into(room) or None
+
+
+def peek_message(socket: sockets.socket, room: memoryview) -> int | None:
+    """Read on in the first message, which stays in the socket; how much was left of it before. ``None`` at the end."""
+    flags = sockets.MSG_PEEK | sockets.MSG_TRUNC
+    left, credentials, _, _ = socket.recvmsg_into([room], _CREDENTIALS_SPACE, flags)
+    return left if left or credentials else None  # credentials come with every message, and not with the end
+
+
+def take_message(socket: sockets.socket) -> None:
+    """Remove the first message, which is there."""
+    socket.recv(1)
 
 
 def has_gone(socket: sockets.socket) -> bool:
