@@ -28,7 +28,7 @@ from guest.root import Root
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECT_FOLDERS = ("config", "daemon", "guest", "tests", "transports", "virtio")
 SITE_PACKAGES = "/opt/hyperbell/site-packages"
-PACKAGES = ("hyperbell", "pytest", "pytest-trio", "hypothesis")
+PACKAGES = ("hyperbell", "pytest", "pytest-trio", "pytest-xdist", "hypothesis")
 ASSEMBLER = ("as", "ld", "objcopy")  # for the small guests of the tests of our own VM
 FIRMWARE_FOLDERS = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
 FIRMWARE = (
