@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from pydantic import BaseModel
 
 from config.origins import KeyPath
 from config.problems import closest, toml_value
-from config.schema import DEFAULT_WORKER, DeviceConfig, DeviceTable, DeviceType
+from config.schema import (
+    DEFAULT_WORKER,
+    SHORTER_FOLDER,
+    SOCKET_PATH_MAX,
+    DeviceConfig,
+    DeviceTable,
+    DeviceType,
+    socket_path_fault,
+)
 
 
 class Finding(NamedTuple):
@@ -148,12 +157,13 @@ def check_files(drafts: Iterable[DeviceDraft], folder: Path) -> Iterator[Finding
 
 
 class _Claim(NamedTuple):
-    """A file that something uses; ``shared`` when it only reads it."""
+    """A file that something uses; ``shared`` when it only reads it, ``read_only`` when a key says which it does."""
 
     path: KeyPath
     file: Path
     owner: str
     shared: bool
+    read_only: bool = False
 
 
 def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None], folder: Path) -> Iterator[Finding]:
@@ -161,7 +171,7 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
 
     ``sockets`` are the daemon's own, by their keys.
     """
-    users: dict[Path, _Claim] = {}
+    users: dict[str, _Claim] = {}
     inherited: dict[int, str] = {}
     for draft in drafts:
         number = draft.common.socket_fd
@@ -169,12 +179,32 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
             message = f'{number} is already the socket of device "{inherited[number]}"'
             yield Finding(("devices", draft.name, "socket_fd"), message, "give each a socket of its own")
     for claim in _claims(drafts, sockets):
-        first = users.setdefault((folder / claim.file).resolve(), claim)
+        first = users.setdefault(os.path.realpath(folder / claim.file), claim)  # takes loops and closed folders
         if first is not claim and not (first.shared and claim.shared):
             hint = "give each a file of its own"
-            if claim.path[-1] == first.path[-1] == "path":
+            if claim.read_only and first.read_only:
                 hint += ", or set read_only = true on all of them"
             yield Finding(claim.path, f"{claim.file} is already {first.owner}", hint)
+
+
+def check_sockets(
+    drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None], folder: Path
+) -> Iterator[Finding]:
+    """Sockets whose whole path, from the root on, has no room in an address.
+
+    Which sockets a device makes its options say: ``socket_paths``, by their keys, the longest path of each key.
+    """
+    made: list[tuple[KeyPath, Path]] = [(("daemon", name), path) for name, path in sockets.items() if path is not None]
+    for draft in drafts:
+        path = ("devices", draft.name)
+        if "socket" not in draft.faulty:
+            made.append(((*path, "socket"), draft.common.socket))
+        own: Mapping[KeyPath, Path] = getattr(draft.options, "socket_paths", {})
+        made += [((*path, *key), socket) for key, socket in own.items()]
+    for key, socket in made:
+        whole = folder / socket
+        if len(os.fsencode(whole)) > SOCKET_PATH_MAX:
+            yield Finding(key, f"{whole} {socket_path_fault(whole)}", SHORTER_FOLDER)
 
 
 def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None]) -> Iterator[_Claim]:
@@ -186,10 +216,11 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
         if "socket" not in draft.faulty:
             yield _Claim((*path, "socket"), draft.common.socket, f'the socket of device "{draft.name}"', False)
         if draft.options is not None:
-            read_only = bool(getattr(draft.options, "read_only", False))
+            read_only: bool | None = getattr(draft.options, "read_only", None)
             for key, file in _paths_in(draft.options):
-                shared = read_only or key[0] in getattr(draft.options, "only_read", ())
-                yield _Claim((*path, *key), file, f'the {".".join(key)} of device "{draft.name}"', shared)
+                shared = bool(read_only) or key[0] in getattr(draft.options, "only_read", ())
+                owner = f'the {".".join(key)} of device "{draft.name}"'
+                yield _Claim((*path, *key), file, owner, shared, key == ("path",) and read_only is not None)
             # Files that the device makes beside those its options name: ``derived_paths``, by the options' keys.
             derived: Mapping[str, Path] = getattr(draft.options, "derived_paths", {})
             for name, file in derived.items():

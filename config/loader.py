@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import tomllib
@@ -19,6 +20,7 @@ from config.checks import (
     check_files,
     check_paths,
     check_sharers,
+    check_sockets,
     check_unique,
     resolved_workers,
 )
@@ -30,6 +32,10 @@ NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
 _TABLES: Final = ("daemon", "workers", "devices")
 _COMMON_KEYS: Final = frozenset(DeviceConfig.model_fields)
+_NESTING_MAX: Final = (
+    64  # tables and arrays inside each other: far more than any key takes, far less than Python's stack
+)
+_TOO_DEEP: Final = f"has more than {_NESTING_MAX} arrays and tables inside each other"
 
 Model = TypeVar("Model", bound=BaseModel)
 Tree = dict[str, Any]
@@ -80,8 +86,20 @@ def load(path: Path, device_types: DeviceTypes, transports: Collection[str]) -> 
 
 
 def drop_ins(path: Path) -> tuple[Path, ...]:
-    """The drop-in files of the configuration file ``path``, in the order they are merged."""
-    return tuple(sorted(path.with_name(path.name + ".d").glob("*.toml")))
+    """The drop-in files of the configuration file ``path``, in the order they are merged.
+
+    ``OSError``: their folder cannot be looked into, so whether there are any is not known.
+    """
+    try:
+        return tuple(sorted(file for file in _drop_in_folder(path).iterdir() if file.name.endswith(".toml")))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # there cannot be any
+            return ()
+        raise
+
+
+def _drop_in_folder(path: Path) -> Path:
+    return path.with_name(path.name + ".d")
 
 
 class _Loader:
@@ -97,9 +115,10 @@ class _Loader:
         self.whole = True  # every file could be read, so what is missing is really missing
 
     def load(self) -> Config | None:
-        files = (self.path, *drop_ins(self.path))
         tree: Tree = {}
-        for file in files:
+        self._read(self.path, tree)
+        files = (self.path, *self._drop_ins())
+        for file in files[1:]:
             self._read(file, tree)
         for name, value in tree.items():
             if name not in _TABLES:
@@ -145,11 +164,21 @@ class _Loader:
 
     # Files
 
+    def _drop_ins(self) -> tuple[Path, ...]:
+        try:
+            return drop_ins(self.path)
+        except OSError as error:
+            if self.whole:  # else the file itself is as far away, which is said already
+                self._file_problem(_drop_in_folder(self.path), 0, f"cannot be read: {error.strerror}", "")
+            return ()
+
     def _read(self, file: Path, tree: Tree) -> None:
         """Merge one file into ``tree``; a file that cannot be read or parsed becomes a problem."""
         try:
             text = file.read_bytes().decode().replace("\r\n", "\n")
             parsed = tomllib.loads(text)
+            if _is_deep(parsed):
+                raise RecursionError
         except OSError as error:
             self._file_problem(file, 0, f"cannot be read: {error.strerror}", "")
         except UnicodeDecodeError as error:
@@ -157,6 +186,8 @@ class _Loader:
             self._file_problem(file, line, "is not UTF-8 text", "save the file as UTF-8")
         except tomllib.TOMLDecodeError as error:
             self._syntax_problem(file, text, str(error))
+        except RecursionError:
+            self._file_problem(file, _deep_line(text), _TOO_DEEP, "")
         else:
             self.origins.add_file(file, text)
             _merge(tree, parsed)
@@ -203,7 +234,7 @@ class _Loader:
     ) -> Model | None:
         """``table`` as ``model``, or ``None`` after recording each of its errors."""
         for key, value in table.items():
-            if isinstance(value, str) and "\0" in value:
+            if _holds_nul(value):
                 self._add((*path, key), "holds a NUL character", "no name, path or address may have one")
                 return None
         try:
@@ -267,7 +298,7 @@ class _Loader:
             common = next(draft.common for draft in drafts if draft.name == name)
             self._add(("devices", name, "workers" if common.workers is not None else "worker"), message, hint)
         sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
-        for finding in check_paths(drafts, sockets, self.folder):
+        for finding in (*check_paths(drafts, sockets, self.folder), *check_sockets(drafts, sockets, self.folder)):
             self._add(*finding)
         for finding in (*check_unique(drafts), *check_files(drafts, self.folder)):
             self._add(*finding)
@@ -293,13 +324,38 @@ def _date(value: object) -> object:
     return {"date": str(value)}
 
 
+def _holds_nul(value: object) -> bool:
+    """Also in arrays and tables: no path the kernel is asked for may have one."""
+    if isinstance(value, dict | list):
+        return any(_holds_nul(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "\0" in value
+
+
+def _is_deep(tree: Tree) -> bool:
+    """Whether more than ``_NESTING_MAX`` tables and arrays are inside each other; what follows recurses into them."""
+    level: list[object] = [tree]
+    for _ in range(_NESTING_MAX + 1):
+        inside: list[object] = []
+        for value in level:
+            inside += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        level = inside
+    return bool(level)
+
+
+def _deep_line(text: str) -> int:
+    """The line of ``text`` that alone is too deep; 0: several together are."""
+    lines = enumerate(text.split("\n"), start=1)
+    return next((number for number, line in lines if len(re.findall(r"[\[{]", line)) >= _NESTING_MAX), 0)
+
+
 def _salvage(table: Tree) -> tuple[DeviceConfig, frozenset[str]]:
     """The keys of a device table that are right, with stand-ins for the ``faulty`` ones, which are named.
 
     So one wrong key does not hide what is wrong between this table and others.
     """
     stand_ins: Tree = {"type": "unknown", "socket": "unknown"}
-    good, faulty = dict(table), set[str]()
+    good = {key: value for key, value in table.items() if not _holds_nul(value)}
+    faulty = table.keys() - good.keys()
     while True:
         try:
             return _parse(DeviceConfig, stand_ins | good), frozenset(faulty | (stand_ins.keys() - good.keys()))

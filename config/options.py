@@ -124,6 +124,8 @@ class _Parser:
                     table[key] = tomllib.loads(f"array = {value}")["array"]
                 except tomllib.TOMLDecodeError as error:
                     self._add(key, f"is not an array as in TOML: {error}", "texts in it stand in double quotes")
+                except RecursionError:
+                    self._add(key, "has too many arrays inside each other")
             else:
                 table[key] = value
         return table

@@ -7,6 +7,7 @@ known here: the device class brings a model of its own, see ``DeviceType``.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
@@ -23,6 +24,7 @@ DEFAULT_WORKER: Final = "default"
 
 QUEUE_SIZE_MAX: Final = 32768  # virtio 1.3, 2.7: the largest queue size
 SOCKET_PATH_MAX: Final = 107  # struct sockaddr_un: 108 bytes with the terminating zero
+SHORTER_FOLDER: Final = "put the socket into a folder with a shorter name, such as /run/hyperbell"
 METRICS_OFF: Final = "off"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -37,13 +39,14 @@ def _check_path(value: object) -> object:
 
 def _check_socket(path: Path) -> Path:
     """A socket's path must fit into struct sockaddr_un."""
-    length = len(str(path).encode())
-    if length > SOCKET_PATH_MAX:
-        raise wrong(
-            f"is {length} bytes long, but the path of a Unix socket has room for {SOCKET_PATH_MAX}",
-            "put the socket into a folder with a shorter name, such as /run/hyperbell",
-        )
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+        raise wrong(socket_path_fault(path), SHORTER_FOLDER)
     return path
+
+
+def socket_path_fault(path: Path) -> str:
+    """What is wrong with a socket's path that is too long."""
+    return f"is {len(os.fsencode(path))} bytes long, but the path of a Unix socket has room for {SOCKET_PATH_MAX}"
 
 
 def _check_mode(value: str, key: str) -> str:

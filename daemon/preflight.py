@@ -24,6 +24,8 @@ PACKAGES: Final = ("config", "daemon", "transports", "virtio")
 _NODES: Final = ("chip", "adapter", "evdev")
 """Options of devices that name a device node of this host."""
 
+_ABSENT: Final = "does not exist"
+
 
 def host_notes(config: Config) -> Iterator[Problem]:
     """What of a correct configuration would not work on this host, as it is now."""
@@ -53,9 +55,10 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
             yield from _node_notes(config, (*path, key), node)
     if isinstance(device.options, BlkOptions) and device.options.path is not None:
         image = device.options.path
-        if not image.exists():
-            hint = f"create it, for instance: truncate -s 10G {image}"
-            yield config.problem((*path, "path"), f"{image} does not exist", hint)
+        fault = _out_of_reach(image)
+        if fault:
+            hint = f"create it, for instance: truncate -s 10G {image}" if fault == _ABSENT else ""
+            yield config.problem((*path, "path"), f"{image} {fault}", hint)
     if isinstance(device.options, NetOptions) and device.queues > device.options.pairs_max:
         message = f'with backend = "{device.options.backend}" there is one pair of queues, not {device.queues}'
         yield config.problem((*path, "queues"), message, "leave it out, or set queues = 1")
@@ -63,11 +66,23 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
 
 def _node_notes(config: Config, path: KeyPath, node: Path) -> Iterator[Problem]:
     """What keeps whoever runs the check from using a device node; the daemon may well be somebody else."""
-    if not node.exists():
-        hint = f"what this host has: {_others(node) or 'none of its kind'}"
-        yield config.problem(path, f"{node} does not exist", hint)
+    fault = _out_of_reach(node)
+    if fault:
+        hint = f"what this host has: {_others(node) or 'none of its kind'}" if fault == _ABSENT else ""
+        yield config.problem(path, f"{node} {fault}", hint)
     elif not os.access(node, os.R_OK | os.W_OK):
         yield config.problem(path, f"{node} may not be read and written by this user", "a udev rule, or its group")
+
+
+def _out_of_reach(path: Path) -> str:
+    """Why whoever runs the check finds nothing at ``path``; "" when something is there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _ABSENT
+    except OSError as error:
+        return f"cannot be looked at by this user: {error.strerror}"
+    return ""
 
 
 def _others(node: Path) -> str:
@@ -89,9 +104,13 @@ def _folder_notes(config: Config) -> Iterator[Problem]:
     for key, socket in (("control", config.daemon.control), ("hypercall_socket", config.daemon.hypercall_socket)):
         if socket is not None:
             sockets["daemon", key] = socket
-    missing = {socket.parent: path for path, socket in reversed(sockets.items()) if not socket.parent.is_dir()}
-    for folder, path in missing.items():
-        yield config.problem(path, f"the folder {folder} does not exist", f"create it: mkdir -p {folder}")
+    for folder, path in {socket.parent: path for path, socket in reversed(sockets.items())}.items():
+        fault = _out_of_reach(folder)
+        if fault:
+            hint = f"create it: mkdir -p {folder}" if fault == _ABSENT else ""
+            yield config.problem(path, f"the folder {folder} {fault}", hint)
+        elif not folder.is_dir():
+            yield config.problem(path, f"{folder} is not a folder", "a socket is made in a folder")
 
 
 def _group_exists(name: str) -> bool:

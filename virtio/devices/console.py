@@ -57,6 +57,10 @@ class EndOptions(DeviceOptions):
             raise ValueError(f'backend = "{self.backend}" {need}')
         return self
 
+    @property
+    def socket_path(self) -> Path | None:
+        return self.path if self.backend == "socket" else None
+
 
 class PortOptions(EndOptions):
     """A further port, /dev/virtio-ports/NAME in a Linux guest."""
@@ -76,6 +80,13 @@ class ConsoleOptions(EndOptions):
         if bool(self.columns) != bool(self.rows):
             raise ValueError("columns and rows go together")
         return self
+
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The sockets it makes, by their keys."""
+        ends: dict[tuple[str, ...], Path | None] = {("path",): self.socket_path}
+        ends |= {("ports", str(number), "path"): port.socket_path for number, port in enumerate(self.ports)}
+        return {key: path for key, path in ends.items() if path is not None}
 
 
 class _Port:

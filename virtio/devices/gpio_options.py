@@ -63,3 +63,8 @@ class GpioOptions(DeviceOptions):
                 if isinstance(line, int) or line.isdigit():
                     raise ValueError(f'lines: with backend = "simulated" a line has a name, not the number {line}')
         return self
+
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The socket it makes, by its key."""
+        return {("control",): self.control} if self.control is not None else {}

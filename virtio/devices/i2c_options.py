@@ -129,3 +129,8 @@ class I2cOptions(DeviceOptions):
             if found.count(address) > 1:
                 raise ValueError(f"chips: two of them have the address {address:#x}")
         return self
+
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The socket it makes, by its key."""
+        return {("control",): self.control} if self.control is not None else {}

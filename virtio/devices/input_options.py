@@ -81,6 +81,11 @@ class InputOptions(DeviceOptions):
                 raise ValueError(f'backend = "{self.backend}" has no {key}')
         return self
 
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The socket it makes, by its key."""
+        return {("control",): self.control} if self.control is not None else {}
+
     def faults_in_files(self, folder: Path) -> Iterator[tuple[str, str]]:
         """(key, what is wrong) of the files that belong to the configuration, whose folder is ``folder``."""
         if self.script is not None:

@@ -72,7 +72,9 @@ def listen(
         listener.listen(backlog)
     except OSError as error:
         listener.close()
-        raise HostError(f"{what} socket {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
+        # Without a number it is Python that refuses, a path that is too long.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise HostError(f"{what} socket {path}: {reason}", errno=error.errno or 0) from error
     return listener
 
 

@@ -203,8 +203,7 @@ class Vsock(Device):
             return
         connection.take_credit(packet)
         if key.peer_cid == CID_HOST:
-            path = self._options.path.with_name(f"{self._options.path.name}_{key.peer_port}")
-            self._answer(connection, connect(path, key.type))
+            self._answer(connection, connect(self._options.path_of_port(key.peer_port), key.type))
         elif self._nursery is not None:
             self._nursery.start_soon(self._connect_guest, connection)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from virtio.device import DeviceOptions
+from virtio.devices.vsock_host import PORT_MAX
 from virtio.devices.vsock_packet import CID_FIRST_GUEST, CID_LAST_GUEST
 
 
@@ -39,6 +40,15 @@ class VsockOptions(DeviceOptions):
     def seqpacket_path(self) -> Path:
         """The socket like ``path`` for whole messages."""
         return self.path.with_name(f"{self.path.name}.seqpacket")
+
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The longest of them: where a guest's connection to the last port goes."""
+        return {("path",): self.path_of_port(PORT_MAX)}
+
+    def path_of_port(self, port: int) -> Path:
+        """Where a program of the host waits for the guest's connections to ``port``."""
+        return self.path.with_name(f"{self.path.name}_{port}")
 
     @property
     def unique(self) -> tuple[str, str] | None:
