@@ -133,6 +133,27 @@ async def test_buffers_that_are_too_small_come_back_and_cost_no_event(setting: S
         assert p.op("status", STATUS_QUEUE) == (5, 4)
 
 
+@every_python_setting
+async def test_an_event_dropped_while_a_buffer_was_waited_for_leaves_the_buffer_to_the_next_one(
+    setting: Setting,
+) -> None:
+    async with plugged(keyboard(), setting) as p:
+        assert isinstance(p.device, Input)
+        queue = p.guest.queues[EVENT_QUEUE]
+        press(p.device, KEY_A)
+        press(p.device, KEY_A, 0)
+        await trio.testing.wait_all_tasks_blocked()
+        p.device.events.catch_up()  # of no key has the guest to be told any more
+        queue.driver.add([], [8])
+        queue.kick()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not queue.driver.has_used()
+        press(p.device, KEY_B)
+        (used,) = await queue.used()
+        assert struct.unpack("<HHi", used.buffers[0][: used.written]) == (EV_KEY, KEY_B, 1)
+        assert await events(p, 1) == [SYN]
+
+
 CHAINS = st.tuples(st.sampled_from([EVENT_QUEUE, STATUS_QUEUE]), st.binary(max_size=20), st.integers(0, 20))
 
 

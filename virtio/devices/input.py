@@ -132,8 +132,10 @@ class Input(Device):
                 chain.failed = True
             else:
                 event = self.events.take()
-                if event is not None:  # it may have been dropped while we waited for the buffer
-                    chain.write(_EVENT.pack(*event))
+                if event is None:  # it was dropped while we waited for the buffer
+                    queue.put_back(chain)  # Linux takes it for an event whatever its length, and sends the old one
+                    continue
+                chain.write(_EVENT.pack(*event))
             chain.complete()
             await trio.lowlevel.checkpoint()
 
