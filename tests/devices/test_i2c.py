@@ -4,81 +4,33 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
-from frontend import Plugged, Setting, every_python_setting, plugged
+from frontend import Setting, every_python_setting, plugged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from i2c_guest import (
+    EEPROM,
+    ERR,
+    FAIL_NEXT,
+    M_RD,
+    OK,
+    SENSOR,
+    WIDE,
+    add_read,
+    add_write,
+    header,
+    i2c,
+    read,
+    read_from,
+    results,
+    write,
+)
 from line_client import talking
 
-from virtio.devices.i2c import REQUEST_MAX, SEGMENT_MAX, SEGMENTS_MAX, I2c, decode_address
-from virtio.devices.i2c_options import I2cOptions
+from virtio.devices.i2c import REQUEST_MAX, SEGMENT_MAX, decode_address
 from virtio.testing import attach
-
-FAIL_NEXT, M_RD = 1, 2
-OK, ERR = 0, 1
-SENSOR, EEPROM, WIDE = 0x48, 0x50, 0x123
-F_ZERO_LENGTH = 1 << 0
-
-LM75: dict[str, Any] = {
-    "address": SENSOR,
-    "auto_increment": False,
-    "registers": [
-        {"number": 0, "size": 2, "value": 0x1900, "writable": 0},
-        {"number": 1, "value": 0, "writable": 0x7F},
-        {"number": 2, "size": 2, "value": 0x4B00},
-        {"number": 3, "size": 2, "value": 0x5000},
-    ],
-}
-
-
-def i2c(*chips: dict[str, Any], control: Path | None = None) -> I2c:
-    chosen = chips or (LM75, {"kind": "eeprom", "address": EEPROM})
-    return I2c("bus", I2cOptions.model_validate({"chips": chosen, "control": control}), 1, 64)
-
-
-def header(address: int, flags: int) -> bytes:
-    return struct.pack("<HHI", address << 1, 0, flags)
-
-
-def add_write(p: Plugged, address: int, data: bytes, flags: int = 0) -> int:
-    pieces = [header(address, flags), data] if data else [header(address, flags)]
-    return p.guest.queues[0].driver.add(pieces, [1])
-
-
-def add_read(p: Plugged, address: int, length: int, flags: int = 0) -> int:
-    room = [length, 1] if length else [1]
-    return p.guest.queues[0].driver.add([header(address, flags | M_RD)], room)
-
-
-async def results(p: Plugged, count: int) -> list[tuple[int, bytes]]:
-    """(status, what was read) of so many requests, in the order they came back."""
-    p.guest.queues[0].kick()
-    back = [b"".join(used.buffers)[: used.written] for used in await p.guest.queues[0].used(count)]
-    return [(each[-1], each[:-1]) for each in back]
-
-
-async def write(p: Plugged, address: int, data: bytes) -> int:
-    add_write(p, address, data)
-    ((status, _),) = await results(p, 1)
-    return status
-
-
-async def read(p: Plugged, address: int, length: int) -> tuple[int, bytes]:
-    add_read(p, address, length)
-    ((status, data),) = await results(p, 1)
-    return status, data
-
-
-async def read_from(p: Plugged, address: int, register: bytes, length: int) -> tuple[int, bytes]:
-    """A register, in one transaction."""
-    add_write(p, address, register, FAIL_NEXT)
-    add_read(p, address, length)
-    first, second = await results(p, 2)
-    assert first == (second[0], b"")
-    return second
 
 
 @every_python_setting
@@ -153,69 +105,6 @@ def test_an_address_comes_out_as_it_was_put_in(address: int) -> None:
     assert decode_address((address & 0xFF) << 8 | 0xF0 | (address >> 8) << 1) == (address, True)
     if address <= 0x77:
         assert decode_address(address << 1) == (address, False)
-
-
-# --- groups ---
-
-
-@every_python_setting
-async def test_a_group_that_fails_is_not_tried_any_further(setting: Setting) -> None:
-    async with plugged(i2c(), setting) as p:
-        add_write(p, EEPROM, b"\x00a", FAIL_NEXT)
-        add_write(p, 0x51, b"\x00b", FAIL_NEXT)
-        add_write(p, EEPROM, b"\x00c", FAIL_NEXT)
-        add_write(p, EEPROM, b"\x00d")
-        add_write(p, EEPROM, b"\x01e")  # a transaction of its own
-        assert [status for status, _ in await results(p, 5)] == [OK, ERR, ERR, ERR, OK]
-        assert await read_from(p, EEPROM, b"\x00", 2) == (OK, b"ae")
-
-
-@every_python_setting
-async def test_a_group_that_comes_in_parts_still_fails_as_one(setting: Setting) -> None:
-    # As when the driver's ring is too small for all of it: it waits for the first ones, so they are not held back.
-    async with plugged(i2c(), setting) as p:
-        add_write(p, 0x51, b"\x00a", FAIL_NEXT)
-        assert await results(p, 1) == [(ERR, b"")]
-        add_write(p, EEPROM, b"\x00b", FAIL_NEXT)
-        assert await results(p, 1) == [(ERR, b"")]
-        add_write(p, EEPROM, b"\x00c")
-        assert await results(p, 1) == [(ERR, b"")]
-        assert await read_from(p, EEPROM, b"\x00", 1) == (OK, b"\xff")
-        add_write(p, EEPROM, b"\x00d", FAIL_NEXT)
-        assert await results(p, 1) == [(OK, b"")]
-        add_read(p, EEPROM, 1)
-        assert await results(p, 1) == [(OK, b"\xff")]
-
-
-@every_python_setting
-async def test_a_group_longer_than_any_adapter_takes_is_served_in_parts(setting: Setting) -> None:
-    async with plugged(i2c(), setting, queue_size=128) as p:
-        count = SEGMENTS_MAX + 3
-        for n in range(count):
-            add_write(p, EEPROM, bytes([n, n]), FAIL_NEXT if n < count - 1 else 0)
-            if n % 15 == 14:
-                await results(p, 15)
-        assert await read_from(p, EEPROM, b"\x00", count) == (OK, bytes(range(count)))
-
-
-@every_python_setting
-async def test_a_reset_forgets_a_group_that_had_failed(setting: Setting) -> None:
-    async with plugged(i2c(), setting) as p:
-        add_write(p, 0x51, b"", FAIL_NEXT)
-        assert await results(p, 1) == [(ERR, b"")]
-        p.guest.close()
-        if p.server is None:
-            await p.backend.reset()
-        guest = await p.connect()
-        await guest.start()
-        assert await write(p, SENSOR, b"") == OK
-
-
-@every_python_setting
-async def test_a_driver_that_does_not_know_zero_lengths_gets_nothing(setting: Setting) -> None:
-    async with plugged(i2c(), setting, without=F_ZERO_LENGTH) as p:
-        assert await write(p, SENSOR, b"\0") == ERR
-        assert await read(p, SENSOR, 2) == (ERR, b"\0\0")
 
 
 # --- what a hostile driver does ---

@@ -1,8 +1,8 @@
 """The I2C adapter device (section 5.21): a bus on which the guest talks to chips.
 
 Requests that belong together (VIRTIO_I2C_FLAGS_FAIL_NEXT on all but the last) are one transaction, with repeated
-starts and no stop between them, as far as they are in the ring already: a driver whose ring is too small for all of
-them waits for the first ones before it sends the others.
+starts and no stop between them, as far as the driver makes them available without a pause: one whose ring is too small
+for all of them waits for the first ones before it sends the others.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ VIRTIO_I2C_MSG_ERR: Final = 1
 
 SEGMENTS_MAX: Final = 42
 """Segments of one transaction: what Linux's own adapters take at once (I2C_RDWR_IOCTL_MAX_MSGS)."""
+
+PAUSE_SECONDS: Final = 0.02
+"""How long the next request of a group may take to come: the driver may be adding them one by one as we look."""
 
 SEGMENT_MAX: Final = 8192
 """Bytes of one segment: what i2c-dev takes at once. Larger ones fail."""
@@ -108,22 +111,34 @@ class I2c(Device):
 
     async def run_queue(self, queue: Queue) -> None:
         while True:
-            requests = [_Request(await queue.next_chain())]
+            requests = await self._next_group(queue)
             # A stop must not come between what happens on the bus and its answer: it would happen twice.
             with trio.CancelScope(shield=True):
-                try:
-                    while requests[-1].goes_on and len(requests) < SEGMENTS_MAX:
-                        chain = queue.chain_at_hand()
-                        if chain is None:
-                            break
-                        requests.append(_Request(chain))
-                except GuestError:
-                    queue.push([request.chain for request in requests])  # unanswered; the queue breaks
-                    raise
                 for request, result in zip(requests, await self._carry_out(requests), strict=True):
                     request.answer(result)
                 queue.push([request.chain for request in requests])
             await trio.lowlevel.checkpoint()
+
+    async def _next_group(self, queue: Queue) -> list[_Request]:
+        """A request, and those that belong to it."""
+        requests = [_Request(await queue.next_chain())]
+        try:
+            while requests[-1].goes_on and len(requests) < SEGMENTS_MAX:
+                chain = queue.chain_at_hand()
+                if chain is None:
+                    with trio.move_on_after(PAUSE_SECONDS):
+                        chain = await queue.next_chain()
+                if chain is None:
+                    break
+                requests.append(_Request(chain))
+        except trio.Cancelled:  # the queue stops, and nothing has happened on the bus yet
+            for request in reversed(requests):
+                queue.put_back(request.chain)
+            raise
+        except GuestError:
+            queue.push([request.chain for request in requests])  # unanswered; the queue breaks
+            raise
+        return requests
 
     async def _carry_out(self, requests: list[_Request]) -> list[bytes | None]:
         """What each came to; ``None``: it failed, or was not tried."""
