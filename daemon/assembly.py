@@ -12,6 +12,7 @@ from config.schema import WorkerConfig
 from daemon.catalogue import Configured, features_left_out, features_off
 from virtio.backend import Backend
 from virtio.device import Device
+from virtio.device_calls import MISTAKES, close_all
 from virtio.errors import HostError
 from virtio.stats import WorkerStats
 from virtio.worker import Worker
@@ -37,6 +38,8 @@ class Assembly:
                     log.info("changed underneath: the driver is told", device=name)
             except HostError as error:
                 log.error("cannot be examined anew", device=name, error=str(error))
+            except MISTAKES as error:
+                log.error("device failed", device=name, where="refresh", exc_info=error)
 
 
 @asynccontextmanager
@@ -48,8 +51,7 @@ async def assemble(
     ``configured`` says of each device by name who drives it and what of it is turned off. Raises ``HostError``.
     """
     async with AsyncExitStack() as stack:
-        for device in devices.values():
-            stack.callback(device.close)
+        stack.callback(close_all, devices.values())
         threads: dict[str, Worker] = {}
         for name, settings in workers.items():
             if not any(name in device.workers for device in configured.values()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,7 @@ from transports.base import BackendLike
 from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
 from transports.vhost_user.stats import ConnectionStats
 from virtio.device import Device as VirtioDevice
+from virtio.device_calls import MISTAKES, close_all, one_line
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.spec import RING_FEATURES
@@ -149,11 +152,23 @@ def make_devices(
             devices[name] = kind(name, device.options, device.queues, device.common.queue_size)
         except HostError as error:
             errors.append(HostError(f"{place(name)} {error}", errno=error.errno))
+        except MISTAKES as error:
+            reason = f"{device.common.type} cannot be made: {one_line(error)}{_line_of(error, kind)}"
+            errors.append(HostError(f"{place(name)} {reason}"))
+        except BaseException:
+            close_all(devices.values())
+            raise
     if errors:
-        for opened in devices.values():
-            opened.close()
+        close_all(devices.values())
         raise ExceptionGroup("devices cannot be opened", errors)
     return devices
+
+
+def _line_of(error: BaseException, kind: type[VirtioDevice]) -> str:
+    """The last line of the class's file that ``error`` came by."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" (line {lines[-1]} of {file})" if lines else ""
 
 
 def _endpoint(common: DeviceConfig) -> Endpoint:

@@ -8,6 +8,7 @@ from typing import Final
 
 from daemon.state import DaemonState
 from virtio.device import Device
+from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError
 
 STATES: Final = {"up": True, "down": False}
@@ -35,7 +36,7 @@ class Links:
         device = self._devices.get(name)
         if device is None:
             raise HostError(f"there is no device {name!r}; there are: {', '.join(self._devices)}")
-        return device.set_link(up)
+        return DeviceCalls(device).ask("set_link", lambda: device.set_link(up))
 
 
 def guest_is_told(name: str, state: DaemonState) -> bool:

@@ -19,6 +19,7 @@ import trio
 from virtio import spec
 from virtio.backend_queue import BackendQueue
 from virtio.device import Device
+from virtio.device_calls import DeviceCalls
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd, eventfd_id
 from virtio.interrupt import InterruptStatus
@@ -50,6 +51,7 @@ class Backend:
         if device.native and not workers:
             raise ValueError(f"{device.name}: a native device needs a worker")
         self._device = device
+        self._calls = DeviceCalls(device)
         self._workers = tuple(workers)
         self._queue_size_max = min(queue_size_max, device.queue_size_limit)
         self._features_off = sum(1 << bit for bit in set(features_off))
@@ -87,8 +89,8 @@ class Backend:
                         worker = self._workers[self._device.worker_of(index, len(self._workers))]
                         driver = WorkerQueue(vq, worker, self._device.native_device)
                     else:
-                        driver = PumpedQueue(vq, self._device, nursery)
-                    self._queues.append(BackendQueue(vq, driver, self._device))
+                        driver = PumpedQueue(vq, self._device, self._calls, nursery)
+                    self._queues.append(BackendQueue(vq, driver, self._device, self._calls))
                 self._device.config_changed = self._config_changed
                 nursery.start_soon(self._watch, event_fd.fileno())
                 await nursery.start(self._run_device)
@@ -103,20 +105,13 @@ class Backend:
                 queue.take_fds()
 
     async def _run_device(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        started = False
-        try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self._device.run)
-                started = True
-                task_status.started()
-        except Exception:
-            if not started:
-                raise
-            # The device's own mistake, as in its queues: the daemon and its other devices go on without it.
-            self._log.exception("device failed")
-            if not self._device.native:
-                for queue in self._queues:
-                    queue.vq.break_queue(0, 0, 0)
+        if not await self._calls.run(task_status):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """The device made a mistake outside its queues: all of them stop until there is a reset."""
+        for queue in self._queues:
+            queue.give_up()
 
     async def _watch(self, event_fd: int) -> None:
         while True:
@@ -168,37 +163,41 @@ class Backend:
 
     def device_features(self) -> int:
         ring = sum(1 << bit for bit in spec.RING_FEATURES.values())
-        return (ring | self._device.features()) & ~self._features_off
+        return self._calls.ask("features", lambda: ring | self._device.features()) & ~self._features_off
 
     def set_driver_features(self, bits: int) -> None:
         unknown = bits & ~self.device_features()
         if unknown:
             raise PeerError(f"features {unknown:#x} were not offered")
+        self._calls.ask("set_driver_features", lambda: self._device.set_driver_features(bits))
         self._driver_features = bits
-        self._device.set_driver_features(bits)
 
     @property
     def has_config_space(self) -> bool:
-        return bool(self._device.config_space())
+        return bool(self._config_space())
 
     def read_config(self, offset: int, size: int) -> bytes:
         _check_config_range(offset, size)
-        space = self._device.config_space()
+        space = self._config_space()
         return space[offset : offset + size].ljust(size, b"\0")
+
+    def _config_space(self) -> bytes:
+        return self._calls.ask("config_space", lambda: bytes(self._device.config_space()))
 
     def write_config(self, offset: int, data: bytes) -> None:
         _check_config_range(offset, len(data))
-        self._device.write_config(offset, data)
+        if not self._calls.go_on("write_config", lambda: self._device.write_config(offset, data)):
+            self._give_up()
 
     # ---- what only network interfaces have ----
 
     def set_mtu(self, mtu: int) -> None:
         """``PeerError``: the device cannot have it."""
-        self._device.set_mtu(mtu)
+        self._calls.ask("set_mtu", lambda: self._device.set_mtu(mtu))
 
     async def announce(self, address: bytes) -> None:
         """The guest has moved here: its network is told that ``address``, of 6 bytes, is on this port now."""
-        self._device.prepare_announcement(address)
+        self._calls.ask("prepare_announcement", lambda: self._device.prepare_announcement(address))
         await self._nudge(0)
 
     async def _nudge(self, index: int) -> None:
@@ -318,8 +317,7 @@ class Backend:
         if on:
             queue.unmute()
             await queue.run_if_due()
-        elif queue.running and self._device.mute(index, True):
-            queue.muted = True
+        elif queue.running and queue.mute():
             await self._nudge(index)  # so nothing has an effect any more when this returns
         else:
             await queue.halt()
@@ -348,8 +346,8 @@ class Backend:
         before, self._table = self._table, MemoryTable()
         before.close_dropped(self._table)
         self._driver_features = self._status = 0
-        self._device.set_driver_features(0)
-        self._device.reset()
+        self._calls.go_on("set_driver_features", lambda: self._device.set_driver_features(0))
+        self._calls.go_on("reset", self._device.reset)
         while True:  # events of what is no more
             try:
                 self._receive.receive_nowait()
@@ -370,8 +368,8 @@ class Backend:
             type=self._device.type_name,
             driver_features=self._driver_features,
             queues=tuple(q.vq.stats(self._device.ops, q.running, now) for q in self._queues),
-            lost=self._device.lost(),
-            link_up=self._device.link_up,
+            lost=self._calls.look("lost", self._device.lost, ()),
+            link_up=self._calls.look("link_up", lambda: self._device.link_up, None),
         )
 
 

@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from virtio.device import Device
+from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd
 from virtio.running import QueueDriver
@@ -28,7 +29,7 @@ log = structlog.get_logger()
 class BackendQueue:
     """The queue ``vq`` of ``device``, which ``driver`` drives while it runs."""
 
-    def __init__(self, vq: Virtqueue, driver: QueueDriver, device: Device) -> None:
+    def __init__(self, vq: Virtqueue, driver: QueueDriver, device: Device, calls: DeviceCalls) -> None:
         self.vq = vq
         self.driver = driver
         self.setup: QueueSetup | None = None
@@ -40,6 +41,7 @@ class BackendQueue:
         self.miss_told = 0  # the last miss that became an event
         self._changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
         self._device = device
+        self._calls = calls
         self._log = log.bind(device=device.name, queue=vq.index)
 
     # ---- starting and stopping ----
@@ -51,7 +53,7 @@ class BackendQueue:
                     return
                 await self.driver.start()
                 self.running = True
-        self._device.queue_running(self.vq.index, True)
+        self._tell_device(True)
         self._log.debug("queue runs")
 
     async def halt(self) -> None:
@@ -66,7 +68,7 @@ class BackendQueue:
                     nursery.cancel_scope.cancel()
                 self.running = False
         self.unmute()
-        self._device.queue_running(self.vq.index, False)
+        self._tell_device(False)
         self._log.debug("queue stopped")
 
     async def _warn_while_draining(self) -> None:
@@ -75,10 +77,24 @@ class BackendQueue:
             stats = self.vq.stats((), True, time.monotonic_ns())
             self._log.warning("queue drains", seconds=waited, in_flight=stats.inflight)
 
+    def _tell_device(self, running: bool) -> None:
+        index = self.vq.index
+        if not self._calls.go_on("queue_running", lambda: self._device.queue_running(index, running), queue=index):
+            self.give_up()
+
+    def give_up(self) -> None:
+        """The device made a mistake: the queue is broken. (A native device has none: a worker may have its queue.)"""
+        if not self._device.native:
+            self.vq.break_queue(0, 0, 0)
+
+    def mute(self) -> bool:
+        self.muted = self._calls.look("mute", lambda: self._device.mute(self.vq.index, True), False)
+        return self.muted
+
     def unmute(self) -> None:
         if self.muted:
             self.muted = False
-            self._device.mute(self.vq.index, False)
+            self._calls.go_on("mute", lambda: self._device.mute(self.vq.index, False))
 
     async def resume(self) -> None:
         """The translation that it waited for is there."""

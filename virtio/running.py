@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol, TypeVar
 
 import structlog
 import trio
 
 from virtio.device import Device
+from virtio.device_calls import MISTAKES, DeviceCalls
 from virtio.disk import NativeDevice
 from virtio.errors import GuestError
 from virtio.fd import OwnedFd
@@ -19,7 +21,7 @@ from virtio.worker import Worker
 
 log = structlog.get_logger()
 
-E = TypeVar("E", bound=Exception)
+E = TypeVar("E", bound=BaseException)
 
 
 class QueueDriver(Protocol):
@@ -67,9 +69,10 @@ class WorkerQueue:
 class PumpedQueue:
     """A queue of a Python device: while it runs, one task of ``nursery`` is in ``device.run_queue``."""
 
-    def __init__(self, vq: Virtqueue, device: Device, nursery: trio.Nursery) -> None:
+    def __init__(self, vq: Virtqueue, device: Device, calls: DeviceCalls, nursery: trio.Nursery) -> None:
         self._vq = vq
         self._device = device
+        self._calls = calls
         self._nursery = nursery
         self._queue: Queue | None = None
         self._scope = trio.CancelScope()
@@ -90,7 +93,7 @@ class PumpedQueue:
             error = _first(group)
             self._vq.break_queue(max(error.head, 0), error.gpa, error.length)
             queue.take_from_hand()
-        except* Exception as group:
+        except* MISTAKES as group:
             # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
             log.error("device failed", device=self._device.name, queue=queue.index, exc_info=_first(group))
             self._vq.break_queue(0, 0, 0)
@@ -102,7 +105,8 @@ class PumpedQueue:
         assert self._queue is not None
         self._scope.cancel()
         await self._ended.wait()
-        await self._device.queue_stopping(self._queue)
+        if not await self._calls.go_on_async("queue_stopping", partial(self._device.queue_stopping, self._queue)):
+            self._vq.break_queue(0, 0, 0)
         await self._queue.drained()
         self._queue = None
 

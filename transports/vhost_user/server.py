@@ -56,8 +56,7 @@ class VhostUserServer:
         """Serve until cancelled; an inherited connected socket is served until its front-end leaves.
 
         ``task_status.started()`` is called when front-ends can connect (client mode: when connecting
-        begins). ``HostError`` if the endpoint cannot be had; errors of
-        ``backend.reset`` come through in an ``ExceptionGroup``.
+        begins). ``HostError`` if the endpoint cannot be had.
         """
         match self._endpoint:
             case Listen() as listen:
@@ -154,8 +153,13 @@ class VhostUserServer:
     async def _serve_front_end(self, sock: trio.socket.SocketType) -> None:
         """One front-end from its first byte to the reset after its last."""
         self._refused_in_a_row = 0
-        self._socket = sock
-        self._connection = connection = Connection(self._backend, sock, self.stats, self._log)
+        try:
+            connection = Connection(self._backend, sock, self.stats, self._log)
+        except Exception as error:  # the device's mistake must not take the other guests' devices along
+            sock.close()
+            self._log.error("front-end refused: the device cannot say what it is", error=str(error))
+            return
+        self._socket, self._connection = sock, connection
         is_forgotten = False
         try:
             try:
