@@ -17,6 +17,7 @@ import trio.testing
 from blk_driver import pattern
 from frontend import REACTORS, Setting, every_reactor, every_ring, plugged
 from net_station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
+from packets import LIES, packet
 from pydantic import ValidationError
 
 from daemon.cli import main
@@ -266,6 +267,23 @@ async def test_a_frame_larger_than_the_whole_ring_is_lost_alone(
                 receive.kick()
             assert heard == [b"before", b"after", pattern(largest, 3)]
             assert device.native_device.counters() == NicCounters(refused=2)
+
+
+@every_reactor
+@pytest.mark.parametrize("lie", [lie for lie, _ in LIES if lie[0] & 1 or lie[1]], ids=str)
+async def test_no_header_but_an_empty_one_is_true_of_frames_that_go_without(
+    folder: Path, setting: Setting, lie: tuple[int, ...]
+) -> None:
+    here, there = (f"unixgram:{folder / name}" for name in "ab")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+        peer.bind(str(folder / "b"))
+        device = Net("a", NetOptions(backend="socket", local=here, remote=there), 1, 256)
+        async with plugged(device, setting) as p:
+            body = BROADCAST + device.mac + packet("tcp4", pattern(1300, 5))[0]
+            await p.guest.queues[1].request([struct.pack("<BBHHHHH", *lie), body], [])
+            assert device.native_device.counters() == NicCounters(malformed=1)
+            await p.guest.queues[1].request([bytes(12), frame(b"honest")], [])
+            assert peer.recv(2000) == frame(b"honest")
 
 
 async def test_a_guest_that_takes_nothing_makes_its_peer_wait_and_loses_nothing(folder: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import structlog
 import trio
 from blk_driver import pattern
-from frontend import REACTORS, RINGS, Guest, Plugged, Setting, plugged
+from frontend import REACTORS, RINGS, Guest, Setting, plugged
 from links import WaistLink
 from own_network import own_network
-from packets import GSO, KINDS, packet
+from packets import packet
 from pydantic import ValidationError
+from tap_host import HOST, PLAIN, RECEIVE, TRANSMIT, Host, frame, heard, listen, on_tap, send
 
 from virtio.backend import Backend
 from virtio.devices import tap
@@ -26,14 +27,7 @@ from virtio.errors import HostError
 from virtio.testing.queue import GUARD
 from virtio.worker import Worker
 
-RECEIVE, TRANSMIT = 0, 1
-PLAIN = bytes(12)
-HOST = bytes.fromhex("020000000001")
-ETHERTYPE = 0x88B5  # for local experiments
 SIOCGIFMTU = 0x8921
-VNET_HEADER = 10  # what a packet socket shows of the virtio header
-PACKET_VNET_HDR = 15
-SOL_PACKET = 263
 RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 17, 1, 4
 
 every_tap = pytest.mark.parametrize("setting", [Setting("waist", ring, r) for r in REACTORS for ring in RINGS], ids=str)
@@ -43,70 +37,6 @@ every_tap = pytest.mark.parametrize("setting", [Setting("waist", ring, r) for r 
 def network() -> Iterator[None]:
     with own_network():
         yield
-
-
-def on_tap(queues: int = 1, **options: object) -> Net:
-    return Net("lan", NetOptions(backend="tap", tap="hb0", **options), queues, 256)
-
-
-class Host:
-    """The host's end of the tap: a packet socket on it."""
-
-    def __init__(self, *, offloads: bool = False) -> None:
-        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        if offloads:
-            self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        self.socket.bind(("hb0", 3))
-        self.socket.setblocking(False)
-
-    def __enter__(self) -> Host:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.socket.close()
-
-    def send(self, frame: bytes) -> None:
-        self.socket.send(frame)
-
-    async def received(self, ethertype: int = ETHERTYPE, skip: int = 0) -> bytes:
-        """The next frame of that type; the host's own chatter (IPv6) is passed over."""
-        with trio.fail_after(GUARD):
-            while True:
-                await trio.lowlevel.wait_readable(self.socket)
-                data, address = self.socket.recvfrom(70000)
-                if address[2] == socket.PACKET_OUTGOING:
-                    continue
-                if struct.unpack_from(">H", data, skip + 12)[0] == ethertype:
-                    return data
-
-
-def frame(to: bytes, source: bytes, payload: bytes) -> bytes:
-    return to + source + struct.pack(">H", ETHERTYPE) + payload
-
-
-async def send(p: Plugged, data: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
-    await p.guest.queues[2 * pair + TRANSMIT].request([header, data], [])
-
-
-def listen(guest: Guest, count: int = 32, size: int = 2000) -> None:
-    for _ in range(count):
-        guest.queues[RECEIVE].driver.add([], [size])
-    guest.queues[RECEIVE].kick()
-
-
-async def heard(p: Plugged, queue: int = RECEIVE) -> tuple[bytes, bytes]:
-    """Header and frame of the next one of ours that came to the guest."""
-    with trio.fail_after(GUARD):
-        waiting: list[bytes] = []
-        while True:
-            for used in await p.guest.queues[queue].used():
-                waiting.append(b"".join(used.buffers)[: used.written])
-                if len(waiting) < struct.unpack_from("<H", waiting[0], 10)[0]:
-                    continue
-                whole = b"".join(waiting)
-                waiting = []
-                if whole[12 + 6 : 12 + 12] == HOST:
-                    return whole[:12], whole[12:]
 
 
 @every_tap
@@ -170,26 +100,6 @@ async def test_a_worker_with_nothing_that_it_could_do_sleeps(setting: Setting, w
             host.send(big)  # and with a frame that has to wait, it stops all the same
             listen(guest, 1, 112)
         await backend.reset()
-
-
-@every_tap
-@pytest.mark.parametrize("kind", KINDS[:2])
-async def test_large_segments_pass_whole_both_ways(setting: Setting, kind: str) -> None:
-    body, start, offset = packet(kind, pattern(9000, 3))
-    async with plugged(on_tap(), setting) as p:
-        assert isinstance(p.device, Net)
-        with Host(offloads=True) as host:
-            listen(p.guest)
-            ethertype = 0x86DD if "6" in kind else 0x0800
-            header = struct.pack("<BBHHHHH", 1, GSO[kind], start + 20, 1400, start, offset, 0)
-            await send(p, HOST + p.device.mac + body, header)
-            whole = await host.received(ethertype, VNET_HEADER)
-            assert struct.unpack_from("<BB2xHHH", whole) == (1, GSO[kind], 1400, start, offset)
-            assert whole[VNET_HEADER:] == HOST + p.device.mac + body
-            host.send(header[:VNET_HEADER] + p.device.mac + HOST + body)
-            got, back = await heard(p)
-            assert struct.unpack_from("<BB2xHHH", got) == (1, GSO[kind], 1400, start, offset)
-            assert back == p.device.mac + HOST + body
 
 
 @pytest.mark.parametrize("reactor", REACTORS)
