@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import trio
 
@@ -17,6 +19,7 @@ SIZE = 16 * MIB
 SPAN = (1 * MIB, 512 * 1024)
 READS = 100
 REARM_SECONDS = 120  # a guest that never rings again shall not be waited for
+SHOW_SECONDS = 240  # ten times what it takes on an idle machine
 HYPERCALL_SOCKET = "/run/hypercall.sock"
 CONTROL_SOCKET = "/run/control.sock"
 QEMU_KEY = 0x5A17C3
@@ -82,6 +85,14 @@ async def doorbell_guest(
         yield daemon, guest
         await guest.power_off()
         await daemon.stop()
+
+
+async def shown(level: Level) -> dict[str, Any]:
+    """The one VM that the daemon in ``level`` knows."""
+    answer = await level.run(f"hyperbell show --json --control {CONTROL_SOCKET}", timeout_seconds=SHOW_SECONDS)
+    (vm,) = json.loads("\n".join(answer.lines))["vms"]
+    assert isinstance(vm, dict)
+    return vm
 
 
 async def rings_by_kind(daemon: LevelDaemon, name: str, earlier: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -6,16 +6,12 @@ short form); then QEMUs that wait for a migration, and the library's own tests o
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from nested.doorbell_guest import (
-    CONTROL_SOCKET,
     HYPERCALL_SOCKET,
     HYPERV_CPU,
     QEMU_KEY,
@@ -28,9 +24,11 @@ from nested.doorbell_guest import (
     module_queues,
     module_totals,
     serve_disks,
+    shown,
     use_disk,
 )
 from nested.laboratory import Laboratory
+from nested.qmp import prepare_qmp, qmp
 
 from guest.level import Guest, Level, LevelDaemon, NestedMachine
 from guest.tracing import Counts, Trace, watch_doorbells
@@ -40,19 +38,6 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 QMP = "/run/qmp.sock"
 SEED = 31
 WAIT_SECONDS = 240.0  # ten times what it takes on an idle machine
-# Speaks QMP: what is on standard input, one command a line; the last answer goes to standard output.
-QMP_CLIENT = """
-import json, socket, sys
-sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1]); lines = sock.makefile("rw")
-lines.readline()
-for command in ({"execute": "qmp_capabilities"}, *map(json.loads, sys.argv[2:])):
-    lines.write(json.dumps(command) + "\\n"); lines.flush()
-    while True:
-        answer = json.loads(lines.readline())
-        if "return" in answer or "error" in answer: break
-    assert "return" in answer, answer
-print("RESULT qmp=" + json.dumps(answer["return"]))
-"""
 
 
 @dataclass(frozen=True)
@@ -77,22 +62,9 @@ class Record:
     traced: int = -1  # KVM was seen to take so many
 
 
-async def qmp(level: Level, *commands: Mapping[str, Any]) -> None:
-    words = [shlex.quote(json.dumps(command)) for command in commands]
-    await level.run(f"python3 /tmp/qmp.py {QMP} {' '.join(words)}")
-
-
 async def hypercalls(daemon: LevelDaemon) -> float:
     """KVM's own count for the VM, as the metrics have it."""
     return (await daemon.metrics()).by("vm", "hyperbell_vm_hypercalls_total")["g1"]
-
-
-async def shown(level: Level) -> dict[str, Any]:
-    """The one VM that the daemon in ``level`` knows."""
-    answer = await level.run(f"hyperbell show --json --control {CONTROL_SOCKET}", timeout_seconds=WAIT_SECONDS)
-    (vm,) = json.loads("\n".join(answer.lines))["vms"]
-    assert isinstance(vm, dict)
-    return vm
 
 
 async def appears(level: Level, line: str) -> None:
@@ -139,7 +111,7 @@ class Scenario:
 
     async def plug_vcpu(self) -> None:
         arguments = {"driver": "host-x86_64-cpu", "id": "later", "socket-id": 0, "core-id": 2, "thread-id": 0}
-        await qmp(self.host, {"execute": "device_add", "arguments": arguments})
+        await qmp(self.host, QMP, {"execute": "device_add", "arguments": arguments})
         cpu = "/sys/devices/system/cpu/cpu2"
         await self.guest.run(f"while [ ! -e {cpu} ]; do usleep 50000; done")
         await self.guest.run(f"[ $(cat {cpu}/online) = 1 ] || echo 1 >{cpu}/online")
@@ -159,7 +131,9 @@ class Scenario:
 
     async def reboot(self) -> None:
         """The machine is reset, and the same QEMU boots the guest again."""
-        await qmp(self.host, {"execute": "set-action", "arguments": {"reboot": "reset"}}, {"execute": "system_reset"})
+        await qmp(
+            self.host, QMP, {"execute": "set-action", "arguments": {"reboot": "reset"}}, {"execute": "system_reset"}
+        )
         await self.guest.expect_userspace(WAIT_SECONDS)
         await self.guest.expect_ready()
 
@@ -193,7 +167,7 @@ async def short_scenario(host: Level) -> Record:
 
 
 async def scenario(host: Level) -> Record:
-    await host.write("/tmp/qmp.py", QMP_CLIENT)
+    await prepare_qmp(host)
     async with AsyncExitStack() as stack:
         steps, daemon = await begin(host, stack)
         await steps.plug_vcpu()
@@ -324,6 +298,7 @@ async def test_a_vm_that_waits_for_a_migration_has_the_leaf_only_with_a_stable_k
 async def test_the_librarys_own_tests_pass_on_the_kvm_of_the_host(host: Level) -> None:
     """Where KVM_HYPERV_EVENTFD, its errors and its ids are the kernel's own."""
     answer = await host.run(
-        "cd /project && pytest -q -rs tests/preload/test_real_kvm.py 2>&1 | tail -40", timeout_seconds=WAIT_SECONDS
+        "cd /project && pytest -q -rs --confcutdir=tests/preload tests/preload/test_real_kvm.py 2>&1 | tail -40",
+        timeout_seconds=WAIT_SECONDS,
     )
     assert answer.lines[-1].startswith("5 passed"), "\n".join(answer.lines)
