@@ -156,7 +156,7 @@ class Level(LineConsole):
         async with self.job(name, f"hyperbell --log-format json serve /run/{name}.toml") as job:
             await self.run(
                 f"""until grep -q '"event": *"serving"' {job.log_path}; do"""
-                f" kill -0 {job.pid} || {{ cat {job.log_path}; false; break; }}; usleep 20000; done",
+                f" kill -0 {job.pid} || {{ cat {job.log_path}; break; }}; usleep 20000; done; kill -0 {job.pid}",
                 timeout_seconds=SERVE_SECONDS,
             )
             port = [line.rpartition(":")[2].strip(' "') for line in config.splitlines() if line.startswith("metrics")]
