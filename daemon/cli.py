@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ from daemon.new_device import add_arguments as add_new_device_arguments
 from daemon.new_device import new_device
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
 from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
-from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu
+from daemon.qemu_start import check_vm_name, chosen_key, hypercall_socket, preload_environment, run_qemu
 from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
@@ -43,6 +44,9 @@ EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2  # argparse's own
 EXIT_CONFIG: Final = 78  # EX_CONFIG of sysexits.h
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell has it
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _EPILOG: Final = """\
 a first disk:
@@ -72,10 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HostError as error:
         print(f"hyperbell: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except BrokenPipeError:  # `hyperbell schema | head`: what is still buffered goes nowhere, without a complaint
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    except BrokenPipeError:  # `hyperbell schema | head`
+        _forget_output()
         return EXIT_FAILURE
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:  # a file's has its name
+            raise
+        _forget_output()
+        print(f"hyperbell: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BaseExceptionGroup as group:  # what trio makes of one, and of whatever else went wrong meanwhile
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        return EXIT_INTERRUPTED
+
+
+def _forget_output() -> None:
+    """What is still buffered goes nowhere, without a complaint at the end."""
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def load_config(path: Path) -> Config:
@@ -139,16 +160,20 @@ def qemu_args(arguments: argparse.Namespace) -> int:
     possible = [device for device in wanted if not why_not(device)]
     if not possible:
         return EXIT_FAILURE
+    key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
+    vm = options.vm_options(arguments)
+    check_vm_name(arguments.name)
     if arguments.hypercall:
-        for note in hypercall_notes(config, q35=arguments.machine != "pc"):
+        for note in hypercall_notes(config, q35=arguments.machine != "pc", vm=vm, stable=key is not None):
             print(f"note: {note}", file=sys.stderr)
+    elif vm:
+        print(f"note: {vm[0]} is for the hypercall doorbell, and changes nothing without --hypercall", file=sys.stderr)
     if not arguments.libvirt:
         machine = arguments.machine or ""
         print(pasteable(qemu_arguments(possible, arguments.memory, machine, hypercall=arguments.hypercall)))
         return EXIT_OK
     environment = None
     if arguments.hypercall:
-        key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
         environment = preload_environment(hypercall_socket(config), key, arguments.name)
     print(libvirt_xml(possible, options.mebibytes(arguments.memory), environment))
     return EXIT_OK
@@ -167,6 +192,12 @@ def hypercall(arguments: argparse.Namespace) -> int:
     """Change who may ring by hypercall, in the running daemon."""
     answer = ask(_control_of(arguments), "hypercall", device=arguments.device, policy=arguments.policy)
     print(f"{arguments.device}: {arguments.policy}{'' if answer['changed'] else ' (as before)'}")
+    if not answer.get("reaches_vms", True):  # a daemon of an earlier version says nothing of it
+        print(
+            f"note: {arguments.device}: no VM reports its doorbells now, so none could ring by hypercall; it would "
+            "take [daemon] hypercall_socket, and a QEMU that hyperbell qemu has started",
+            file=sys.stderr,
+        )
     return EXIT_OK
 
 

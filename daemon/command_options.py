@@ -16,7 +16,8 @@ from daemon.policies import POLICIES
 SERVE_EPILOG: Final = """\
 signals:
   SIGTERM, SIGINT  stop: in-flight requests are finished, sockets removed
-  SIGHUP           reload: log level and format, sizes of images; what else changed is logged as "needs a restart"
+  SIGHUP           reload: log level and format, each device's hypercall, and images that grew or shrank;
+                   what else changed is logged as "needs a restart"
 
 example:
   hyperbell --log-format human serve /etc/hyperbell/hyperbell.toml
@@ -117,6 +118,12 @@ def _add_vm_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--key", metavar="HEX", help="its key, 24 bits; drawn at every start if nothing gives one")
     group.add_argument("--secret", metavar="FILE", type=Path, help="the file with the secret to derive its key from")
     group.add_argument("--uuid", metavar="UUID", help="with --secret: the VM's UUID")
+
+
+def vm_options(arguments: argparse.Namespace) -> list[str]:
+    """What was given of ``_add_vm_options``, as words of a command line."""
+    given = ((name, getattr(arguments, name)) for name in ("name", "key", "secret", "uuid"))
+    return [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
 
 
 def add_qemu_options(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ user (or root).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -31,6 +32,8 @@ LINE_MAX: Final = 4096  # bytes of one request
 CLIENTS_MAX: Final = 8
 IDLE_SECONDS: Final = 60.0  # a client that says nothing for so long is let go
 ANSWER_SECONDS: Final = 5.0  # how long `hyperbell show` waits
+
+_NOT_CONTROL: Final = "this is not a control socket (it may be a device's); the one to ask is [daemon] control"
 
 Answer = dict[str, Any]
 
@@ -121,7 +124,7 @@ def respond(line: bytes, state: DaemonState, policies: Policies | None = None, l
     if command == "stats":
         return {"ok": True, "version": version(), **asdict(state)}
     if command == "hypercall" and policies is not None:
-        return _change_policy(request, policies)
+        return _change_policy(request, state, policies)
     if command == "link" and links is not None:
         return _change_link(request, state, links)
     more = {"hypercall": policies, "link": links}
@@ -143,7 +146,7 @@ def _change_link(request: Mapping[str, Any], state: DaemonState, links: Links) -
     return {"ok": True, "device": device, "state": wanted, "changed": changed, "guest_is_told": told}
 
 
-def _change_policy(request: Mapping[str, Any], policies: Policies) -> Answer:
+def _change_policy(request: Mapping[str, Any], state: DaemonState, policies: Policies) -> Answer:
     device, wanted = request.get("device"), request.get("policy")
     policy = next((one for one in POLICIES if one == wanted), None)
     if not isinstance(device, str) or policy is None:
@@ -154,7 +157,8 @@ def _change_policy(request: Mapping[str, Any], policies: Policies) -> Answer:
     except HostError as error:
         return {"ok": False, "error": str(error)}
     structlog.get_logger().info("who may ring by hypercall", device=device, policy=policy, changed=changed)
-    return {"ok": True, "device": device, "policy": policy, "changed": changed}
+    reaches = state.machine is not None or bool(state.vms)
+    return {"ok": True, "device": device, "policy": policy, "changed": changed, "reaches_vms": reaches}
 
 
 def _summary(device: DeviceState) -> Answer:
@@ -182,10 +186,13 @@ def ask(path: Path, command: str, **arguments: str) -> Answer:
                 answer = json.loads(reader.readline())
     except (ConnectionRefusedError, FileNotFoundError) as error:
         raise HostError(f"no daemon answers on {path}; is hyperbell serve running with this control socket?") from error
+    except (ConnectionResetError, BrokenPipeError) as error:
+        raise HostError(f"{path}: {_NOT_CONTROL}, or the daemon has just ended") from error
     except OSError as error:
-        raise HostError(f"{path}: {error.strerror or error}", errno=error.errno or 0) from error
+        reason = _NOT_CONTROL if error.errno == errno.EPROTOTYPE else error.strerror or error
+        raise HostError(f"{path}: {reason}", errno=error.errno or 0) from error
     except ValueError as error:
-        raise HostError(f"{path}: what answers there is not hyperbell") from error
+        raise HostError(f"{path}: what answers there is not hyperbell, or {_NOT_CONTROL}") from error
     if not isinstance(answer, dict) or not answer.get("ok"):
         raise HostError(f"{path}: the daemon refused: {answer.get('error') if isinstance(answer, dict) else answer}")
     return answer

@@ -99,13 +99,17 @@ def qemu_arguments(devices: Iterable[Device], memory: str, machine: str, *, hype
     return options
 
 
-def hypercall_notes(config: Config, *, q35: bool) -> Iterator[str]:
-    """What no option of QEMU says about the hypercall doorbell."""
+def hypercall_notes(config: Config, *, q35: bool, vm: Sequence[str] = (), stable: bool = False) -> Iterator[str]:
+    """What no option of QEMU says about the hypercall doorbell; ``vm``: what hyperbell qemu must be given too.
+
+    ``stable``: a key is among it.
+    """
     if config.daemon.hypercall_socket is None:
         yield NO_HYPERCALL_SOCKET
-    file = shlex.quote(str(config.path))
-    yield f"start QEMU through: hyperbell qemu --config {file} -- qemu-system-x86_64 -accel kvm ..."
-    yield "a VM that migrates or is saved needs a stable key there: --secret FILE --uuid UUID, or --key"
+    start = shlex.join(["hyperbell", "qemu", "--config", str(config.path), *vm])
+    yield f"start QEMU through: {start} -- qemu-system-x86_64 -accel kvm ..."
+    if not stable:
+        yield "a VM that migrates or is saved needs a stable key there: --secret FILE --uuid UUID, or --key"
     yield "the guest loses KVM's paravirtual spinlocks, IPIs and yield, and ptp_kvm: their hypercalls would go astray"
     if q35:
         yield (

@@ -71,10 +71,15 @@ def _parse_uuid(text: str) -> uuids.UUID:
         raise HostError(f"--uuid: {text!r} is no UUID; give the one that the VM has") from None
 
 
-def preload_environment(socket: Path, key: int | None, name: str | None) -> dict[str, str]:
-    """The environment variables that make QEMU report to ``socket``. ``HostError``: a mistake, or no library."""
+def check_vm_name(name: str | None) -> None:
+    """``HostError``: no VM can be called so."""
     if name is not None and not is_vm_name(name):
         raise HostError(f"--name: {name!r} is not 1 to 31 letters, digits, dots, dashes and underlines")
+
+
+def preload_environment(socket: Path, key: int | None, name: str | None) -> dict[str, str]:
+    """The environment variables that make QEMU report to ``socket``. ``HostError``: a mistake, or no library."""
+    check_vm_name(name)
     environment = {PRELOAD: str(library_path()), VARIABLE_SOCKET: _absolute(socket)}
     if key is not None:
         environment[VARIABLE_KEY] = f"{key:06x}"

@@ -185,6 +185,11 @@ def test_metrics_have_costs_rates_and_shares() -> None:
     assert 'hyperbell_doorbell_cpu_share{device="idle",what="possible"} 0.0' in text
 
 
+def test_the_costs_of_no_doorbell_are_said_to_signal_no_eventfd() -> None:
+    (words,) = re.findall("# HELP hyperbell_doorbell_cost_seconds (.*)", page(ringing()))
+    assert "Kinds exit and cpuid, for comparison, signal no eventfd" in words
+
+
 def test_metrics_say_when_costs_are_not_to_be_trusted() -> None:
     assert "hyperbell_doorbell_costs_trustworthy 0.0" in page(ringing(report(guest_loop=9_000_000)))
 
