@@ -15,11 +15,14 @@ class Chain:
 
     ``readable_length`` bytes came from the driver, ``writable_length`` bytes may be written back. Reads and writes
     go on where the last one ended. ``op`` (an index into the device's ``ops``) and ``failed`` are for the metrics.
-    After the chain went back to the driver its memory is not touched any more: using it raises ``ValueError``.
+    After the chain went back to the driver its memory is not touched any more: using it raises ``ValueError``. One that
+    was kept for too long when its queue stopped went back without the device: writing to it and completing it have no
+    effect then.
     """
 
     __slots__ = (
-        "_pointer", "_queue", "_read", "failed", "head", "op", "readable_length", "taken", "writable_length", "written",
+        "_pointer", "_queue", "_read", "failed", "head", "op", "readable_length", "taken", "withdrawn",
+        "writable_length", "written",
     )  # fmt: skip
 
     def __init__(self, queue: Queue, pointer: Any) -> None:
@@ -35,6 +38,7 @@ class Chain:
         self.op = 0
         self.failed = False
         self.taken = False
+        self.withdrawn = False  # the queue could not wait for it any longer
 
     def _alive(self) -> Any:
         if self._pointer is None:
@@ -64,12 +68,14 @@ class Chain:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append ``data`` to the device-writable bytes; returns how many fitted."""
+        if self.withdrawn:
+            return 0
         done: int = lib.chain_write(self._alive(), self.written, ffi.from_buffer(data), len(data)) if len(data) else 0
         self.written += done
         return done
 
     def take(self) -> Chain:
-        """Keep the chain beyond ``handle``; it must be given back with ``complete`` sooner or later."""
+        """Keep the chain beyond ``handle``; it must be given back with ``complete``, soon when the queue stops."""
         self._alive()
         self.taken = True
         return self

@@ -38,32 +38,37 @@ class Queue:
         self._room = ffi.new("struct chain *[]", BATCH)
         self.used_before = vq.base not in _BEGINNINGS
         """The driver used the ring before it came to us: it does not stand at its beginning."""
-        self.outstanding = 0
+        self._outstanding: dict[Chain, None] = {}  # what the device has, oldest first
         self._idle = trio.Event()
-        self._in_hand: Chain | None = None  # what the device's task was given last
         self._waiting: trio.CancelScope | None = None  # for a doorbell
         self.spawned: trio.Nursery  # for as long as the queue runs
 
     def _pop(self, limit: int) -> list[Chain]:
         count = self._vq.pop_many(self._room, limit, self._request_max)
-        self.outstanding += count
-        return [Chain(self, self._room[i]) for i in range(count)]
+        chains = [Chain(self, self._room[i]) for i in range(count)]
+        self._outstanding.update(dict.fromkeys(chains))
+        return chains
 
     def push(self, chains: Sequence[Chain]) -> None:
         """Return chains to the driver, with one notification for all of them."""
+        chains = [chain for chain in chains if not chain.withdrawn]
+        if not chains:
+            return
         written = [chain.written for chain in chains]
         for chain in chains:
             chain.account()
         self._vq.push_many([chain.release() for chain in chains], written)
-        self._gave_back(len(chains))
+        self._gave_back(chains)
 
     def _rewind(self, chains: Sequence[Chain]) -> None:
+        chains = [chain for chain in chains if not chain.withdrawn]
         self._vq.rewind([chain.release() for chain in chains])
-        self._gave_back(len(chains))
+        self._gave_back(chains)
 
-    def _gave_back(self, count: int) -> None:
-        self.outstanding -= count
-        if self.outstanding == 0:
+    def _gave_back(self, chains: Sequence[Chain]) -> None:
+        for chain in chains:
+            del self._outstanding[chain]
+        if not self._outstanding:
             self._idle.set()
 
     def spawn(self, work: Callable[[Queue, Chain], Awaitable[None]], chain: Chain) -> None:
@@ -82,15 +87,19 @@ class Queue:
             if not chain.returned:
                 chain.complete()
 
-    def take_from_hand(self) -> None:
-        """The device's task failed, and the queue is broken: nobody else gives back the chain it was busy with."""
-        chain, self._in_hand = self._in_hand, None
-        if chain is not None and not chain.returned:
-            self.push([chain])
+    def withdraw(self) -> int:
+        """The device failed, or forgot: give back empty what it still has, and how many. It has no effect any more."""
+        left = [*self._outstanding]
+        for chain in left:
+            chain.written, chain.failed = 0, True
+        self.push(left)
+        for chain in left:
+            chain.withdrawn = True
+        return len(left)
 
     async def drained(self) -> None:
         """Wait until every chain went back to the driver."""
-        while self.outstanding:
+        while self._outstanding:
             self._idle = trio.Event()
             await self._idle.wait()
 
@@ -123,7 +132,6 @@ class Queue:
         chains = self._pop(1)
         if not chains:
             return None
-        self._in_hand = chains[0]
         return chains[0].take()
 
     def put_back(self, chain: Chain) -> None:
@@ -149,7 +157,6 @@ class Queue:
             handled = 0
             try:
                 for chain in chains:
-                    self._in_hand = chain
                     await handle(self, chain)
                     handled += 1
                     if not chain.taken:

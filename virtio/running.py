@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 import trio
@@ -22,6 +22,9 @@ from virtio.worker import Worker
 log = structlog.get_logger()
 
 E = TypeVar("E", bound=BaseException)
+
+KEPT_SECONDS: Final = 5.0
+"""How long ``queue_stopping`` may take, and after it a device to give back the chains of a queue that stops."""
 
 
 class QueueDriver(Protocol):
@@ -92,12 +95,12 @@ class PumpedQueue:
         except* GuestError as group:
             error = _first(group)
             self._vq.break_queue(max(error.head, 0), error.gpa, error.length)
-            queue.take_from_hand()
+            queue.withdraw()
         except* MISTAKES as group:
             # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
             log.error("device failed", device=self._device.name, queue=queue.index, exc_info=_first(group))
             self._vq.break_queue(0, 0, 0)
-            queue.take_from_hand()
+            queue.withdraw()
         finally:
             self._ended.set()
 
@@ -105,10 +108,21 @@ class PumpedQueue:
         assert self._queue is not None
         self._scope.cancel()
         await self._ended.wait()
-        if not await self._calls.go_on_async("queue_stopping", partial(self._device.queue_stopping, self._queue)):
-            self._vq.break_queue(0, 0, 0)
-        await self._queue.drained()
+        with trio.move_on_after(KEPT_SECONDS) as waiting:
+            if not await self._calls.go_on_async("queue_stopping", partial(self._device.queue_stopping, self._queue)):
+                self._vq.break_queue(0, 0, 0)
+        if waiting.cancelled_caught:
+            self._complain(f"its queue_stopping() has not returned for {KEPT_SECONDS:g} seconds: it was cancelled")
+        with trio.move_on_after(KEPT_SECONDS):
+            await self._queue.drained()
+        kept = self._queue.withdraw()
+        if kept:
+            # Whoever stops a queue (a reset, another front-end, the end of the daemon) does not wait for ever.
+            self._complain(f"it has not given back {kept} chains of a queue that stops: they go back empty")
         self._queue = None
+
+    def _complain(self, what: str) -> None:
+        log.error("device failed", device=self._device.name, queue=self._vq.index, error=what)
 
     async def set_memory(self, table: MemoryTable) -> None:
         self._vq.set_memory(table)
