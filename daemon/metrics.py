@@ -45,7 +45,7 @@ QUEUE_GAUGES: Final[tuple[tuple[str, str, QueueCount], ...]] = (
     ),
     (
         "hyperbell_queue_broken",
-        "1 when the driver broke the queue; it is out of use until the driver resets the device.",
+        "1 when the queue broke, by its driver or its device; out of use until the driver resets the device.",
         lambda queue: queue.broken,
     ),
 )

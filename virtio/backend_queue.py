@@ -85,7 +85,7 @@ class BackendQueue:
     def give_up(self) -> None:
         """The device made a mistake: the queue is broken. (A native device has none: a worker may have its queue.)"""
         if not self._device.native:
-            self.vq.break_queue(0, 0, 0)
+            self.vq.device_failed()
 
     def mute(self) -> bool:
         self.muted = self._calls.look("mute", lambda: self._device.mute(self.vq.index, True), False)

@@ -99,7 +99,7 @@ class PumpedQueue:
         except* MISTAKES as group:
             # The device's own mistake: it costs this queue and nothing else, and its traceback is told once.
             log.error("device failed", device=self._device.name, queue=queue.index, exc_info=_first(group))
-            self._vq.break_queue(0, 0, 0)
+            self._vq.device_failed()
             queue.withdraw()
         finally:
             self._ended.set()
@@ -110,7 +110,7 @@ class PumpedQueue:
         await self._ended.wait()
         with trio.move_on_after(KEPT_SECONDS) as waiting:
             if not await self._calls.go_on_async("queue_stopping", partial(self._device.queue_stopping, self._queue)):
-                self._vq.break_queue(0, 0, 0)
+                self._vq.device_failed()
         if waiting.cancelled_caught:
             self._complain(f"its queue_stopping() has not returned for {KEPT_SECONDS:g} seconds: it was cancelled")
         with trio.move_on_after(KEPT_SECONDS):

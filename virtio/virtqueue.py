@@ -126,8 +126,12 @@ class Virtqueue:
         return Report(error, miss, seen.miss)
 
     def break_queue(self, head: int, readable: int, writable: int) -> None:
-        """Break the queue because a request lacks the parts its device needs, or its device failed."""
+        """Break the queue because a request lacks the parts its device needs."""
         lib.virtqueue_break(self.pointer, lib.VQ_FAULT_SHAPE, head, readable, writable)
+
+    def device_failed(self) -> None:
+        """Break the queue because its device raised."""
+        lib.virtqueue_break(self.pointer, lib.VQ_FAULT_DEVICE, 0, 0, 0)
 
     # What the pump uses.
 

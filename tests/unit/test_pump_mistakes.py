@@ -53,6 +53,7 @@ async def test_a_device_that_raises_breaks_its_queue_only_and_is_told_of_once(ri
             event = await p.backend.next_event()
             assert isinstance(event, QueueBroken)
             assert event.index == 0
+            assert str(event.error) == "queue 0 is broken: its device failed, as the log says"
             assert [used.buffers[0][:2] for used in bad.driver.used()] == [] or moment == "after others"
             for n in range(5):
                 bad.ring()  # a broken queue stays broken, quietly

@@ -234,7 +234,7 @@ class MmioDevice:
             if isinstance(event, ConfigChanged):
                 self._raise_config()
             elif isinstance(event, QueueBroken):
-                self._warn("queue broken by the driver", queue=event.index, error=str(event.error))
+                self._warn("queue broken", queue=event.index, error=str(event.error))
                 if self.backend.status & spec.VIRTIO_CONFIG_S_NEEDS_RESET:  # unless there was one in the meantime
                     self.registers.needs_reset()
                     self._tell_if_reset_is_needed()

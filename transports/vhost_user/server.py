@@ -192,7 +192,7 @@ class VhostUserServer:
         while True:
             event = await self._backend.next_event()
             if isinstance(event, QueueBroken):
-                self._log.warning("queue broken by the driver", queue=event.index, error=str(event.error))
+                self._log.warning("queue broken", queue=event.index, error=str(event.error))
             elif self._connection is not None:
                 self._connection.post(event)
 
