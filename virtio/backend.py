@@ -17,13 +17,14 @@ import structlog
 import trio
 
 from virtio import spec
-from virtio.backend_queue import BackendQueue
+from virtio.backend_queue import BackendQueue, number_of
 from virtio.device import Device
 from virtio.device_calls import DeviceCalls
-from virtio.errors import GuestError, HostError, PeerError
-from virtio.fd import OwnedFd, eventfd_id
+from virtio.errors import HostError, PeerError
+from virtio.fd import OwnedFd
 from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
+from virtio.new_driver import DriverWatch
 from virtio.running import PumpedQueue, QueueDriver, WorkerQueue
 from virtio.stats import BackendStats
 from virtio.virtqueue import Virtqueue
@@ -60,6 +61,7 @@ class Backend:
         self._table = MemoryTable()
         self._iotlb = Iotlb()
         self._queues: list[BackendQueue] = []
+        self._drivers = DriverWatch(self._queues)
         self._send, self._receive = trio.open_memory_channel[Event](math.inf)
         self._stack = AsyncExitStack()
         self._log = log.bind(device=device.name)
@@ -171,6 +173,7 @@ class Backend:
             raise PeerError(f"features {unknown:#x} were not offered")
         self._calls.ask("set_driver_features", lambda: self._device.set_driver_features(bits))
         self._driver_features = bits
+        self._drivers.negotiated()
 
     @property
     def has_config_space(self) -> bool:
@@ -257,6 +260,22 @@ class Backend:
         queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
         queue.setup = setup
         queue.broken = False
+        if not self._device.native and self._drivers.begins_anew(queue):
+            await self._begin_anew()
+
+    async def _begin_anew(self) -> None:
+        """The guest has another driver, though there was no reset (``virtio.new_driver``): now there is one."""
+        self._log.info("another driver begins: the device is reset")
+        running = [queue for queue in self._queues if queue.running]
+        for queue in running:
+            await queue.halt()
+        self._calls.reset()
+        if not self._calls.go_on(
+            "set_driver_features", lambda: self._device.set_driver_features(self._driver_features)
+        ):
+            self._give_up()
+        for queue in running:
+            await queue.run_if_due()
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
         """Start the queue; its ring is looked at once. None: it is polled."""
@@ -265,7 +284,7 @@ class Backend:
             if queue.setup is None:
                 raise PeerError(f"queue {index} is started before it is set up")
             await queue.halt()
-            number = _number_of(index, fd)  # now: once it is given away, the fd is the queue's alone
+            number = number_of(index, fd)  # now: once it is given away, the fd is the queue's alone
         except BaseException:
             if fd is not None:
                 fd.close()
@@ -331,6 +350,7 @@ class Backend:
         queue.vq.clear_doorbells()
         queue.vq.set_call(None)
         self.kick_observer(index, None)
+        self._drivers.stopped(queue)
         return queue.vq.base
 
     async def reset(self) -> None:
@@ -346,8 +366,8 @@ class Backend:
         before, self._table = self._table, MemoryTable()
         before.close_dropped(self._table)
         self._driver_features = self._status = 0
-        self._calls.go_on("set_driver_features", lambda: self._device.set_driver_features(0))
-        self._calls.go_on("reset", self._device.reset)
+        self._drivers.forget()
+        self._calls.reset()
         while True:  # events of what is no more
             try:
                 self._receive.receive_nowait()
@@ -373,16 +393,6 @@ class Backend:
         )
 
 
-def _number_of(index: int, kick: OwnedFd | None) -> int | None:
-    try:
-        return eventfd_id(kick.fileno()) if kick is not None else None
-    except OSError as error:  # there is no descriptor left to look with
-        raise HostError(f"kick fd of queue {index}: {error.strerror}", errno=error.errno or 0) from error
-
-
 def _check_config_range(offset: int, size: int) -> None:
     if offset < 0 or size < 0 or offset + size > spec.CONFIG_SPACE_MAX:
         raise PeerError(f"config space {offset}+{size} is beyond its {spec.CONFIG_SPACE_MAX} bytes")
-
-
-__all__ = ["Backend", "GuestError"]

@@ -18,7 +18,7 @@ import trio
 from virtio.device import Device
 from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError, PeerError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, eventfd_id
 from virtio.running import QueueDriver
 from virtio.virtqueue import Virtqueue
 from virtio.waist import Doorbell, QueueSetup
@@ -137,6 +137,13 @@ class BackendQueue:
         self.vq.clear_doorbells()
         self.vq.set_call(None)
         self.vq.set_err(None)
+
+
+def number_of(index: int, kick: OwnedFd | None) -> int | None:
+    try:
+        return eventfd_id(kick.fileno()) if kick is not None else None
+    except OSError as error:  # there is no descriptor left to look with
+        raise HostError(f"kick fd of queue {index}: {error.strerror}", errno=error.errno or 0) from error
 
 
 @contextmanager

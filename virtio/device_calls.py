@@ -78,6 +78,11 @@ class DeviceCalls:
             self.tell("run", group)
         return not failed
 
+    def reset(self) -> None:
+        """As at a driver's reset, after which it has accepted nothing."""
+        self.go_on("set_driver_features", lambda: self._device.set_driver_features(0))
+        self.go_on("reset", self._device.reset)
+
     def look(self, what: str, call: Callable[[], T], otherwise: T) -> T:
         """What the device says; ``otherwise`` when it raises. Any thread."""
         try:

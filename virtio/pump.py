@@ -24,7 +24,7 @@ POLL_SECONDS: Final = 0.001
 """How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
 
 
-_BEGINNINGS: Final = (0, 0x8000_8000)
+BEGINNINGS: Final = (0, 0x8000_8000)
 """The base of a split and of a packed ring that was never used (both wrap counters are 1 there, 2.8.1)."""
 
 
@@ -36,7 +36,7 @@ class Queue:
         self._request_max = request_max
         self._vq = vq
         self._room = ffi.new("struct chain *[]", BATCH)
-        self.used_before = vq.base not in _BEGINNINGS
+        self.used_before = vq.base not in BEGINNINGS
         """The driver used the ring before it came to us: it does not stand at its beginning."""
         self._outstanding: dict[Chain, None] = {}  # what the device has, oldest first
         self._idle = trio.Event()
