@@ -42,11 +42,13 @@ METRICS = "127.0.0.1:9478"
 MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio-rng", "virtio_net", "msr")
 GUEST_OS_ID = "dd if=/dev/cpu/0/msr bs=8 count=1 skip=$((0x40000000 / 8)) 2>/dev/null | hexdump -e '8/1 \"%02x\"'"
 NO_ID = "00" * 8
-# What `hyperbell hypercall disk POLICY` says; the command itself takes many seconds to start beside a load.
+# What `hyperbell hypercall disk POLICY` and `hyperbell link net STATE` say; the commands themselves take many seconds
+# to start beside a load.
 CHANGE = """
 import json, socket, sys
+command, device, key, value = sys.argv[2:]
 sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1]); lines = sock.makefile("rw")
-lines.write(json.dumps({"command": "hypercall", "device": "disk", "policy": sys.argv[2]}) + "\\n"); lines.flush()
+lines.write(json.dumps({"command": command, "device": device, key: value}) + "\\n"); lines.flush()
 answer = json.loads(lines.readline())
 assert answer["ok"], answer
 """
@@ -73,6 +75,7 @@ class Use:
 @dataclass
 class Record:
     found: dict[str, str] = field(default_factory=dict)
+    carrier: dict[str, str] = field(default_factory=dict)  # by what was said of the network's cable
     plain: Use | None = None  # of "held", before the module is loaded
     used: dict[str, Use] = field(default_factory=dict)  # with it
     differs: dict[str, str] = field(default_factory=dict)
@@ -145,6 +148,7 @@ class Scenario:
                 "result drawn $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)"
             )
         ).results
+        await self.plug()
         record.plain = await self.use("held")
         await self.identity()
         await self.load_module()
@@ -154,13 +158,27 @@ class Scenario:
             record.differs[name] = await image_differs(self.host, name, SEEDS[name])
         await self.withdraw_under_load()
 
+    async def change(self, what: str, value: str) -> None:
+        await self.host.run(f"python3 -S /tmp/change.py {CONTROL} {what} {value}", timeout_seconds=120)
+
+    async def plug(self) -> None:
+        """The network's cable is pulled and plugged in again: what the guest's driver says of it, after some time."""
+        await self.guest.run("ip link set eth0 up")
+        for state, carrier in (("down", "0"), ("up", "1")):
+            await self.change("link net state", state)
+            answer = await self.guest.run(
+                f"seen() {{ cat /sys/class/net/eth0/carrier; }};"
+                f"for i in $(seq 100); do [ $(seen) = {carrier} ] && break; usleep 50000; done; result carrier $(seen)"
+            )
+            self.record.carrier[state] = answer.results["carrier"]
+
     async def withdraw_under_load(self) -> None:
         """The policy changes twice while the disk is busy; the load must not notice."""
         async with disk_load(self.guest, NODES["disk"], LOAD_SEED) as load:
             for policy in ("", "withhold", "offer"):
                 earlier = await self.disk() if policy == "offer" else []
                 if policy:
-                    await self.host.run(f"python3 -S /tmp/change.py {CONTROL} {policy}", timeout_seconds=120)
+                    await self.change("hypercall disk policy", policy)
                 if policy == "withhold":
                     # The first ring of each queue after it is refused and goes to the plain doorbell.
                     await load.next_round()
@@ -239,6 +257,10 @@ def test_debians_kernel_finds_all_devices_two_cpus_and_two_queues(record: Record
 
 def test_module_finds_the_key_of_the_platform(record: Record) -> None:
     assert record.totals["available"] == "1", record.totals["reason"]
+
+
+def test_a_guest_sees_its_networks_cable_pulled_and_plugged_in_again(record: Record) -> None:
+    assert record.carrier == {"down": "0", "up": "1"}
 
 
 @pytest.mark.parametrize("name", DISKS)
