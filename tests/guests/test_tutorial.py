@@ -56,7 +56,7 @@ def test_qemu_is_told_what_the_tutorial_shows(written: Path) -> None:
 async def test_a_linux_guest_throws_the_dice(testbed: Testbed, written: Path) -> None:
     file = written / "dice.toml"
     port = free_port()
-    file.write_text(f'[daemon]\nmetrics = "127.0.0.1:{port}"\n{file.read_text()}')
+    file.write_text(file.read_text().replace("[daemon]", f'[daemon]\nmetrics = "127.0.0.1:{port}"', 1))
     devices = [word for word in qemu_args(written) if word != "\\"]
     async with (
         serve(file, written, port) as daemon,

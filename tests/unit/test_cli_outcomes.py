@@ -26,6 +26,7 @@ async def work():
             inner.start_soon(trio.sleep_forever)
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
 cli.run_doorbells = lambda **options: trio.run(work)
 sys.exit(cli.main(["doorbells"]))
 """
