@@ -39,7 +39,7 @@ test: check ## everything: lint, types, unit, devices, integration, sanitizers, 
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder --cov
 
 # An emulated host for each file: one that gets stuck does not take the others with it.
-test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes some twenty minutes)
+test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (takes half an hour)
 	@failed=; for f in tests/nested/test_*.py; do \
 	  $(BIN)/python -m pytest $$f -m "nested or nested_full" || failed="$$failed $$f"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }

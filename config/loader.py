@@ -32,9 +32,8 @@ NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
 _TABLES: Final = ("daemon", "workers", "devices")
 _COMMON_KEYS: Final = frozenset(DeviceConfig.model_fields)
-_NESTING_MAX: Final = (
-    64  # tables and arrays inside each other: far more than any key takes, far less than Python's stack
-)
+_NESTING_MAX: Final = 64
+"""Tables and arrays inside each other: far more than any key takes, far less than Python's stack."""
 _TOO_DEEP: Final = f"has more than {_NESTING_MAX} arrays and tables inside each other"
 
 Model = TypeVar("Model", bound=BaseModel)

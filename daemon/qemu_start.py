@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from config.loader import Config
-from config.schema import SOCKET_PATH_MAX
+from config.schema import SOCKET_PATH_MAX, socket_path_fault
 from daemon.qemu_args import NO_HYPERCALL_SOCKET
 from transports.hypercall import check_key, derive_key
 from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
@@ -91,11 +91,10 @@ def preload_environment(socket: Path, key: int | None, name: str | None) -> dict
 def _absolute(socket: Path) -> str:
     """As QEMU finds it from wherever it is (-daemonize: /). The daemon may have made it by a relative path."""
     path = socket.absolute()
-    length = len(os.fsencode(path))
-    if length > SOCKET_PATH_MAX:
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
         raise HostError(
-            f"{path} is {length} bytes long, but the path of a Unix socket has room for {SOCKET_PATH_MAX}, and QEMU "
-            "needs all of it; put the socket into a folder with a shorter name, such as /run/hyperbell",
+            f"{path} {socket_path_fault(path)}, and QEMU needs all of it; "
+            "put the socket into a folder with a shorter name, such as /run/hyperbell",
             errno=errno.ENAMETOOLONG,
         )
     return str(path)

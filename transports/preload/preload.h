@@ -2,8 +2,8 @@
  * The preload library: it stands between QEMU and ioctl(), and gives a VM the hypercall doorbell.
  *
  * DOORBELLS.md, "The preload library for stock QEMU", has the rules it keeps. Threads: QEMU's own call the functions
- * of vm.c and vcpu.c through ioctl.c; one thread of ours a VM runs link.c. All state is behind one mutex, which nobody holds
- * while waiting for anything but the kernel: no thread of QEMU ever waits for the daemon.
+ * of vm.c and vcpu.c through ioctl.c; one thread of ours a VM runs link.c. All state is behind one mutex, which nobody
+ * holds while waiting for anything but the kernel: no thread of QEMU ever waits for the daemon.
  */
 #ifndef HYPERBELL_PRELOAD_H
 #define HYPERBELL_PRELOAD_H
