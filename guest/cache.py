@@ -41,10 +41,11 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def store_file(target: Path, content: bytes) -> Path:
+def store_file(target: Path, content: bytes, mode: int = 0o644) -> Path:
     """Write ``content`` to ``target`` so that another process sees the whole file or none."""
     with scratch_folder(target.parent) as scratch:
         made = scratch / target.name
         made.write_bytes(content)
+        made.chmod(mode)
         made.rename(target)
     return target

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
+from guest.tools import run_tool
 from transports.kvm.bzimage import is_bzimage, unpack_bzimage
 from virtio.errors import HostError
 
@@ -59,23 +59,6 @@ def prepare_kernel(progress: Progress, meta_package: str = META_PACKAGE) -> Kern
 def _kernel_in(folder: Path) -> Kernel:
     vmlinux = folder / "vmlinux"
     return Kernel(folder.name, vmlinux if vmlinux.exists() else folder / "vmlinuz", folder / "modules")
-
-
-def run_tool(command: list[str], what: str, cwd: Path | None = None) -> str:
-    """The standard output of ``command``; ``PrepareError`` when it cannot run or fails."""
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, "LC_ALL": "C"}
-        )
-    except FileNotFoundError as error:
-        raise PrepareError(f"{what}: '{command[0]}' is not installed on this machine") from error
-    except subprocess.TimeoutExpired as error:
-        raise PrepareError(f"{what}: '{command[0]}' did not finish within ten minutes") from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-        errors = [line for line in reason if line.startswith("E:") or re.search(r"\berror\b", line)] or reason[-1:]
-        raise PrepareError(f"{what}: {' '.join(errors)}")
-    return done.stdout
 
 
 def _concrete_package(meta_package: str) -> str:

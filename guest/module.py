@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
-from guest.kernel import Kernel, fetch_package, run_tool
+from guest.kernel import Kernel, fetch_package
+from guest.tools import run_tool
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "linux"

@@ -1,0 +1,179 @@
+"""Packages of a suite: found, fetched and unpacked from a small archive of the test's own, by the real apt."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from guest import suites
+from guest.cache import PrepareError
+from guest.suites import open_suite
+from guest.tree import Tree, unpack_archives
+
+SUITE = "trixie"
+
+
+class Archive:
+    """A Debian archive of one suite in ``folder``, which nobody signed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: list[str] = []
+        self.publish()
+
+    def add(self, name: str, version: str, files: dict[str, str], depends: str = "") -> None:
+        """Build a package and publish it."""
+        control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: a test\nDescription: a test\n"
+        control += f"Depends: {depends}\n" if depends else ""
+        root = self.folder / "build" / f"{name}_{version}"
+        for path, text in {"DEBIAN/control": control, **files}.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text)
+        archive = self.folder / "pool" / f"{name}_{version}_amd64.deb"
+        archive.parent.mkdir(exist_ok=True)
+        subprocess.run(["dpkg-deb", "--root-owner-group", "-b", root, archive], check=True, capture_output=True)
+        content = archive.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        self._entries.append(f"{control}Filename: pool/{archive.name}\nSize: {len(content)}\nSHA256: {digest}\n")
+        self.publish()
+
+    def remove(self, name: str) -> None:
+        """As a mirror does when a newer version comes."""
+        for archive in (self.folder / "pool").glob(f"{name}_*"):
+            archive.unlink()
+        self._entries = [entry for entry in self._entries if not entry.startswith(f"Package: {name}\n")]
+
+    def publish(self) -> None:
+        release = self.folder / "dists" / SUITE
+        index = "\n".join(self._entries).encode()
+        (release / "main" / "binary-amd64").mkdir(parents=True, exist_ok=True)
+        (release / "main" / "binary-amd64" / "Packages").write_bytes(index)
+        listed = f" {hashlib.sha256(index).hexdigest()} {len(index)} main/binary-amd64/Packages\n"
+        head = (
+            f"Origin: Debian\nLabel: Debian\nSuite: stable\nCodename: {SUITE}\nArchitectures: amd64\nComponents: main\n"
+        )
+        (release / "Release").write_text(f"{head}Date: Sun, 29 Nov 2026 12:00:00 UTC\nSHA256:\n{listed}")
+
+
+@pytest.fixture
+def unsigned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
+    monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(suites, "_mirror", lambda: f"file:{tmp_path}/archive")
+    return Archive(tmp_path / "archive")
+
+
+@pytest.fixture
+def archive(unsigned: Archive, monkeypatch: pytest.MonkeyPatch) -> Archive:
+    """One that apt trusts."""
+    monkeypatch.setattr(suites, "SOURCE", f"{suites.SOURCE}Trusted: yes\n")
+    return unsigned
+
+
+def test_a_suite_that_this_machines_keys_did_not_sign_is_refused(unsigned: Archive) -> None:
+    unsigned.add("tool", "1.0-1", {})
+    with pytest.raises(PrepareError, match=r"Debian trixie: .*not signed.* debian-archive-keyring"):
+        open_suite(SUITE, print)
+
+
+def test_an_unknown_suite_is_named_beside_those_that_are_known() -> None:
+    with pytest.raises(PrepareError, match="no suite 'stretch'; known are bookworm, trixie, trixie-backports"):
+        open_suite("stretch", print)
+
+
+def test_a_mirror_that_does_not_answer_is_an_error_with_advice(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "_mirror", lambda: f"file:{tmp_path}/nowhere")
+    with pytest.raises(PrepareError, match="see whether 'apt-get update' works on this machine"):
+        open_suite(SUITE, print)
+
+
+def test_version_and_dependencies_are_the_suites_and_not_those_of_what_is_installed(archive: Archive) -> None:
+    archive.add("dpkg", "99:7.1", {}, depends="libone (>= 2), first | second, third:any")
+    suite = open_suite(SUITE, print)
+    assert suite.version("dpkg") == "99:7.1"
+    assert suite.depends("dpkg") == ["libone", "first", "third"]
+
+
+def test_a_package_that_the_suite_does_not_have_is_named(archive: Archive) -> None:
+    with pytest.raises(PrepareError, match="Debian trixie has no package tool"):
+        open_suite(SUITE, print).version("tool")
+
+
+def test_a_tree_has_the_package_and_all_it_depends_on_in_one_usr(archive: Archive) -> None:
+    archive.add("libone", "1", {"lib/libone.txt": "old layout"})
+    archive.add("libtwo", "1", {"usr/lib/libtwo.txt": "new layout"}, depends="libone")
+    archive.add("tool", "1:2.0-1", {"usr/bin/tool": "text", "sbin/daemon": "text"}, depends="libtwo")
+    archive.add("other", "1", {"usr/bin/other": "not asked for"})
+    tree = open_suite(SUITE, print).unpack(["tool"])
+    found = sorted(str(path.relative_to(tree.folder)) for path in tree.folder.rglob("*") if path.is_file())
+    assert found == ["usr/bin/tool", "usr/lib/libone.txt", "usr/lib/libtwo.txt", "usr/sbin/daemon"]
+    assert (tree.folder / "lib" / "libtwo.txt").read_text() == "new layout"
+
+
+def test_a_tree_is_fetched_once_and_anew_when_its_version_is_another(archive: Archive) -> None:
+    archive.add("tool", "1", {"usr/bin/tool": "first"})
+    said: list[str] = []
+    suite = open_suite(SUITE, said.append)
+    first = suite.unpack(["tool"])
+    said.clear()
+    assert suite.unpack(["tool"]) == first
+    assert said == []
+    archive.add("tool", "2", {"usr/bin/tool": "second"})
+    suite._update()
+    assert (suite.unpack(["tool"]).folder / "usr/bin/tool").read_text() == "second"
+
+
+def test_a_version_that_left_the_mirror_is_replaced_by_the_one_that_followed(archive: Archive, tmp_path: Path) -> None:
+    archive.add("tool", "1", {"usr/bin/tool": "first"})
+    suite = open_suite(SUITE, print)
+    archive.remove("tool")
+    archive.add("tool", "2", {"usr/bin/tool": "second"})
+    into = tmp_path / "into"
+    into.mkdir()
+    assert suite.download("tool", into).name == "tool_2_amd64.deb"
+
+
+def test_two_at_once_get_the_same_whole_tree(archive: Archive) -> None:
+    archive.add("tool", "1", {f"usr/share/tool/{number}": "text" for number in range(50)})
+
+    def unpack(_: int) -> Tree:
+        return open_suite(SUITE, lambda line: None).unpack(["tool"])
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(unpack, range(2))
+    assert one == other
+    assert len(list((one.folder / "usr/share/tool").iterdir())) == 50
+    assert [path.name for path in one.folder.parent.iterdir()] == [one.folder.name]
+
+
+def test_nothing_is_left_of_a_tree_that_could_not_be_fetched(archive: Archive) -> None:
+    archive.add("tool", "1", {}, depends="missing")
+    suite = open_suite(SUITE, print)
+    with pytest.raises(PrepareError, match=r"Debian trixie: E: .*broken packages"):
+        suite.unpack(["tool"])
+    assert not (suite.folder / "trees").exists()
+    assert not list(suite.folder.glob(".making-*"))
+
+
+def test_a_program_of_a_tree_runs_with_the_trees_own_loader_and_its_arguments_first(tmp_path: Path) -> None:
+    folder = tmp_path / "tree"
+    unpack_archives([], folder)
+    (folder / "usr/bin/tool").write_text("")
+    (folder / "usr/lib64/ld-linux-x86-64.so.2").write_text('#!/bin/sh\necho "$SETTING"; printf "%s\\n" "$@"\n')
+    (folder / "usr/lib64/ld-linux-x86-64.so.2").chmod(0o755)
+    script = Tree(folder).wrapper(tmp_path / "bin" / "tool", "usr/bin/tool", ["-L", "a b"], {"SETTING": "x y"})
+    said = subprocess.run([script, "last one"], capture_output=True, text=True, check=True).stdout.splitlines()
+    program = str(folder / "usr/bin/tool")
+    libraries = str(folder / "usr/lib/x86_64-linux-gnu")
+    assert said == ["x y", "--library-path", libraries, "--argv0", program, program, "-L", "a b", "last one"]
+
+
+def test_a_program_that_a_tree_does_not_have_is_named(tmp_path: Path) -> None:
+    unpack_archives([], tmp_path / "tree")
+    with pytest.raises(PrepareError, match=r"unpacked in .*tree have no usr/bin/tool"):
+        Tree(tmp_path / "tree").command("usr/bin/tool")
