@@ -48,6 +48,7 @@ class _Lib:
     VQ_FAULT_CALL_FD: int
     VQ_FAULT_REQUEST_MAX: int
     VQ_FAULT_DEVICE: int
+    VQ_FAULT_RING_PIECES: int
     VQ_SPACE_GPA: int
     VQ_SPACE_UVA: int
     VQ_SPACE_IOVA: int

@@ -103,7 +103,7 @@ static void step_pop(struct state *s)
 	virtqueue_report(s->vq, &report);
 	CHECK(rc == VQ_CHAIN || rc == VQ_EMPTY || rc == VQ_MISS || rc == VQ_BROKEN);
 	CHECK((rc == VQ_BROKEN) == (report.fault != VQ_FAULT_NONE));
-	CHECK(report.fault <= VQ_FAULT_CALL_FD);
+	CHECK(report.fault <= VQ_FAULT_CALL_FD || report.fault == VQ_FAULT_RING_PIECES);
 	CHECK(s->fault == VQ_FAULT_NONE || report.fault == s->fault); /* the first reason stays */
 	CHECK(!s->gone || rc == VQ_BROKEN || rc == VQ_MISS);
 	s->fault = report.fault;

@@ -53,6 +53,29 @@ def ring_seeds() -> None:
             (SEEDS / "fuzz_ring" / f"honest-{flags:02x}-{size}").write_bytes(data)
 
 
+def scattered_seeds() -> None:
+    """Rings that lie across the end of the first region, at 512."""
+    for packed, event, iommu in itertools.product((0, PACKED), (0, EVENT_IDX), (0, IOMMU)):
+        flags = packed | event | iommu | RAW_ADDRESSES
+        size = 8 if packed else 4
+        memory = GuestMemory(640, gpa=0)
+        memory.allocate(448 if packed else 480)  # its descriptors cross
+        driver: PackedDriver | SplitDriver
+        driver = (PackedDriver if packed else SplitDriver)(memory, size, event_idx=bool(event))
+        for at in range(4):
+            driver.add_elements([Element(16 * at, 20, bool(at % 2))])
+        image = memory.read(0, 640)
+        areas = struct.pack("<HHH", driver.desc, driver.avail, driver.used_area)
+        memory.close()
+        steps = [POP, POP, ARM, POP, CYCLE, POKE, 0, 1, 7, CYCLE, DISARM, PUBLISH, NOTIFY, SET_MEMORY, POP, CYCLE]
+        if iommu:
+            learn = [step for page in range(10) for step in (MAP | ALL_RIGHTS, page * 64 & 0xFF, page * 64 >> 8, 64)]
+            steps = [POP, *learn, RESUME, *steps]
+        data = struct.pack("<BBI", flags, (size.bit_length() - 1) << 2, 0x80008000 if packed else 0) + areas
+        data += struct.pack("<H", len(image)) + image + bytes(steps)
+        (SEEDS / "fuzz_ring" / f"scattered-{flags:02x}").write_bytes(data)
+
+
 def loop_seeds() -> None:
     """Chains without an end, which a fuzzer finds hard to make: all of a ring must fit together."""
     for flags, size in itertools.product((0, PACKED), (1, 4, 8)):
@@ -108,5 +131,6 @@ if __name__ == "__main__":
     for target in ("fuzz_ring", "fuzz_blk"):
         (SEEDS / target).mkdir(parents=True, exist_ok=True)
     ring_seeds()
+    scattered_seeds()
     loop_seeds()
     blk_seeds()

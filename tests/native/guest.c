@@ -57,7 +57,7 @@ void driver_init(struct driver *d, struct guest *g, uint64_t area_gpa, bool pack
 	*d = (struct driver){ .guest = g, .packed = packed, .event_idx = event_idx, .avail_wrap = true,
 			      .used_wrap = true, .slots_free = DRIVER_QUEUE_SIZE };
 	memset(guest_at(g, area_gpa), 0, DRIVER_AREA);
-	d->desc = area_gpa;
+	d->desc = area_gpa + 2048; /* so that its areas cross from one page into the next */
 	d->avail = d->desc + 16 * DRIVER_QUEUE_SIZE;
 	d->used = d->avail + 8 + 2 * DRIVER_QUEUE_SIZE;
 	d->tables = area_gpa + DRIVER_AREA / 2;

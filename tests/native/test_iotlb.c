@@ -1,6 +1,7 @@
 /*
  * A guest behind an IOMMU: nothing is known at first, every miss is asked for and answered, and translations are
- * taken away at any time. Two queues share one event fd, as in the daemon. Everything still arrives.
+ * taken away at any time. Two queues share one event fd, as in the daemon. Everything still arrives, also where every
+ * page lies apart from its neighbours, that is, where rings are scattered.
  */
 #include "load.h"
 
@@ -88,17 +89,38 @@ static void *watch_until_enough(void *argument)
 	return NULL;
 }
 
-static void run(uint32_t reactor, bool packed, bool event_idx)
+/* The guest's memory in one mapping, or with a mapping for each page, the last one first. */
+static struct memory_table *table_of(const struct guest *g, bool scattered)
+{
+	/* Nothing lies where the driver's addresses point if they were taken for guest physical ones. */
+	struct memory_region whole = { .gpa = 1ull << 40, .size = g->size, .uva = GUEST_UVA, .mapping = g->mapping };
+	static struct memory_region pages[GUEST_BYTES / PAGE];
+	struct memory_table *table;
+	int error;
+
+	if (!scattered)
+		return memory_table_new(&whole, 1);
+	for (uint64_t i = 0; i < ARRAY_SIZE(pages); i++) {
+		pages[i] = (struct memory_region){ .gpa = whole.gpa + i * PAGE, .size = PAGE, .uva = GUEST_UVA + i * PAGE };
+		pages[i].mapping = mapping_new(g->fd, i * PAGE, PAGE, &error);
+		CHECK(pages[i].mapping);
+	}
+	table = memory_table_new(pages, ARRAY_SIZE(pages));
+	for (uint64_t i = 0; i < ARRAY_SIZE(pages); i++)
+		mapping_unref(pages[i].mapping); /* the table has references of its own */
+	return table;
+}
+
+static void run(uint32_t reactor, bool packed, bool event_idx, bool scattered)
 {
 	struct iommu m = { .tlb = iotlb_new(), .event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .random = 123456789 };
 	struct guest *g = guest_new(GUEST_BYTES, false);
-	/* Nothing lies where the driver's addresses point if they were taken for guest physical ones. */
-	struct memory_region region = { .gpa = 1ull << 40, .size = g->size, .uva = GUEST_UVA, .mapping = g->mapping };
-	struct memory_table *table = memory_table_new(&region, 1);
+	struct memory_table *table = table_of(g, scattered);
 	pthread_t threads[LOAD_QUEUES], watcher;
 	struct native_device *disk;
 	int fd;
 
+	CHECK(table);
 	rig_open(&m.rig, reactor, 20);
 	disk = disk_new(DISK_MEMORY, &fd);
 	for (uint32_t i = 0; i < LOAD_QUEUES; i++) {
@@ -131,8 +153,8 @@ static void run(uint32_t reactor, bool packed, bool event_idx)
 	memory_table_unref(table);
 	guest_free(g);
 	close(m.event_fd);
-	printf("%s, %s%s: ok, %llu misses, %llu invalidations\n", reactor == REACTOR_EPOLL ? "epoll" : "io_uring",
-	       packed ? "packed" : "split", event_idx ? ", EVENT_IDX" : "", (unsigned long long)m.misses,
+	printf("%s, %s%s%s: ok, %llu misses, %llu invalidations\n", reactor == REACTOR_EPOLL ? "epoll" : "io_uring",
+	       packed ? "packed" : "split", event_idx ? ", EVENT_IDX" : "", scattered ? ", scattered" : "", (unsigned long long)m.misses,
 	       (unsigned long long)m.invalidations);
 }
 
@@ -140,7 +162,8 @@ int main(void)
 {
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	alarm(100);
-	for (unsigned variant = 0; variant < 4; variant++)
-		run(variant == 1 || variant == 2 ? REACTOR_EPOLL : REACTOR_IO_URING, variant & 1, variant & 2);
+	for (unsigned variant = 0; variant < 8; variant++)
+		run(variant % 4 == 1 || variant % 4 == 2 ? REACTOR_EPOLL : REACTOR_IO_URING, variant & 1, variant & 2,
+		    variant & 4);
 	return 0;
 }

@@ -161,14 +161,14 @@ def test_a_ring_may_be_put_together_from_neighbours_that_lie_together(rings: Rin
     assert next_miss(device) == IotlbMiss(next(iter(driver.in_flight.values())).elements[0].gpa, WRITE)
 
 
-def test_a_ring_that_lies_in_two_places_breaks_the_queue(rings: Rings) -> None:
+def test_a_ring_that_lies_in_pieces_of_less_than_a_page_breaks_the_queue(rings: Rings) -> None:
     driver = SplitDriver(rings.memory(), 16)
     device = device_behind_iommu(rings, driver)
     learn_ring(device)
     learn(device, driver.desc, 128)
     learn(device, driver.desc + 128, 128, uva=driver.memory.uva + 0x8000)
     assert next_miss(device) is None
-    assert device.fault == lib.VQ_FAULT_RING_ADDRESS
+    assert device.fault == lib.VQ_FAULT_RING_PIECES
 
 
 @pytest.mark.parametrize("ring", FORMATS)

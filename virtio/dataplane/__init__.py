@@ -33,6 +33,7 @@ FAULTS: Final[dict[int, str]] = {
     lib.VQ_FAULT_EMPTY_BUFFER: "a descriptor of length 0",
     lib.VQ_FAULT_TOTAL_LENGTH: "a chain of more than 4 GiB",
     lib.VQ_FAULT_RING_ADDRESS: "the ring lies outside guest memory",
+    lib.VQ_FAULT_RING_PIECES: "the ring lies in pieces that are smaller than a page of 4 KiB",
     lib.VQ_FAULT_MEMORY_GONE: "the file behind guest memory was truncated",
     lib.VQ_FAULT_SHAPE: "a request without the parts its device needs",
     lib.VQ_FAULT_CALL_FD: "the call eventfd is kept full by the other side",

@@ -126,6 +126,24 @@ struct packed_ring {
 	uint16_t signalled_off;   /* slots used since the last decision to notify */
 };
 
+/* The smallest piece in which an IOMMU scatters a ring. A fuzzer may have smaller ones, to scatter small rings. */
+#ifndef RING_PAGE_SHIFT
+#define RING_PAGE_SHIFT 12
+#endif
+#define RING_PAGE (1u << RING_PAGE_SHIFT)
+/* The three areas of the largest split ring (2.7), each of which begins and ends in the middle of a page. */
+#define QUEUE_SIZE_MAX 32768u
+#define RING_PAGES_MAX (((16 + 2 + 8) * QUEUE_SIZE_MAX + 6 + 6) / RING_PAGE + 3 * 2)
+
+enum { AREA_DESC, AREA_AVAIL, AREA_USED, RING_AREAS };
+
+struct ring_pages { /* a scattered ring, page by page; an address is in our memory, of the page's first byte */
+	uint32_t first[RING_AREAS]; /* the area's first page */
+	uint32_t skew[RING_AREAS];  /* where in it the area begins */
+	uint32_t count;
+	uintptr_t page[RING_PAGES_MAX];
+};
+
 struct ring_ops;
 
 struct inflight { /* a link in a queue's list of what is in flight; driver thread */
@@ -142,7 +160,7 @@ struct virtqueue {
 	uint32_t space;
 	bool event_idx, indirect, configured;
 	uint64_t desc_addr, avail_addr, used_addr;
-	const struct ring_ops *ops;
+	const struct ring_ops *ops; /* flat or scattered: driver thread */
 	struct iotlb *iotlb;
 	uint64_t *inflight_heads; /* bitmap: heads (split) or buffer ids (packed) the driver has not got back */
 	/* driver thread */
@@ -176,11 +194,16 @@ struct virtqueue {
 	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */
 	bool kicked;              /* one fired since the queue was last served */
 	bool touched;             /* elements were pushed and not yet published */
+	/* driver thread: where a scattered ring lies, else not used; it goes with ring_table */
+	struct ring_pages pages;
 };
 
 struct ring_ops {
+	/* The same format where each area is contiguous in our memory, and where the ring lies in vq->pages. */
+	const struct ring_ops *flat, *scattered;
 	/* The three areas' sizes in bytes. */
-	void (*areas)(const struct virtqueue *vq, uint64_t sizes[3]);
+	void (*areas)(const struct virtqueue *vq, uint64_t sizes[RING_AREAS]);
+	/* A scattered ring is given no pointers. */
 	void (*attach)(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, uint8_t *used);
 	int (*set_base)(struct virtqueue *vq, uint32_t base);
 	uint32_t (*base)(const struct virtqueue *vq);
@@ -194,7 +217,7 @@ struct ring_ops {
 	void (*disarm)(struct virtqueue *vq);
 };
 
-extern const struct ring_ops split_ops, packed_ops;
+extern const struct ring_ops split_ops, packed_ops, split_scattered_ops, packed_scattered_ops;
 
 /* Pop into `chain`: VQ_CHAIN, VQ_EMPTY, VQ_MISS (parked) or VQ_BROKEN. */
 int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain);
@@ -228,6 +251,8 @@ int chain_add_indirect(struct virtqueue *vq, struct chain_view *chain, const str
 void virtqueue_unpop(struct virtqueue *vq, const uint32_t *heads, uint32_t count, uint32_t slots);
 /* Break the queue with this reason; always returns VQ_BROKEN. */
 int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
+/* Find the ring in the memory of now: 0, VQ_MISS (now parked) or VQ_BROKEN. Until it is found, the old places stay. */
+int virtqueue_resolve(struct virtqueue *vq);
 /* Contiguous bytes at *hva (> 0), or VQ_MISS (now parked), or VQ_BROKEN (outside memory; nothing broken yet). */
 int virtqueue_translate(struct virtqueue *vq, uint64_t addr, uint64_t len, uint32_t perm, uint8_t **hva);
 

@@ -1,5 +1,8 @@
-/* The packed ring, section 2.8. One area of descriptors, written by both sides; wrap counters tell whose turn it is. */
-#include "dataplane.h"
+/*
+ * The packed ring, section 2.8. One area of descriptors, written by both sides; wrap counters tell whose turn it is.
+ * Compiled twice, see ring_area.h.
+ */
+#include "ring_area.h"
 
 #define VRING_PACKED_DESC_F_AVAIL (1u << 7)
 #define VRING_PACKED_DESC_F_USED (1u << 15)
@@ -9,6 +12,16 @@
 
 #define INDEX_MASK 0x7fffu
 #define WRAP_BIT 15
+
+#ifdef RING_SCATTERED
+#define DESC(vq, word) ((uint64_t *)ring_word(vq, AREA_DESC, 8 * (uint32_t)(word)))
+#define DRIVER_EVENT(vq) ((uint32_t *)ring_word(vq, AREA_AVAIL, 0))
+#define DEVICE_EVENT(vq) ((uint32_t *)ring_word(vq, AREA_USED, 0))
+#else
+#define DESC(vq, word) (&(vq)->packed.desc[word])
+#define DRIVER_EVENT(vq) ((vq)->packed.driver_event)
+#define DEVICE_EVENT(vq) ((vq)->packed.device_event)
+#endif
 
 static void packed_areas(const struct virtqueue *vq, uint64_t sizes[3])
 {
@@ -82,9 +95,9 @@ static int packed_pop(struct virtqueue *vq, struct chain_view *chain)
 	chain_begin(chain);
 	do {
 		/* The word with the flags first: what it says was written before it (2.8.21.1 Driver: flags last). */
-		uint64_t hi = load_acquire(&r->desc[2 * at + 1]);
+		uint64_t hi = load_acquire(DESC(vq, 2 * at + 1));
 
-		d = desc_unpack(load_relaxed(&r->desc[2 * at]), hi, true);
+		d = desc_unpack(load_relaxed(DESC(vq, 2 * at)), hi, true);
 		if (slots == 0 && !is_available(d.flags, wrap))
 			return VQ_EMPTY;
 		/* 2.8.17: no chain is longer than the queue. */
@@ -118,7 +131,7 @@ static void packed_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uin
 	struct packed_ring *r = &vq->packed;
 	uint16_t flags = (uint16_t)((r->used_wrap ? VRING_PACKED_DESC_F_AVAIL | VRING_PACKED_DESC_F_USED : 0u) |
 				    (written ? VRING_DESC_F_WRITE : 0u));
-	uint64_t *word = &r->desc[2 * r->used_idx + 1];
+	uint64_t *word = DESC(vq, 2 * r->used_idx + 1);
 
 	if (r->staged == 0) {
 		/* Staged: everything but the flags, so that the driver does not look further before publish. */
@@ -141,7 +154,7 @@ static void packed_publish(struct virtqueue *vq)
 
 	if (r->staged == 0)
 		return;
-	store_release((uint16_t *)&r->desc[2 * r->publish_idx + 1] + 3, r->publish_flags);
+	store_release((uint16_t *)DESC(vq, 2 * r->publish_idx + 1) + 3, r->publish_flags);
 	r->staged = 0;
 }
 
@@ -166,7 +179,7 @@ static bool packed_needs_notify(struct virtqueue *vq)
 
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	r->signalled_off = 0;
-	wish = load_relaxed(r->driver_event);
+	wish = load_relaxed(DRIVER_EVENT(vq));
 	switch (wish >> 16 & 3) {
 	case VRING_PACKED_EVENT_FLAG_ENABLE:
 		return true;
@@ -189,7 +202,7 @@ static bool packed_has_work(const struct virtqueue *vq)
 {
 	const struct packed_ring *r = &vq->packed;
 
-	return is_available((uint16_t)(load_relaxed(&r->desc[2 * r->avail_idx + 1]) >> 48), r->avail_wrap);
+	return is_available((uint16_t)(load_relaxed(DESC(vq, 2 * r->avail_idx + 1)) >> 48), r->avail_wrap);
 }
 
 static void packed_arm(struct virtqueue *vq)
@@ -199,16 +212,18 @@ static void packed_arm(struct virtqueue *vq)
 
 	if (vq->event_idx)
 		wish = r->avail_idx | (uint32_t)r->avail_wrap << WRAP_BIT | VRING_PACKED_EVENT_FLAG_DESC << 16;
-	store_relaxed(r->device_event, wish);
+	store_relaxed(DEVICE_EVENT(vq), wish);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 static void packed_disarm(struct virtqueue *vq)
 {
-	store_relaxed(vq->packed.device_event, VRING_PACKED_EVENT_FLAG_DISABLE << 16);
+	store_relaxed(DEVICE_EVENT(vq), VRING_PACKED_EVENT_FLAG_DISABLE << 16);
 }
 
-const struct ring_ops packed_ops = {
+const struct ring_ops RING_OPS(packed) = {
+	.flat = &packed_ops,
+	.scattered = &packed_scattered_ops,
 	.areas = packed_areas,
 	.attach = packed_attach,
 	.set_base = packed_set_base,

@@ -1,5 +1,5 @@
-/* The split ring, section 2.7. */
-#include "dataplane.h"
+/* The split ring, section 2.7. Compiled twice, see ring_area.h. */
+#include "ring_area.h"
 
 #define VRING_AVAIL_F_NO_INTERRUPT 1
 #define VRING_USED_F_NO_NOTIFY 1
@@ -8,6 +8,21 @@
 #define FLAGS 0
 #define IDX 1
 #define RING 2
+
+#ifdef RING_SCATTERED
+#define DESC(vq, word) ((uint64_t *)ring_word(vq, AREA_DESC, 8 * (uint32_t)(word)))
+#define AVAIL(vq, word) ((uint16_t *)ring_word(vq, AREA_AVAIL, 2 * (uint32_t)(word)))
+#define USED(vq, word) ((uint16_t *)ring_word(vq, AREA_USED, 2 * (uint32_t)(word)))
+/* The two halves of a used element may lie in two pages: it begins 4 bytes behind a multiple of 8. */
+#define USED_ID(vq, index) ((uint32_t *)USED(vq, RING + 4 * (index)))
+#define USED_LEN(vq, index, id) ((void)(id), (uint32_t *)USED(vq, RING + 4 * (index) + 2))
+#else
+#define DESC(vq, word) (&(vq)->split.desc[word])
+#define AVAIL(vq, word) (&(vq)->split.avail[word])
+#define USED(vq, word) (&(vq)->split.used[word])
+#define USED_ID(vq, index) ((uint32_t *)USED(vq, RING) + 2 * (index))
+#define USED_LEN(vq, index, id) ((id) + 1)
+#endif
 
 static void split_areas(const struct virtqueue *vq, uint64_t sizes[3])
 {
@@ -27,7 +42,7 @@ static void split_attach(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, ui
 		 * A device may start in a ring that another one served before: the used index in memory is the
 		 * driver's truth, only the avail position comes with the base.
 		 */
-		vq->split.used_idx = load_relaxed(&vq->split.used[IDX]);
+		vq->split.used_idx = load_relaxed(USED(vq, IDX));
 		vq->split.started = true;
 	}
 }
@@ -54,19 +69,19 @@ static int split_pop(struct virtqueue *vq, struct chain_view *chain)
 	int rc;
 
 	if (r->avail_seen == r->last_avail) {
-		r->avail_seen = load_acquire(&r->avail[IDX]);
+		r->avail_seen = load_acquire(AVAIL(vq, IDX));
 		if (r->avail_seen == r->last_avail)
 			return VQ_EMPTY;
 		/* 2.7.13: the driver never has more than the queue's size outstanding. */
 		if (unlikely((uint16_t)(r->avail_seen - r->last_avail) > vq->size))
 			return virtqueue_fail(vq, VQ_FAULT_AVAIL_INDEX, r->avail_seen, 0, r->last_avail);
 	}
-	head = at = load_relaxed(&r->avail[RING + (r->last_avail & mask)]);
+	head = at = load_relaxed(AVAIL(vq, RING + (r->last_avail & mask)));
 	if (unlikely(head >= vq->size))
 		return virtqueue_fail(vq, VQ_FAULT_HEAD, head, 0, vq->size);
 	chain_begin(chain);
 	for (;;) {
-		uint64_t lo = load_relaxed(&r->desc[2 * at]), hi = load_relaxed(&r->desc[2 * at + 1]);
+		uint64_t lo = load_relaxed(DESC(vq, 2 * at)), hi = load_relaxed(DESC(vq, 2 * at + 1));
 
 		d = desc_unpack(lo, hi, false);
 		if (d.flags & VRING_DESC_F_INDIRECT) {
@@ -96,17 +111,17 @@ static int split_pop(struct virtqueue *vq, struct chain_view *chain)
 static void split_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_t written)
 {
 	struct split_ring *r = &vq->split;
-	uint32_t *element = (uint32_t *)(r->used + RING) + 2 * (r->used_idx & (vq->size - 1));
+	uint32_t *id = USED_ID(vq, r->used_idx & (vq->size - 1)), *len = USED_LEN(vq, r->used_idx & (vq->size - 1), id);
 
 	(void)slots;
-	store_relaxed(&element[0], head);
-	store_relaxed(&element[1], written);
+	store_relaxed(id, head);
+	store_relaxed(len, written);
 	r->used_idx++;
 }
 
 static void split_publish(struct virtqueue *vq)
 {
-	store_release(&vq->split.used[IDX], vq->split.used_idx); /* 2.7.8.1: elements before the index */
+	store_release(USED(vq, IDX), vq->split.used_idx); /* 2.7.8.1: elements before the index */
 }
 
 static void split_rewind(struct virtqueue *vq, uint32_t chains, uint32_t slots)
@@ -123,17 +138,17 @@ static bool split_needs_notify(struct virtqueue *vq)
 
 	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the index is out before the driver's wish is read, 2.7.10.1 */
 	if (!vq->event_idx)
-		return !(load_relaxed(&r->avail[FLAGS]) & VRING_AVAIL_F_NO_INTERRUPT);
+		return !(load_relaxed(AVAIL(vq, FLAGS)) & VRING_AVAIL_F_NO_INTERRUPT);
 	r->signalled_used = r->used_idx;
 	r->signalled_valid = true;
-	return !valid || vring_need_event(load_relaxed(&r->avail[RING + vq->size]), r->used_idx, old);
+	return !valid || vring_need_event(load_relaxed(AVAIL(vq, RING + vq->size)), r->used_idx, old);
 }
 
 static bool split_has_work(const struct virtqueue *vq)
 {
 	const struct split_ring *r = &vq->split;
 
-	return r->avail_seen != r->last_avail || load_relaxed(&r->avail[IDX]) != r->last_avail;
+	return r->avail_seen != r->last_avail || load_relaxed(AVAIL(vq, IDX)) != r->last_avail;
 }
 
 static void split_arm(struct virtqueue *vq)
@@ -141,9 +156,9 @@ static void split_arm(struct virtqueue *vq)
 	struct split_ring *r = &vq->split;
 
 	if (vq->event_idx)
-		store_relaxed(&r->used[RING + 4 * vq->size], r->last_avail); /* avail_event, 2.7.10 */
+		store_relaxed(USED(vq, RING + 4 * vq->size), r->last_avail); /* avail_event, 2.7.10 */
 	else
-		store_relaxed(&r->used[FLAGS], 0);
+		store_relaxed(USED(vq, FLAGS), 0);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST); /* the wish is out before the ring is looked at again */
 }
 
@@ -151,10 +166,12 @@ static void split_disarm(struct virtqueue *vq)
 {
 	/* With EVENT_IDX there is nothing to do: the driver has passed avail_event and won't kick until it is moved. */
 	if (!vq->event_idx)
-		store_relaxed(&vq->split.used[FLAGS], VRING_USED_F_NO_NOTIFY);
+		store_relaxed(USED(vq, FLAGS), VRING_USED_F_NO_NOTIFY);
 }
 
-const struct ring_ops split_ops = {
+const struct ring_ops RING_OPS(split) = {
+	.flat = &split_ops,
+	.scattered = &split_scattered_ops,
 	.areas = split_areas,
 	.attach = split_attach,
 	.set_base = split_set_base,

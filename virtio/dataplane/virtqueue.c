@@ -8,7 +8,6 @@
 #define VIRTIO_F_EVENT_IDX 29
 #define VIRTIO_F_ACCESS_PLATFORM 33
 #define VIRTIO_F_RING_PACKED 34
-#define QUEUE_SIZE_MAX 32768
 
 struct virtqueue *virtqueue_new(uint32_t index, int event_fd)
 {
@@ -177,58 +176,6 @@ int virtqueue_translate(struct virtqueue *vq, uint64_t addr, uint64_t len, uint3
 	return n > INT32_MAX ? INT32_MAX : (int)n;
 }
 
-/* One ring area, contiguous in our memory with its whole length. 0, VQ_MISS or VQ_BROKEN. */
-static int area_resolve(struct virtqueue *vq, uint64_t addr, uint64_t len, uint8_t **hva)
-{
-	uint8_t *rest;
-	int64_t n;
-	int rc;
-
-	if (addr + len < addr)
-		return VQ_BROKEN;
-	if (vq->iotlb) {
-		rc = virtqueue_translate(vq, addr, len, DP_PERM_READ | DP_PERM_WRITE, hva);
-		if (rc < 0)
-			return rc;
-		n = rc;
-		/* Cut short: either the next page is not known yet (a miss), or it lies elsewhere (no ring can). */
-		if ((uint64_t)n < len && virtqueue_translate(vq, addr + (uint64_t)n, len - (uint64_t)n,
-							     DP_PERM_READ | DP_PERM_WRITE, &rest) == VQ_MISS)
-			return VQ_MISS;
-	} else if (vq->space == VQ_SPACE_GPA) {
-		n = memory_table_gpa(vq->table, addr, len, hva);
-	} else {
-		n = memory_table_uva(vq->table, addr, len, hva);
-	}
-	return n < 0 || (uint64_t)n < len ? VQ_BROKEN : 0;
-}
-
-static int ring_resolve(struct virtqueue *vq)
-{
-	const uint64_t addrs[3] = { vq->desc_addr, vq->avail_addr, vq->used_addr };
-	static const uintptr_t align[3] = { 16, 2, 4 };
-	uint8_t *hva[3] = { NULL, NULL, NULL };
-	uint64_t sizes[3];
-
-	vq->ops->areas(vq, sizes);
-	if (vq->iotlb)
-		vq->iotlb_generation = iotlb_generation(vq->iotlb); /* before looking: a later change is seen */
-	for (int i = 0; i < 3; i++) {
-		int rc = area_resolve(vq, addrs[i], sizes[i], &hva[i]);
-
-		if (rc == VQ_MISS)
-			return VQ_MISS;
-		if (rc < 0 || (uintptr_t)hva[i] % align[i])
-			return virtqueue_fail(vq, VQ_FAULT_RING_ADDRESS, 0, addrs[i], sizes[i]);
-	}
-	vq->ops->attach(vq, hva[0], hva[1], hva[2]);
-	memory_table_ref(vq->table);
-	memory_table_unref(vq->ring_table);
-	vq->ring_table = vq->table;
-	vq->resolved = true;
-	return 0;
-}
-
 /* Everything that must hold before the ring is read: 0, VQ_MISS or VQ_BROKEN. */
 static int ring_ready(struct virtqueue *vq)
 {
@@ -238,7 +185,7 @@ static int ring_ready(struct virtqueue *vq)
 		return VQ_MISS;
 	if (unlikely(vq->iotlb && vq->resolved && vq->iotlb_generation != iotlb_generation(vq->iotlb)))
 		vq->resolved = false;
-	return unlikely(!vq->resolved) ? ring_resolve(vq) : 0;
+	return unlikely(!vq->resolved) ? virtqueue_resolve(vq) : 0;
 }
 
 void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table)
