@@ -6,7 +6,7 @@ import contextlib
 import struct
 from collections.abc import AsyncIterator, Sequence
 
-from frontend import Guest
+from frontend import F_VERSION_1, Guest
 from links import WaistLink
 
 from virtio.backend import Backend
@@ -16,6 +16,7 @@ from virtio.worker import Worker
 RECEIVE, TRANSMIT = 0, 1
 PLAIN = bytes(12)
 BROADCAST = b"\xff" * 6
+F_MRG_RXBUF = 1 << 15
 
 
 class Station:
@@ -25,13 +26,21 @@ class Station:
         self.guest = guest
         self.device = device
         self.mac = device.mac
+        # 5.1.6.1: a legacy driver's header ends before num_buffers, unless buffers are merged.
+        self.header_size = 12 if guest.features & (F_VERSION_1 | F_MRG_RXBUF) else 10
 
     async def send(self, to: bytes, payload: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
-        await self.guest.queues[2 * pair + TRANSMIT].request([header + to + self.mac, payload], [])
+        if self.guest.features & F_VERSION_1:
+            pieces = [header + to + self.mac, payload]
+        else:  # 5.1.6.6: a legacy driver's header has a descriptor of its own
+            pieces = [header[: self.header_size], to + self.mac + payload]
+        await self.guest.queues[2 * pair + TRANSMIT].request(pieces, [])
 
     def listen(self, count: int = 8, size: int = 1600, pair: int = 0) -> None:
         for _ in range(count):
-            self.guest.queues[2 * pair + RECEIVE].driver.add([], [size])
+            legacy = not self.guest.features & F_VERSION_1
+            sizes = [self.header_size, size - self.header_size] if legacy else [size]
+            self.guest.queues[2 * pair + RECEIVE].driver.add([], sizes)
 
     async def frames(self, count: int = 1, pair: int = 0) -> list[tuple[bytes, bytes]]:
         """(header, frame) of each that came, put together from its buffers."""
@@ -41,10 +50,10 @@ class Station:
         while len(found) < count:
             for used in await self.guest.queues[2 * pair + RECEIVE].used():
                 waiting.append(b"".join(used.buffers)[: used.written])
-                needed = struct.unpack_from("<H", waiting[0], 10)[0]
+                needed = struct.unpack_from("<H", waiting[0], 10)[0] if self.header_size == 12 else 1
                 if len(waiting) == needed:
                     whole = b"".join(waiting)
-                    found.append((whole[:12], whole[12:]))
+                    found.append((whole[: self.header_size], whole[self.header_size :]))
                     waiting = []
         return found
 

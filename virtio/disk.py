@@ -81,9 +81,12 @@ class NativeDisk(NativeDevice):
         """The driver's cache mode (5.2.5.2): off means that a write is durable before it is answered."""
         lib.blk_set_writeback(self._alive(), on)
 
-    def accept(self, *, discards: bool, zeroes: bool) -> None:
-        """What the driver accepted: a request of the other kind is unsupported, as for a disk that has it not."""
-        lib.blk_accept(self._alive(), discards, zeroes)
+    def accept(self, *, discards: bool, zeroes: bool, legacy: bool) -> None:
+        """What the driver accepted: requests of a kind that was not accepted are unsupported.
+
+        ``legacy``: the driver did not accept VIRTIO_F_VERSION_1 and may use the request types of that time.
+        """
+        lib.blk_accept(self._alive(), discards, zeroes, legacy)
 
     def close(self) -> None:
         """Let go of the disk, and so of the image and its lock; a worker in the middle of a request does so later."""

@@ -120,6 +120,10 @@ class NativeNic(NativeDevice):
         lib.net_mac(self._alive(), mac)
         return bytes(mac)
 
+    def set_mac(self, mac: bytes) -> None:
+        """The driver has chosen another address, and not by the control queue."""
+        lib.net_set_mac(self._alive(), mac)
+
     @property
     def active_pairs(self) -> int:
         """How many receive queues frames are spread over."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 import trio
 from blk_driver import CONFIG_WRITEBACK, F_CONFIG_WCE, F_FLUSH, BlkDriver, make_disk
-from frontend import Plugged, Setting, plugged
+from frontend import F_VERSION_1, Plugged, Setting, plugged
 
 LIBRARY = ctypes.CDLL(None)
 COUNTERS = ("plain_writes", "dsync_writes", "syncs")
@@ -63,6 +63,8 @@ async def probe(path: Path, write_cache: str) -> dict[str, list[int]]:
             ("FLUSH only", F_CONFIG_WCE),
             ("CONFIG_WCE only", F_FLUSH),
             ("neither", F_FLUSH | F_CONFIG_WCE),
+            ("a legacy driver that can flush", F_CONFIG_WCE | F_VERSION_1),
+            ("a legacy driver that cannot", F_FLUSH | F_CONFIG_WCE | F_VERSION_1),
         ):
             await guest.start(without=without)
             await it.measure(name)

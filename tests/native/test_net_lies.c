@@ -1,6 +1,7 @@
 /*
  * Headers that lie and frames that are none, by the thousand, through a switch to a guest that does not segment or sum:
  * nothing outside a frame is touched, every frame comes back, and neither queue breaks. The control queue likewise.
+ * Drivers are modern or legacy, whose headers differ in length, and become the other at any moment.
  */
 #include "load.h"
 #include "net.h"
@@ -12,7 +13,8 @@
 #define TX_STRIDE 0x12000u
 #define RX_BYTES 2048u
 #define PORT_BYTES (3 * DRIVER_AREA + 2 * TX_STRIDE + DRIVER_TAGS * RX_BYTES)
-#define FEATURES (1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_NET_F_CTRL_VQ)
+#define LEGACY (1ull << VIRTIO_NET_F_CTRL_VQ)
+#define MODERN (LEGACY | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_NET_F_MRG_RXBUF)
 #define FROM_GUEST                                                                                                     \
 	(1ull << VIRTIO_NET_F_CSUM | 1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_HOST_TSO6 |                 \
 	 1ull << VIRTIO_NET_F_HOST_ECN | 1ull << VIRTIO_NET_F_HOST_USO)
@@ -112,7 +114,7 @@ static void send(struct port *p, uint32_t q, uint32_t length, uint32_t answer, u
 	CHECK(tag == 0 && written == (answer ? 1 : 0));
 }
 
-static void make_frame(uint8_t *at, uint32_t length, uint64_t *random)
+static void make_frame(uint8_t *at, uint32_t header_size, uint32_t length, uint64_t *random)
 {
 	static const uint16_t types[] = { 0x0008, 0xdd86, 0x0081, 0xa888, 0x0608 };
 	static const uint8_t gso[] = { 0, 1, 4, 5, 3, 0x81, 0x84, 0xff };
@@ -128,35 +130,38 @@ static void make_frame(uint8_t *at, uint32_t length, uint64_t *random)
 
 	for (uint32_t i = 0; i < length && i < 200; i++)
 		at[i] = (uint8_t)random_next(random);
-	memcpy(at, &header, length < sizeof(header) ? length : sizeof(header));
-	if (length < NET_HEADER_SIZE + ETHERNET_SIZE)
+	memcpy(at, &header, length < header_size ? length : header_size);
+	if (length < header_size + ETHERNET_SIZE)
 		return;
-	memset(at + NET_HEADER_SIZE, 0xff, 6);
-	for (uint32_t tag = 0; tag < 3 && NET_HEADER_SIZE + 14 + 4 * tag <= length; tag++)
-		memcpy(at + NET_HEADER_SIZE + 12 + 4 * tag, &types[random_next(random) % ARRAY_SIZE(types)], 2);
+	memset(at + header_size, 0xff, 6);
+	for (uint32_t tag = 0; tag < 3 && header_size + 14 + 4 * tag <= length; tag++)
+		memcpy(at + header_size + 12 + 4 * tag, &types[random_next(random) % ARRAY_SIZE(types)], 2);
 }
 
-static void lies(struct rig *rig, bool packed, uint32_t rounds)
+static void lies(struct rig *rig, bool packed, bool legacy, uint32_t rounds)
 {
 	struct net_switch *lan = net_switch_new();
-	uint64_t random = 88172645463325252ull + packed;
+	uint64_t random = 88172645463325252ull + packed + 2 * legacy, base = legacy ? LEGACY : MODERN;
+	uint64_t mtu = 1ull << VIRTIO_NET_F_MTU;
 	struct net_counters sent, heard;
 	struct port from, to;
 	uint8_t *data;
 
-	port_open(&from, rig, lan, FEATURES | FROM_GUEST | CONTROLS, packed);
-	port_open(&to, rig, lan, FEATURES | 1ull << VIRTIO_NET_F_MTU, packed);
+	port_open(&from, rig, lan, base | FROM_GUEST | CONTROLS, packed);
+	port_open(&to, rig, lan, base | mtu, packed);
 	net_switch_unref(lan);
 	data = guest_at(from.guest, from.data_gpa);
 	for (uint32_t i = 0; i < rounds; i++) {
 		uint32_t length = i % 16 ? 1 + random_next(&random) % 3000 : 1 + random_next(&random) % SENT_MAX;
 
-		make_frame(data, length, &random);
+		make_frame(data, legacy ? NET_LEGACY_HEADER_SIZE : NET_HEADER_SIZE, length, &random);
 		listen_again(&to, &random);
 		if (random_next(&random) % 8 == 0) /* at any moment, also in the middle of a turn */
 			net_mute(from.nic, 0, random_next(&random) & 1);
 		if (random_next(&random) % 8 == 0)
 			net_set_mtu(to.nic, random_next(&random) & 1 ? random_next(&random) % 3000 : 0);
+		if (random_next(&random) % 8 == 0)
+			net_set_features(to.nic, (random_next(&random) & 1 ? LEGACY : MODERN) | mtu);
 		send(&from, TX, length, 0, &random);
 		for (uint32_t b = 0; b < 40; b++)
 			data[b] = (uint8_t)random_next(&random);
@@ -184,8 +189,9 @@ int main(int argc, char **argv)
 		struct rig rig;
 
 		rig_open(&rig, reactor, 32);
-		lies(&rig, false, rounds);
-		lies(&rig, true, rounds);
+		lies(&rig, false, false, rounds);
+		lies(&rig, true, false, rounds);
+		lies(&rig, false, true, rounds);
 		rig_close(&rig);
 		printf("%s: ok\n", reactor == REACTOR_EPOLL ? "epoll" : "io_uring");
 	}

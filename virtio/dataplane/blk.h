@@ -19,6 +19,7 @@ struct blk_device {
 	uint64_t capacity;           /* atomic, sectors: changes when the image is resized */
 	uint32_t writeback;          /* atomic: the driver's choice of cache mode */
 	uint32_t discards, zeroes;   /* atomic: the driver accepted these requests */
+	uint32_t legacy;             /* atomic: the driver did not accept VIRTIO_F_VERSION_1 */
 	uint32_t no_nowait;          /* atomic: this file answered RWF_NOWAIT with EOPNOTSUPP */
 	uint32_t no_zero_range;      /* atomic: ... FALLOC_FL_ZERO_RANGE */
 	uint8_t *memory;             /* BLK_BACKEND_MEMORY */

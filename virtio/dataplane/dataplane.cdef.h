@@ -247,7 +247,7 @@ void native_device_unref(struct native_device *device);
 void blk_set_capacity(struct native_device *device, uint64_t sectors);
 void blk_set_writeback(struct native_device *device, uint32_t on);
 /* Which requests that need a feature the driver accepted; before anybody says so, all that the setup has. */
-void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes);
+void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes, uint32_t legacy);
 
 /* ---- native network device: net_device.c, net_control.c, net_switch.c; net.h names the other files ---- */
 
@@ -305,6 +305,7 @@ void net_ask_to_announce(struct native_device *device);
 uint32_t net_announcing(struct native_device *device);
 /* The address that the driver goes by: its own choice, or net_setup's. */
 void net_mac(struct native_device *device, uint8_t mac[6]);
+void net_set_mac(struct native_device *device, const uint8_t mac[6]);
 /* How many pairs frames for the guest are spread over now. */
 uint32_t net_active_pairs(struct native_device *device);
 /* Have WORKER_NUDGE to the worker of the first pair send a RARP request for `mac` to the other side. */

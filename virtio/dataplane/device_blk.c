@@ -8,6 +8,7 @@
 #define VIRTIO_BLK_T_IN 0
 #define VIRTIO_BLK_T_OUT 1
 #define VIRTIO_BLK_T_FLUSH 4
+#define VIRTIO_BLK_T_FLUSH_OUT 5 /* 5.2.6.3: a legacy driver's other word for it */
 #define VIRTIO_BLK_T_GET_ID 8
 #define VIRTIO_BLK_T_DISCARD 11
 #define VIRTIO_BLK_T_WRITE_ZEROES 13
@@ -72,12 +73,13 @@ static bool request_read(struct chain_view *chain, struct blk_request *q)
 	return true;
 }
 
-static uint32_t op_of(uint32_t type)
+static uint32_t op_of(const struct blk_device *blk, uint32_t type)
 {
 	switch (type) {
 	case VIRTIO_BLK_T_IN: return BLK_OP_READ;
 	case VIRTIO_BLK_T_OUT: return BLK_OP_WRITE;
 	case VIRTIO_BLK_T_FLUSH: return BLK_OP_FLUSH;
+	case VIRTIO_BLK_T_FLUSH_OUT: return load_relaxed(&blk->legacy) ? BLK_OP_FLUSH : BLK_OP_OTHER;
 	case VIRTIO_BLK_T_GET_ID: return BLK_OP_GET_ID;
 	case VIRTIO_BLK_T_DISCARD: return BLK_OP_DISCARD;
 	case VIRTIO_BLK_T_WRITE_ZEROES: return BLK_OP_WRITE_ZEROES;
@@ -194,7 +196,7 @@ static int64_t blk_serve(struct native_device *device, struct worker *w, struct 
 		virtqueue_fail(vq, VQ_FAULT_SHAPE, chain->head, chain->readable_len, chain->writable_len);
 		return SERVE_BROKEN;
 	}
-	q.op = op_of(q.type);
+	q.op = op_of(blk, q.type);
 	status = request_check(blk, chain, &q);
 	if (status == VIRTIO_BLK_S_OK)
 		status = q.op == BLK_OP_GET_ID ? get_id(blk, &q) : blk_io(blk, w, vq, chain, &q, start_ns);
@@ -269,10 +271,11 @@ void blk_set_writeback(struct native_device *device, uint32_t on)
 	store_relaxed(&((struct blk_device *)device)->writeback, on);
 }
 
-void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes)
+void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes, uint32_t legacy)
 {
 	struct blk_device *blk = (struct blk_device *)device;
 
 	store_relaxed(&blk->discards, discards && blk->setup.discard);
 	store_relaxed(&blk->zeroes, zeroes && blk->setup.write_zeroes);
+	store_relaxed(&blk->legacy, legacy);
 }

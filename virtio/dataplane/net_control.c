@@ -62,6 +62,11 @@ void net_mac(struct native_device *device, uint8_t mac[MAC_SIZE])
 	memcpy(mac, &own, MAC_SIZE);
 }
 
+void net_set_mac(struct native_device *device, const uint8_t mac[MAC_SIZE])
+{
+	store_relaxed(&((struct net_device *)device)->filter.own, mac_pack(mac));
+}
+
 /* ---- the commands; `data` is what follows class and command; true: done ---- */
 
 static bool set_switch(struct pieces *data, uint64_t size, uint32_t *flag)

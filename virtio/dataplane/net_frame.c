@@ -78,7 +78,7 @@ static enum net_result give_up(struct net_pair *pair, struct merge *merge, enum 
 
 /* The next receive buffer, accounted to `merge`; its writable bytes, 0: there is none, *result says more. */
 static uint64_t buffer_take(struct virtqueue *vq, struct chain_view *chain, struct merge *merge,
-			    enum net_result *result)
+			    uint32_t header_size, enum net_result *result)
 {
 	*result = NET_NO_BUFFERS;
 	if (merge->count == NET_MERGE_MAX) {
@@ -92,7 +92,7 @@ static uint64_t buffer_take(struct virtqueue *vq, struct chain_view *chain, stru
 	merge->written[merge->count++] = 0;
 	merge->taken.slots += chain->slots;
 	/* 5.1.6.3.1: a receive buffer has room for a header at least, and is there to be written to. */
-	if (chain->writable_len < NET_HEADER_SIZE) {
+	if (chain->writable_len < header_size) {
 		virtqueue_fail(vq, VQ_FAULT_SHAPE, chain->head, chain->readable_len, chain->writable_len);
 		*result = NET_REFUSED;
 		return 0;
@@ -117,7 +117,7 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 		return NET_NO_BUFFERS;
 	merge.count = merge.taken.slots = 0;
 	net_give_back(pair);
-	room = buffer_take(vq, &chain, &merge, &result);
+	room = buffer_take(vq, &chain, &merge, header_size, &result);
 	if (!room)
 		return give_up(pair, &merge, result);
 	if (!mergeable && room < header_size + left)
@@ -136,7 +136,7 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 		left -= n;
 		if (!left)
 			break;
-		room = buffer_take(vq, &chain, &merge, &result);
+		room = buffer_take(vq, &chain, &merge, header_size, &result);
 		if (!room)
 			return give_up(pair, &merge, result);
 		to = pieces_of(chain.iov + chain.readable_count, chain.writable_count);

@@ -166,7 +166,9 @@ class Blk(Device):
     def set_driver_features(self, bits: int) -> None:
         super().set_driver_features(bits)
         self._disk.accept(
-            discards=bool(bits >> VIRTIO_BLK_F_DISCARD & 1), zeroes=bool(bits >> VIRTIO_BLK_F_WRITE_ZEROES & 1)
+            discards=bool(bits >> VIRTIO_BLK_F_DISCARD & 1),
+            zeroes=bool(bits >> VIRTIO_BLK_F_WRITE_ZEROES & 1),
+            legacy=not bits >> spec.VIRTIO_F_VERSION_1 & 1,
         )
         # 5.2.5.2: with CONFIG_WCE the driver chooses and starts from our default; without it a driver that can
         # flush gets the configured mode, and one that cannot must find every write durable.

@@ -354,6 +354,16 @@ class Net(Device):
         }
         return bytes(VIRTIO_NET_CONFIG.build(fields))
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Read-only (5.1.4), but a legacy driver without CTRL_MAC_ADDR chooses its address here (5.1.4.3)."""
+        if self.driver_features & (1 << spec.VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR):
+            return
+        mac = bytearray(self._nic.mac)
+        for at, byte in enumerate(data, offset):
+            if at < len(mac):
+                mac[at] = byte
+        self._nic.set_mac(bytes(mac))
+
     def lost(self) -> tuple[Lost, ...]:
         counts = self._nic.counters()
         return tuple(Lost(direction, reason, getattr(counts, name)) for name, direction, reason in _LOST)
@@ -389,6 +399,7 @@ class Net(Device):
     def reset(self) -> None:
         super().reset()
         self._nic.set_mtu(self._options.mtu or 0)
+        self._nic.set_mac(self.mac)
 
     def prepare_announcement(self, address: bytes) -> None:
         self._nic.prepare_rarp(address)
