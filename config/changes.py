@@ -42,5 +42,7 @@ def _tables(config: Config) -> Mapping[str, Mapping[str, Any]]:
     for name, worker in config.workers.items():
         tables[f"workers.{name}"] = worker.model_dump()
     for name, device in config.devices.items():
-        tables[f"devices.{name}"] = device.common.model_dump() | device.options.model_dump()
+        # Whose device it is only matters to those who print options for front-ends.
+        common = device.common.model_dump(exclude={"guest"})
+        tables[f"devices.{name}"] = common | device.options.model_dump()
     return tables

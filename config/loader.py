@@ -26,10 +26,17 @@ from config.checks import (
 )
 from config.origins import KeyPath, Origins
 from config.problems import ConfigError, Problem, closest, explain, toml_value
-from config.schema import DEFAULT_WORKER, DaemonConfig, DeviceConfig, DeviceType, DeviceTypes, WorkerConfig
+from config.schema import (
+    DEFAULT_WORKER,
+    NAME,
+    NAME_RULE,
+    DaemonConfig,
+    DeviceConfig,
+    DeviceType,
+    DeviceTypes,
+    WorkerConfig,
+)
 
-NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
-NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
 _TABLES: Final = ("daemon", "workers", "devices")
 _COMMON_KEYS: Final = frozenset(DeviceConfig.model_fields)
 _NESTING_MAX: Final = 64
@@ -379,8 +386,13 @@ def _merge(tree: Tree, later: Tree) -> None:
 
 
 def _with_absolute_paths(model: Model, folder: Path) -> Model:
-    """A copy of ``model`` in which every relative path, also of inner tables, is taken from ``folder``."""
-    return model.model_copy(update={name: _absolute(getattr(model, name), folder) for name in type(model).model_fields})
+    """A copy of ``model`` in which every relative path, also of inner tables, is taken from ``folder``.
+
+    What nobody said stays unsaid (``model_fields_set``).
+    """
+    values = {name: getattr(model, name) for name in type(model).model_fields}
+    changed = {name: new for name, old in values.items() if (new := _absolute(old, folder)) != old}
+    return model.model_copy(update=changed)
 
 
 def _absolute(value: object, folder: Path) -> object:

@@ -12,9 +12,8 @@ from typing import Final, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from config.checks import check_against_type, resolved_workers
-from config.loader import NAME, NAME_RULE
 from config.problems import ConfigError, Problem, closest, explain, toml_value
-from config.schema import DeviceTable, DeviceTypes
+from config.schema import NAME, NAME_RULE, DeviceTable, DeviceTypes
 
 FEATURE_PREFIX: Final = "VIRTIO_"
 NO_KEYS_HERE: Final = frozenset({"worker", "workers", "features", "type"})

@@ -23,6 +23,8 @@ DEFAULT_WORKER: Final = "default"
 """The worker of a native device that names none; ``[workers.default]`` sets it up, but it need not be there."""
 
 QUEUE_SIZE_MAX: Final = 32768  # virtio 1.3, 2.7: the largest queue size
+NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
 SOCKET_PATH_MAX: Final = 107  # struct sockaddr_un: 108 bytes with the terminating zero
 SHORTER_FOLDER: Final = "put the socket into a folder with a shorter name, such as /run/hyperbell"
 METRICS_OFF: Final = "off"
@@ -286,6 +288,20 @@ class DeviceConfig(DeviceTable):
         "the program which starts it. The path in socket is then not opened; it only says where front-ends connect.",
         examples=[3],
     )
+
+    guest: str | None = Field(
+        default=None,
+        description="The guest whose device this is, where one file serves several: hyperbell qemu-args --guest NAME "
+        "prints the options of that guest's devices. It changes nothing in the daemon.",
+        examples=["web1"],
+    )
+
+    @field_validator("guest")
+    @classmethod
+    def _guest_is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and NAME.fullmatch(value) is None:
+            raise wrong(f"{toml_value(value)} cannot be a guest's name", NAME_RULE)
+        return value
 
     @field_validator("socket")
     @classmethod

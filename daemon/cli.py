@@ -19,6 +19,7 @@ from config.loader import Config, load
 from config.problems import ConfigError
 from daemon import command_options as options
 from daemon.app import App, LogChoice
+from daemon.attach import commands as attaching
 from daemon.catalogue import device_types
 from daemon.control import ask
 from daemon.doorbells import run as run_doorbells
@@ -31,8 +32,7 @@ from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
 from daemon.new_device import add_arguments as add_new_device_arguments
 from daemon.new_device import new_device
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
-from daemon.qemu_args import hypercall_notes, libvirt_xml, pasteable, qemu_arguments, why_not
-from daemon.qemu_start import check_vm_name, chosen_key, hypercall_socket, preload_environment, run_qemu
+from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu
 from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
@@ -147,38 +147,6 @@ def check(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def qemu_args(arguments: argparse.Namespace) -> int:
-    """Print how QEMU attaches the configured devices."""
-    config = load_config(arguments.file)
-    name = arguments.device
-    if name is not None and name not in config.devices:
-        raise HostError(f'{config.path} has no device "{name}"; it has: {", ".join(config.devices)}')
-    wanted = [device for device in config.devices.values() if name in (None, device.name)]
-    for device in wanted:
-        if why_not(device):
-            print(f"hyperbell: {why_not(device)}", file=sys.stderr)
-    possible = [device for device in wanted if not why_not(device)]
-    if not possible:
-        return EXIT_FAILURE
-    key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
-    vm = options.vm_options(arguments)
-    check_vm_name(arguments.name)
-    if arguments.hypercall:
-        for note in hypercall_notes(config, q35=arguments.machine != "pc", vm=vm, stable=key is not None):
-            print(f"note: {note}", file=sys.stderr)
-    elif vm:
-        print(f"note: {vm[0]} is for the hypercall doorbell, and changes nothing without --hypercall", file=sys.stderr)
-    if not arguments.libvirt:
-        machine = arguments.machine or ""
-        print(pasteable(qemu_arguments(possible, arguments.memory, machine, hypercall=arguments.hypercall)))
-        return EXIT_OK
-    environment = None
-    if arguments.hypercall:
-        environment = preload_environment(hypercall_socket(config), key, arguments.name)
-    print(libvirt_xml(possible, options.mebibytes(arguments.memory), environment))
-    return EXIT_OK
-
-
 def qemu(arguments: argparse.Namespace) -> int:
     """Become QEMU, with the preload library."""
     socket = arguments.socket
@@ -286,9 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
     options.add_file(add("serve", serve, "run the daemon in the foreground", options.SERVE_EPILOG))
     options.add_file(add("check", check, "print every mistake in a configuration", options.CHECK_EPILOG))
-    options.add_qemu_args_options(
-        add("qemu-args", qemu_args, "print the QEMU options that attach the devices", options.QEMU_ARGS_EPILOG)
-    )
+    _add_attaching(add)
     options.add_qemu_options(
         add("qemu", qemu, "start QEMU so that its guest can ring by hypercall", options.QEMU_EPILOG)
     )
@@ -307,6 +273,24 @@ def _parser() -> argparse.ArgumentParser:
         add("doorbells", doorbells, "measure what each kind of doorbell costs", options.DOORBELLS_EPILOG)
     )
     return parser
+
+
+def _add_attaching(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that are about front-ends."""
+
+    def with_config(
+        command: Callable[[argparse.Namespace, attaching.LoadConfig], int],
+    ) -> Callable[[argparse.Namespace], int]:
+        return lambda arguments: command(arguments, load_config)
+
+    text = "print the QEMU options that attach the devices"
+    attaching.add_qemu_args_options(
+        add("qemu-args", with_config(attaching.qemu_args), text, attaching.QEMU_ARGS_EPILOG)
+    )
+    text = "print what another virtual machine monitor is told"
+    attaching.add_attach_options(add("attach", with_config(attaching.attach), text, attaching.ATTACH_EPILOG))
+    text = "start User-mode Linux with the devices"
+    attaching.add_uml_options(add("uml", with_config(attaching.user_mode_linux), text, attaching.UML_EPILOG))
 
 
 if __name__ == "__main__":

@@ -27,16 +27,6 @@ FILE and its drop-ins FILE.d/*.toml are merged in the order of their names; the 
 Mistakes are printed as FILE:LINE: [TABLE] KEY: what is wrong, with a second line that says what would be right,
 and the exit status is 78. Notes are about this host and change nothing.
 """
-QEMU_ARGS_EPILOG: Final = """\
-examples:
-  hyperbell qemu-args disk.toml                       every device of the file
-  hyperbell qemu-args disk.toml disk --memory 4G      one of them, and a guest with 4 GiB
-  eval "qemu-system-x86_64 -accel kvm $(hyperbell qemu-args disk.toml)"
-  hyperbell qemu-args disk.toml --libvirt             XML for virsh edit
-  hyperbell qemu-args disk.toml --hypercall           with what the hypercall doorbell needs; see hyperbell qemu
-
-The guest's memory is shared with the daemon, so -m and the memory backend belong to the options.
-"""
 QEMU_EPILOG: Final = """\
 The daemon must run with [daemon] hypercall_socket, and the guest needs -accel kvm, -cpu host,hv-relaxed and
 modern-pio-notify=on on its devices (hyperbell qemu-args --hypercall prints them) and a driver that rings by hypercall.
@@ -102,17 +92,7 @@ def add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="configuration (TOML)")
 
 
-def add_qemu_args_options(parser: argparse.ArgumentParser) -> None:
-    add_file(parser)
-    parser.add_argument("device", metavar="DEVICE", nargs="?", help="only this device")
-    parser.add_argument("--libvirt", action="store_true", help="print the XML of a libvirt domain instead")
-    parser.add_argument("--memory", metavar="SIZE", type=memory_size, default="256M", help="the guest's RAM (256M)")
-    parser.add_argument("--machine", choices=("q35", "pc"), help="also choose the machine type")
-    parser.add_argument("--hypercall", action="store_true", help="with what the hypercall doorbell needs")
-    _add_vm_options(parser)
-
-
-def _add_vm_options(parser: argparse.ArgumentParser) -> None:
+def add_vm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the VM, for the hypercall doorbell")
     group.add_argument("--name", metavar="NAME", help="its name in metrics and logs (default: vm0, vm1, ...)")
     group.add_argument("--key", metavar="HEX", help="its key, 24 bits; drawn at every start if nothing gives one")
@@ -121,7 +101,7 @@ def _add_vm_options(parser: argparse.ArgumentParser) -> None:
 
 
 def vm_options(arguments: argparse.Namespace) -> list[str]:
-    """What was given of ``_add_vm_options``, as words of a command line."""
+    """What was given of ``add_vm_options``, as words of a command line."""
     given = ((name, getattr(arguments, name)) for name in ("name", "key", "secret", "uuid"))
     return [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
 
@@ -130,7 +110,7 @@ def add_qemu_options(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="FILE", type=Path, help="configuration that names the hypercall socket")
     which.add_argument("--socket", metavar="PATH", type=Path, help="the hypercall socket itself")
-    _add_vm_options(parser)
+    add_vm_options(parser)
     parser.add_argument("command", metavar="QEMU", nargs="+", help="QEMU and its arguments, after --")
 
 
@@ -160,7 +140,3 @@ def memory_size(text: str) -> str:
     if re.fullmatch(r"[1-9]\d{0,6}[MG]", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256M or 4G")
     return text
-
-
-def mebibytes(memory: str) -> int:
-    return int(memory[:-1]) * (1024 if memory.endswith("G") else 1)

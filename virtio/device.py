@@ -57,6 +57,11 @@ class Device:
         self.config_changed: Callable[[], None] = lambda: None
         """Set by the backend; call it after ``config_space`` changed, so that the driver is told."""
 
+    @classmethod
+    def virtqueues(cls, options: Any, queues: int) -> int:
+        """How many virtqueues there are, the control queue among them, where the configuration says ``queues``."""
+        return queues
+
     @property
     def native_device(self) -> NativeDevice:
         """The C device of a native one."""

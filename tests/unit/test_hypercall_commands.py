@@ -350,7 +350,7 @@ def test_the_options_for_the_hypercall_are_printed_when_asked_for(
     assert main(["qemu-args", str(file)]) == 0
     plain = capsys.readouterr()
     assert "modern-pio-notify" not in plain.out
-    assert plain.err == ""
+    assert "hypercall" not in plain.err
     assert main(["qemu-args", str(file), "--hypercall"]) == 0
     printed = capsys.readouterr()
     assert "-cpu host,hv-relaxed" in printed.out
@@ -388,4 +388,4 @@ def test_libvirts_domain_has_the_library_the_leaves_and_the_ports(
         "HYPERBELL_VM": "web1",
     }
     arguments = [item.get("value") or "" for item in command_line.findall("qemu:arg", names)]
-    assert arguments[-1].endswith("modern-pio-notify=on")
+    assert json.loads(arguments[-1])["modern-pio-notify"] is True

@@ -116,9 +116,7 @@ class Console(Device):
     queue_counts = (1, 1)
 
     def __init__(self, name: str, options: ConsoleOptions, queues: int, queue_size: int) -> None:
-        # The number of queues follows from the ports (5.3.2), not from the configuration.
-        count = 2 if not options.ports else 4 + 2 * len(options.ports)
-        super().__init__(name, options, count, queue_size)
+        super().__init__(name, options, self.virtqueues(options, queues), queue_size)
         self._options = options
         self._control: deque[bytes] = deque(maxlen=CONTROL_BACKLOG)
         self._control_news = trio.Event()
@@ -131,6 +129,11 @@ class Console(Device):
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def virtqueues(cls, options: ConsoleOptions, queues: int) -> int:
+        """The number follows from the ports (5.3.2), not from the configuration."""
+        return 2 if not options.ports else 4 + 2 * len(options.ports)
 
     def _add_port(self, name: str, options: EndOptions) -> None:
         number = len(self._ports)

@@ -248,8 +248,7 @@ class Net(Device):
     queue_counts = (1, PAIRS_MAX)
 
     def __init__(self, name: str, options: NetOptions, queues: int, queue_size: int) -> None:
-        # In the configuration it is pairs that are counted.
-        super().__init__(name, options, 2 * queues + 1, queue_size)
+        super().__init__(name, options, self.virtqueues(options, queues), queue_size)
         self.mac: Final = options.address(name)
         self._options = options
         self._pairs = queues
@@ -264,6 +263,11 @@ class Net(Device):
             self._close_outside()
             raise
         self._nic.set_mtu(options.mtu or 0)
+
+    @classmethod
+    def virtqueues(cls, options: NetOptions, queues: int) -> int:
+        """In the configuration it is pairs that are counted."""
+        return 2 * queues + 1
 
     def _native_backend(self) -> NicBackend:
         if self._tap is not None:

@@ -84,7 +84,7 @@ class Vsock(Device):
     }
 
     def __init__(self, name: str, options: VsockOptions, queues: int, queue_size: int) -> None:
-        super().__init__(name, options, 3, queue_size)
+        super().__init__(name, options, self.virtqueues(options, queues), queue_size)
         self.cid: Final = options.cid
         self._options = options
         self._connections: dict[Key, Connection] = {}
@@ -108,6 +108,11 @@ class Vsock(Device):
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def virtqueues(cls, options: VsockOptions, queues: int) -> int:
+        """Receive, transmit and event (5.10.2)."""
+        return 3
 
     def config_space(self) -> bytes:
         return bytes(VIRTIO_VSOCK_CONFIG.build({"guest_cid": self.cid}))
