@@ -23,6 +23,7 @@
 
 #include <asm/pgtable.h>
 
+#include "compat.h"
 #include "hyperbell.h"
 
 struct hb_hook {
@@ -34,7 +35,7 @@ struct hb_hook {
 struct hb_transport {
 	const char *module;
 	const char *driver;
-	struct bus_type *bus;
+	const struct bus_type *bus;
 	struct hb_hook notify;
 	struct hb_hook status;
 	struct module *owner;	/* NULL: built in */
@@ -99,7 +100,7 @@ static void notrace hb_notify_entered(unsigned long ip, unsigned long parent_ip,
 	struct pt_regs *regs = ftrace_get_regs(fregs);
 
 	if (regs && hb_hook_is(hook, ip) && hb_kick((struct virtqueue *)regs->di))
-		ftrace_instruction_pointer_set(fregs, (unsigned long)hb_rung);
+		ftrace_regs_set_instruction_pointer(fregs, (unsigned long)hb_rung);
 }
 
 static void notrace hb_status_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
@@ -196,7 +197,7 @@ static struct notifier_block hb_module_notifier = { .notifier_call = hb_module_c
 /* The transport's driver, which cannot go away until hb_driver_put(); NULL if it is not there. */
 static struct device_driver *hb_driver_get(const struct hb_transport *transport)
 {
-	struct device_driver *driver = driver_find(transport->driver, transport->bus);
+	struct device_driver *driver = hb_driver_find(transport->driver, transport->bus);
 
 	return driver && try_module_get(driver->owner) ? driver : NULL;
 }

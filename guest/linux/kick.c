@@ -10,8 +10,8 @@
 
 #include <asm/asm.h>
 #include <asm/cpufeature.h>
-#include <asm/hyperv-tlfs.h>
 
+#include "compat.h"
 #include "hyperbell.h"
 
 #define HB_SIGNAL_EVENT_FAST	(HVCALL_SIGNAL_EVENT | HV_HYPERCALL_FAST_BIT)

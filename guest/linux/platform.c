@@ -14,11 +14,9 @@
 #include <linux/version.h>
 
 #include <asm/cpufeature.h>
-#include <asm/hyperv-tlfs.h>
 #include <asm/kvm_para.h>
-#include <asm/msr.h>
-#include <asm/processor.h>
 
+#include "compat.h"
 #include "hyperbell.h"
 
 #define HB_LEAF_FIRST	0x40000000
@@ -145,11 +143,11 @@ static bool hb_platform_identify(struct hb_decision *decision)
 {
 	u64 id = 0;
 
-	if (rdmsrl_safe(HV_X64_MSR_GUEST_OS_ID, &id))
+	if (rdmsrq_safe(HV_X64_MSR_GUEST_OS_ID, &id))
 		return hb_refuse(decision, "the MSR GUEST_OS_ID cannot be read");
 	if (id)
 		return true;
-	if (wrmsrl_safe(HV_X64_MSR_GUEST_OS_ID, HB_GUEST_OS_ID))
+	if (wrmsrq_safe(HV_X64_MSR_GUEST_OS_ID, HB_GUEST_OS_ID))
 		return hb_refuse(decision, "the MSR GUEST_OS_ID cannot be written");
 	hb_id_is_ours = true;
 	return true;
@@ -228,8 +226,8 @@ void hb_platform_withdraw(void)
 	if (!hb_id_is_ours)
 		return;
 	hb_id_is_ours = false;
-	if (rdmsrl_safe(HV_X64_MSR_GUEST_OS_ID, &id) || id != HB_GUEST_OS_ID)
+	if (rdmsrq_safe(HV_X64_MSR_GUEST_OS_ID, &id) || id != HB_GUEST_OS_ID)
 		return;
-	if (wrmsrl_safe(HV_X64_MSR_GUEST_OS_ID, 0))
+	if (wrmsrq_safe(HV_X64_MSR_GUEST_OS_ID, 0))
 		pr_warn("the MSR GUEST_OS_ID could not be given back\n");
 }

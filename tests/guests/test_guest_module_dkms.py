@@ -5,6 +5,7 @@ DKMS is fetched and unpacked like the kernel's headers; nothing is installed. It
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tomllib
@@ -21,6 +22,7 @@ from guest.module import SOURCES, prepare_headers
 pytestmark = pytest.mark.guest
 
 VERSION = tomllib.loads((SOURCES.parents[1] / "pyproject.toml").read_text())["project"]["version"]
+TRIED = ("6.1.0-56-cloud-amd64", "6.12.118+deb13-amd64", "7.3.4+deb13-cloud-amd64")
 NOT_FOR_THIS_KERNEL = 77  # as DKMS says that BUILD_EXCLUSIVE rules a kernel out
 
 
@@ -105,10 +107,19 @@ def test_dkms_builds_the_module_for_the_kernel_that_guests_boot(added: Dkms, tes
     assert status.strip() == f"hyperbell/{VERSION}, {kernel}, x86_64: built"
 
 
-def test_dkms_leaves_a_kernel_alone_that_the_module_was_not_tried_on(added: Dkms, tmp_path: Path) -> None:
-    done = added.run("build", "6.5.0-1-amd64")
+@pytest.mark.parametrize("kernel", ["5.10.0-1-amd64", "6.10.0-1-amd64", "6.2.1-amd64", "6.11.9-amd64", "7.30.1-amd64"])
+def test_dkms_leaves_a_kernel_alone_that_the_module_was_not_tried_on(added: Dkms, tmp_path: Path, kernel: str) -> None:
+    done = added.run("build", kernel)
     assert done.returncode == NOT_FOR_THIS_KERNEL, done.stdout
     assert list(tmp_path.glob("tree/**/*.ko")) == []
+
+
+def test_dkms_takes_the_kernels_that_the_page_names() -> None:
+    (rule,) = re.findall(r'^BUILD_EXCLUSIVE_KERNEL="(.*)"$', (SOURCES / "dkms.conf").read_text(), re.MULTILINE)
+    page = (SOURCES / "README.md").read_text()
+    for kernel in TRIED:
+        assert re.search(rule, kernel), kernel
+        assert ".".join(kernel.split(".")[:2]) in page
 
 
 def test_makefile_builds_the_module_against_the_headers_it_is_given_and_cleans_up(

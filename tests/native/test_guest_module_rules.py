@@ -20,9 +20,14 @@ FLAGS = ["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=a
 FLAGS += ["-fno-sanitize-recover=all", "-Wno-unused-parameter"]
 
 
-@pytest.fixture(scope="module")
-def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# The oldest and the newest kernel that guest/linux/compat.h makes one of.
+KERNELS = {"6.1": "KERNEL_VERSION(6,1,0)", "7.3": "KERNEL_VERSION(7,3,0)"}
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def rules(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program. Whatever header of a kernel the module's sources want, they get ``own_kernel.h``."""
+    version = f"-DLINUX_VERSION_CODE={KERNELS[request.param]}"
     build = tmp_path_factory.mktemp("rules")
     wanted = {name for source in MODULE.glob("*.[ch]") for name in re.findall(r"#include <(.+)>", source.read_text())}
     for name in wanted:
@@ -32,7 +37,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (build / "include" / "scenarios.h").write_text("".join(f'{{ "{name}", {name} }},\n' for name in SCENARIOS))
     folders = [f"-I{folder}" for folder in (build / "include", HERE, MODULE)]
     made = subprocess.run(
-        ["gcc", *FLAGS, *folders, HERE / "rules.c", "-o", build / "rules"], capture_output=True, text=True
+        ["gcc", *FLAGS, version, *folders, HERE / "rules.c", "-o", build / "rules"], capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     return build / "rules"

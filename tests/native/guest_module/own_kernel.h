@@ -21,7 +21,7 @@ typedef int64_t s64;
 #define CONFIG_X86_64 1
 #define CONFIG_DYNAMIC_FTRACE_WITH_REGS 1
 #define KBUILD_MODNAME "hyperbell"
-#define LINUX_VERSION_CODE 0x060100
+#define KERNEL_VERSION(version, patch, sub) ((version) << 16 | (patch) << 8 | (sub))
 #define BIT(n) (1U << (n))
 #define BIT_ULL(n) (1ULL << (n))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
@@ -83,6 +83,8 @@ typedef struct { int unused; } spinlock_t;
 
 /* Devices. A child is a virtio device, its parent what the transport's driver is bound to. */
 struct bus_type { int unused; };
+struct device_driver;
+struct device_driver *driver_find(const char *name, const struct bus_type *bus);
 extern struct bus_type platform_bus_type, pci_bus_type;
 struct device {
 	const char *name;
@@ -161,8 +163,16 @@ static inline u32 cpuid_ecx(u32 leaf)
 unsigned int num_possible_cpus(void);
 bool cc_platform_has(int attribute);
 bool cpu_feature_enabled(int feature);
-int rdmsrl_safe(u32 msr, u64 *value);
-int wrmsrl_safe(u32 msr, u64 value);
+/* By their names of before Linux 6.16, or by those of after. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 16, 0)
+#define rdmsr_safe_function rdmsrl_safe
+#define wrmsr_safe_function wrmsrl_safe
+#else
+#define rdmsr_safe_function rdmsrq_safe
+#define wrmsr_safe_function wrmsrq_safe
+#endif
+int rdmsr_safe_function(u32 msr, u64 *value);
+int wrmsr_safe_function(u32 msr, u64 value);
 #define CC_ATTR_GUEST_STATE_ENCRYPT 1
 #define X86_FEATURE_TDX_GUEST 2
 #define HV_X64_MSR_GUEST_OS_ID 0x40000000

@@ -106,14 +106,14 @@ bool cpu_feature_enabled(int feature)
 	return false;
 }
 
-int rdmsrl_safe(u32 msr, u64 *value)
+int rdmsr_safe_function(u32 msr, u64 *value)
 {
 	CHECK(msr == HV_X64_MSR_GUEST_OS_ID);
 	*value = platform.id;
 	return platform.has_id ? 0 : -1;
 }
 
-int wrmsrl_safe(u32 msr, u64 value)
+int wrmsr_safe_function(u32 msr, u64 value)
 {
 	CHECK(msr == HV_X64_MSR_GUEST_OS_ID);
 	if (!platform.has_id || platform.id_fixed)
