@@ -1,0 +1,63 @@
+"""Every front-end attaches every device type that it can, with default keys, in the order in which it speaks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conversation_devices import PROOFS, Proof, write_configuration
+from conversation_file import CONVERSATIONS, TYPES, Conversation, load
+from conversation_player import Player
+from scene import DaemonProcess, LogBook
+
+from virtio.devices import REGISTRY
+
+FILES = sorted(CONVERSATIONS.glob("*.txt"))
+LOADED = [load(file) for file in FILES]
+CASES = [
+    pytest.param(each, device_type, id=f"{each.name}-{device_type}") for each in LOADED for device_type in each.attaches
+]
+
+
+class House:
+    """One daemon with a device of every type. Front-ends come and go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = LogBook()
+        self.proofs: dict[str, Proof] = {name: kind(folder) for name, kind in PROOFS.items()}
+        self.daemon = DaemonProcess(write_configuration(folder), self.log)
+        self.log.wait_for(0, "serving")
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as folder:
+        place = House(Path(folder))
+        yield place
+        for proof in place.proofs.values():
+            proof.close()
+        assert place.daemon.stop() == 0
+
+
+def test_conversations_have_a_proof_for_every_type_of_the_registry() -> None:
+    assert set(TYPES) == set(PROOFS) == {*REGISTRY, "own"}
+
+
+@pytest.mark.parametrize(("conversation", "device_type"), CASES)
+async def test_a_front_end_uses_a_device_and_leaves_and_comes_again(
+    house: House, conversation: Conversation, device_type: str
+) -> None:
+    mark = house.log.mark
+    player = Player(conversation, device_type, house.folder / f"{device_type}.sock", house.proofs[device_type])
+    try:
+        await player.live()
+    except AssertionError as error:
+        heard = [entry for entry in house.log.since(mark) if entry["level"] != "info"]
+        raise AssertionError(f"{error}; the daemon's log: {heard}") from error
+    finally:
+        player.close()
+    complaints = [entry for entry in house.log.since(mark) if entry["level"] != "info"]
+    assert not complaints
