@@ -59,6 +59,14 @@ def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
         if fault:
             hint = f"create it, for instance: truncate -s 10G {image}" if fault == _ABSENT else ""
             yield config.problem((*path, "path"), f"{image} {fault}", hint)
+    if isinstance(device.options, NetOptions) and device.options.tftp is not None:
+        folder = device.options.tftp
+        fault = _out_of_reach(folder) or ("" if folder.is_dir() else "is not a folder")
+        if not fault and not os.access(folder, os.R_OK | os.X_OK):
+            fault = "may not be read by this user"
+        if fault:
+            hint = f"create it: mkdir -p {folder}" if fault == _ABSENT else "a folder with the files that guests boot"
+            yield config.problem((*path, "tftp"), f"{folder} {fault}", hint)
     if isinstance(device.options, NetOptions) and device.queues > device.options.pairs_max:
         message = f'with backend = "{device.options.backend}" there is one pair of queues, not {device.queues}'
         yield config.problem((*path, "queues"), message, "leave it out, or set queues = 1")

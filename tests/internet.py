@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class Host:
         self.address = IPv4Address(address)
         self.router = BROADCAST
         self.lease: dict[int, bytes] = {}
+        self.boot_server = _ANY
+        self.bootfile = ""
 
     async def arp(self, target: str) -> bytes:
         """The MAC address of ``target``, which is taken as that of the router."""
@@ -92,16 +95,34 @@ class Host:
             if struct.unpack_from(">H", udp, 2)[0] == own_port:
                 return udp[8:]
 
+    # ---- TFTP, RFC 1350 ----
+
+    async def tftp(self, server: str, name: str, *, own_port: int = 4001) -> bytes:
+        """The file of that name; ``RefusedError`` when the server has none for us."""
+        await self.send_udp(server, 69, b"\0\1" + name.encode() + b"\0octet\0", own_port=own_port)
+        data = b""
+        for block in itertools.count(1):
+            answer = await self.receive_udp(own_port=own_port)
+            if answer[:2] == b"\0\5":
+                raise RefusedError(answer[4:-1].decode())
+            assert struct.unpack_from(">HH", answer) == (3, block)
+            data += answer[4:]
+            await self.send_udp(server, 69, struct.pack(">HH", 4, block), own_port=own_port)
+            if len(answer) < 4 + 512:
+                break
+        return data
+
     # ---- DHCP, RFC 2131 ----
 
     async def dhcp(self) -> None:
-        """Get an address, and all the options that come with it in ``lease``."""
+        """Get an address, all the options that come with it in ``lease``, and what to boot."""
         offer = await self._dhcp(1, b"")
         wanted = offer[16:20]
         server = _options(offer)[54]
         ack = await self._dhcp(3, bytes([50, 4]) + wanted + bytes([54, 4]) + server)
         assert ack[16:20] == wanted
         self.lease = _options(ack)
+        self.boot_server, self.bootfile = IPv4Address(ack[20:24]), ack[108:236].rstrip(b"\0").decode()
         self.address = IPv4Address(wanted)
 
     async def _dhcp(self, kind: int, options: bytes) -> bytes:

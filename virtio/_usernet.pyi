@@ -14,6 +14,7 @@ ffi: _Ffi
 
 class _Lib:
     USERNET_SOCKETS_MAX: int
+    USERNET_BOOTFILE_SIZE: int
     USERNET_HOSTNAME_SIZE: int
     def usernet_new(self, a0: Any, /) -> Any: ...
     def usernet_free(self, a0: Any, /) -> None: ...

@@ -182,6 +182,83 @@ async def test_routers_are_advertised_where_there_is_ipv6(ipv6: bool) -> None:
                 pytest.fail(f"{(await s.wait_for(lambda f: ethertype(f) == IPV6))!r}")
 
 
+# ---- booting from the network ----
+
+
+async def test_dhcp_tells_what_to_boot_and_tftp_has_it_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "efi").mkdir()
+    files = {"boot.img": os.urandom(5000), "efi/grub.efi": os.urandom(1024), "empty": b""}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    options = {"bootfile": "boot.img", "tftp": open_folder(tmp_path)}
+    async with on_user(**options, restrict=True) as host:
+        assert (str(host.boot_server), host.bootfile) == (ROUTER, "boot.img")
+        for number, (name, data) in enumerate(files.items()):
+            assert await host.tftp(ROUTER, name, own_port=4001 + number) == data
+        assert await host.tftp(ROUTER, "/boot.img", own_port=5000) == files["boot.img"]
+
+
+@pytest.mark.parametrize("name", ["none", "..", "../secret", "/../secret", "inner/../../secret", "inner", "inner/", ""])
+async def test_tftp_has_nothing_but_the_files_below_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "served"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"secret")
+    async with on_user(tftp=open_folder(folder)) as host:
+        assert host.bootfile == ""
+        with pytest.raises(RefusedError), trio.fail_after(GUARD):
+            await host.tftp(ROUTER, name)
+        await host.ping(ROUTER)
+
+
+async def test_without_a_folder_there_is_no_tftp_and_without_a_name_nothing_to_boot() -> None:
+    async with on_user(bootfile="http://10.0.2.2/boot.ipxe") as host:
+        assert host.bootfile == "http://10.0.2.2/boot.ipxe"
+        with pytest.raises(RefusedError), trio.fail_after(GUARD):
+            await host.tftp(ROUTER, "boot.ipxe")
+    async with on_user() as host:
+        assert host.bootfile == ""
+
+
+def open_folder(folder: Path) -> Path:
+    """The process may be another user's, who need not see the folders above."""
+    folder.chmod(0o755)
+    return folder
+
+
+def test_a_folder_for_tftp_that_cannot_be_had_is_named_at_start_and_by_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    config = tmp_path / "net.toml"
+    for name, at_start, by_check in (
+        ("none", "No such file or directory", "does not exist"),
+        ("file", "Not a directory", "is not a folder"),
+    ):
+        with pytest.raises(HostError, match=f"tftp: {tmp_path / name}: {at_start}"):
+            Net("guest", NetOptions(backend="user", tftp=tmp_path / name), 1, 256)
+        config.write_text(f'[devices.net]\ntype = "net"\nsocket = "s"\nbackend = "user"\ntftp = "{name}"\n')
+        main(["check", str(config)])
+        told = capsys.readouterr()
+        assert f"{config}:5: [devices.net] tftp: {tmp_path / name} {by_check}" in told.out + told.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's user network is another user's")
+def test_a_folder_that_its_server_may_not_read_is_named_with_the_user(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    with pytest.raises(HostError, match=f"tftp: {tmp_path}: the user nobody, who serves it, may not read it"):
+        Net("guest", NetOptions(backend="user", tftp=tmp_path), 1, 256)
+
+
+def test_several_networks_may_serve_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "net.toml"
+    config.write_text(
+        "".join(
+            f'[devices.net{n}]\ntype = "net"\nsocket = "s{n}"\nbackend = "user"\ntftp = "{tmp_path}"\n' for n in (1, 2)
+        )
+    )
+    assert main(["check", str(config)]) == 0, capsys.readouterr().err
+
+
 # ---- the process ----
 
 
@@ -298,6 +375,10 @@ def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -
         ({"dns": "8.8.8.8"}, "lies outside the network"),
         ({"mtu": 100}, "from 220 to 65521"),
         ({"hostname": "a" * 33}, "match"),
+        ({"bootfile": "a" * 128}, "match"),
+        ({"bootfile": ""}, "match"),
+        ({"backend": "tap", "tftp": "/srv/tftp"}, "no meaning"),
+        ({"backend": "switch", "switch": "lan", "bootfile": "x"}, "no meaning"),
         ({"backend": "null", "restrict": True}, "no meaning"),
         ({"backend": "tap", "forwards": ["tcp:127.0.0.1:2222:22"]}, "no meaning"),
     ],

@@ -16,7 +16,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final
 
 import structlog
 import trio
@@ -113,6 +114,19 @@ class UserOptions(DeviceOptions):
         examples=[["tcp:127.0.0.1:2222:22"]],
     )
 
+    bootfile: str | None = Field(
+        None,
+        pattern=r"^[\x21-\x7e]{1,127}$",
+        description="The file that DHCP tells a guest to boot from the network: a name below tftp, or a URL for iPXE. "
+        "Default: none.",
+        examples=["pxelinux.0"],
+    )
+    tftp: Path | None = Field(
+        None, description="The folder whose files the guest may read by TFTP at the host's address. Default: none."
+    )
+
+    only_read: ClassVar[frozenset[str]] = frozenset({"tftp"})
+
     @field_validator("forwards")
     @classmethod
     def _are_forwards(cls, forwards: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -153,6 +167,8 @@ class UserOptions(DeviceOptions):
             "network": str(network),
             **{key: str(address) for key, address in places.items()},
             "hostname": self.hostname or "",
+            "bootfile": self.bootfile or "",
+            "tftp": "" if self.tftp is None else os.fspath(self.tftp.absolute()),
             "restricted": bool(self.restrict),
             "host_loopback": bool(self.host_loopback),
             "ipv6": self.ipv6 is not False,

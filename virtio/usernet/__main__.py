@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import resource
 import sys
 from ipaddress import IPv4Address, IPv4Network
@@ -34,9 +35,24 @@ def _give_up_what_is_not_needed(sockets_max: int) -> None:
             os.setuid(NOBODY)
 
 
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def _fail(reason: str) -> None:
     print(reason, flush=True)
     raise SystemExit(1)
+
+
+def _enter(folder: str) -> None:
+    """What is read by TFTP lies below this folder. Entered first: its parents need not be open to the later user."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        _fail(f"tftp: {folder}: {os.strerror(error.errno or 0)}")
 
 
 def _open(lib: Any, ffi: Any, setup: dict[str, Any], frames_fd: int, stop_fd: int) -> Any:
@@ -47,7 +63,8 @@ def _open(lib: Any, ffi: Any, setup: dict[str, Any], frames_fd: int, stop_fd: in
         setattr(raw, key, _raw(setup[key]))
     for key in ("mtu", "restricted", "host_loopback", "ipv6"):
         setattr(raw, key, int(setup[key]))
-    raw.hostname = setup["hostname"].encode()
+    raw.tftp = bool(setup["tftp"])
+    raw.hostname, raw.bootfile = setup["hostname"].encode(), setup["bootfile"].encode()
     raw.frames_fd, raw.stop_fd = frames_fd, stop_fd
     net = lib.usernet_new(raw)
     if net == ffi.NULL:
@@ -67,8 +84,12 @@ def main() -> None:
         from virtio._usernet import ffi, lib
     except ImportError as error:
         _fail(MISSING.format(error))
+    if setup["tftp"]:
+        _enter(setup["tftp"])
     net = _open(lib, ffi, setup, frames_fd, sys.stdin.fileno())
     _give_up_what_is_not_needed(lib.USERNET_SOCKETS_MAX)
+    if setup["tftp"] and not os.access(".", os.R_OK | os.X_OK):
+        _fail(f"tftp: {setup['tftp']}: the user {_user()}, who serves it, may not read it")
     print("ready", flush=True)
     code = lib.usernet_run(net)
     lib.usernet_free(net)

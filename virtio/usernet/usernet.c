@@ -258,6 +258,10 @@ struct usernet *usernet_new(const struct usernet_setup *setup)
 	net->setup = *setup;
 	if (setup->hostname[0])
 		config.vhostname = net->setup.hostname;
+	if (setup->bootfile[0])
+		config.bootfile = net->setup.bootfile;
+	if (setup->tftp)
+		config.tftp_path = ".";
 	/* The same as in QEMU's user network, so that what is known of one holds for the other. */
 	inet_pton(AF_INET6, "fec0::", &config.vprefix_addr6);
 	inet_pton(AF_INET6, "fec0::2", &config.vhost6);

@@ -4,6 +4,7 @@
  */
 
 #define USERNET_SOCKETS_MAX 1024 /* files that one guest's network may have open: about 250 MiB of libslirp's buffers */
+#define USERNET_BOOTFILE_SIZE 128 /* BOOTP's field for it (RFC 951), with the terminating zero */
 #define USERNET_HOSTNAME_SIZE 33 /* what libslirp keeps of a name, with the terminating zero */
 
 struct usernet_setup {
@@ -15,7 +16,9 @@ struct usernet_setup {
 	uint8_t restricted;        /* nothing goes out; forwards still work */
 	uint8_t host_loopback;     /* `host` reaches what listens at 127.0.0.1 here */
 	uint8_t ipv6;
-	char hostname[33];         /* told by DHCP; "": none */
+	uint8_t tftp;              /* the files below the current folder are read by TFTP at `host` */
+	char bootfile[128];        /* told by DHCP; "": none */
+	char hostname[33];         /* likewise */
 	int frames_fd;             /* a frame a message, non-blocking; not closed */
 	int stop_fd;               /* usernet_run ends when it is readable, or hangs up; not closed */
 };
