@@ -35,6 +35,11 @@ QUEUE_COUNTERS: Final[tuple[tuple[str, str, QueueCount], ...]] = (
         "Batches of completions the driver wanted no interrupt for.",
         lambda queue: queue.notifications_suppressed,
     ),
+    (
+        "hyperbell_notifications_lost",
+        "Interrupts asked for where nobody was at the other end of the call fd any more.",
+        lambda queue: queue.notifications_lost,
+    ),
 )
 QUEUE_GAUGES: Final[tuple[tuple[str, str, QueueCount], ...]] = (
     ("hyperbell_inflight_requests", "Requests begun and not answered yet.", lambda queue: queue.inflight),

@@ -128,6 +128,7 @@ class Backend:
             queue.broken = True
             self._status |= spec.VIRTIO_CONFIG_S_NEEDS_RESET
             self._send.send_nowait(QueueBroken(queue.vq.index, report.error))
+        queue.look_at_call(report.call_error)
         if report.miss is not None and report.miss_number != queue.miss_told:
             queue.miss_told = report.miss_number
             self._send.send_nowait(report.miss)
@@ -283,6 +284,7 @@ class Backend:
             queue = self._queue(index)
             if queue.setup is None:
                 raise PeerError(f"queue {index} is started before it is set up")
+            queue.check_kick(fd)
             await queue.halt()
             number = number_of(index, fd)  # now: once it is given away, the fd is the queue's alone
         except BaseException:

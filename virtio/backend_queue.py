@@ -7,6 +7,7 @@ stands, to whoever drives it while it runs.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class BackendQueue:
         self.muted = False  # it runs although it is disabled, to no effect
         self.broken = False
         self.miss_told = 0  # the last miss that became an event
+        self.call_told = 0  # why its call fd was given up, as it was logged
         self._changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
         self._device = device
         self._calls = calls
@@ -103,7 +105,12 @@ class BackendQueue:
         else:
             self.vq.resume()
 
-    # ---- its descriptors: each passes to the queue; ``PeerError``: it is no eventfd ----
+    # ---- its descriptors: each passes to the queue; ``PeerError``: it is nothing that can ring, or be signalled ----
+
+    def check_kick(self, fd: OwnedFd | None) -> None:
+        """Before anything is changed for its sake."""
+        with _refusals():
+            self.vq.check_kick(fd)
 
     def give_kick(self, fd: OwnedFd | None) -> None:
         """While it stands."""
@@ -116,6 +123,7 @@ class BackendQueue:
                 await self._give(fd, partial(self.vq.set_doorbell, kind), partial(self.driver.set_doorbell, kind))
 
     async def set_call(self, fd: OwnedFd | None) -> None:
+        self.call_told = 0
         await self._give(fd, self.vq.set_call, self.driver.set_call)
 
     async def set_err(self, fd: OwnedFd | None) -> None:
@@ -132,6 +140,15 @@ class BackendQueue:
                 await while_it_runs(fd)
             else:
                 while_it_stands(fd)
+
+    def look_at_call(self, error: int) -> None:
+        """``error``: why the call fd was given up (errno), 0 while it works. Logged once a descriptor."""
+        if error and error != self.call_told:
+            self._log.warning(
+                "the driver is not interrupted any more: nobody is at the other end of the call fd",
+                error=os.strerror(error),
+            )
+        self.call_told = error
 
     def take_fds(self) -> None:
         self.vq.clear_doorbells()

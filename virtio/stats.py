@@ -47,6 +47,8 @@ class QueueStats:
     running: bool
     broken: bool
     ops: Mapping[str, OpStats]
+    notifications_lost: int = 0
+    """Of those sent: nobody was at the other end of the call fd."""
 
     @property
     def kicks(self) -> int:

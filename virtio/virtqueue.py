@@ -26,12 +26,14 @@ assert lib.DP_QUEUE_OPS == OPS_MAX
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What happened on a queue since it was set up: it broke, or it waits for the IOTLB."""
+    """What happened on a queue since it was set up: it broke, it waits for the IOTLB, its call fd has nobody left."""
 
     error: GuestError | None
     miss: IotlbMiss | None
     miss_number: int
     """Tells one miss from the next, which may be of the same address; 0 without a miss."""
+    call_error: int
+    """Why the call fd was given up, an errno; 0 while it works, or where there was none."""
 
 
 class Virtqueue:
@@ -81,6 +83,11 @@ class Virtqueue:
             if fd is not None:
                 fd.detach()
 
+    def check_kick(self, fd: OwnedFd | None) -> None:
+        """``HostError``: not an eventfd."""
+        if fd is not None:
+            check(lib.eventfd_check(fd.fileno()), f"kick fd of queue {self.index}")
+
     def set_kick(self, fd: OwnedFd | None) -> None:
         """Takes the fd, also when it is refused (``HostError``: not an eventfd). Same for the next three."""
         self.set_doorbell(Doorbell.KICK, fd)
@@ -94,6 +101,7 @@ class Virtqueue:
             self.set_doorbell(kind, None)
 
     def set_call(self, fd: OwnedFd | None) -> None:
+        """An eventfd, a pipe's write end, or a Unix socket, as for ``set_err``."""
         self._give(lib.virtqueue_set_call, fd, "call")
 
     def set_err(self, fd: OwnedFd | None) -> None:
@@ -123,7 +131,7 @@ class Virtqueue:
             error = guest_error(self.index, seen.fault, seen.head, seen.address, seen.length)
         if seen.miss:
             miss = IotlbMiss(seen.miss_iova, Permission(seen.miss_perm))
-        return Report(error, miss, seen.miss)
+        return Report(error, miss, seen.miss, seen.call_error)
 
     def break_queue(self, head: int, readable: int, writable: int) -> None:
         """Break the queue because a request lacks the parts its device needs."""
@@ -174,6 +182,7 @@ class Virtqueue:
             empty_wakeups=raw.empty_wakeups,
             notifications_sent=raw.notifications_sent,
             notifications_suppressed=raw.notifications_suppressed,
+            notifications_lost=raw.notifications_lost,
             inflight=raw.inflight,
             oldest_age_seconds=max(now_ns - oldest, 0) / 1e9 if oldest else 0.0,
             running=running,

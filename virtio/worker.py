@@ -138,7 +138,7 @@ class Worker:
         await self._command(lib.WORKER_NUDGE, device, device=device.pointer)
 
     async def set_call(self, vq: Virtqueue, fd: OwnedFd | None) -> None:
-        """Takes the fd; ``HostError`` when it is not an eventfd."""
+        """Takes the fd; ``HostError`` when it is nothing that can be signalled."""
         await self._give(lib.WORKER_SET_CALL, vq, fd, "call")
 
     async def set_err(self, vq: Virtqueue, fd: OwnedFd | None) -> None:

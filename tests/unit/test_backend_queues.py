@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import sys
 
 import pytest
 import trio
 import trio.testing
 from driven import DRIVEN, add_request, check_it_works, every_driven, make_device
 from frontend import F_EVENT_IDX, PACKED_START, Setting, every_ring, plugged
+from structlog.testing import capture_logs
 from vhost_user_wire import eventfd, memfd, no_fd_leaks
 
 from virtio.backend import Backend
@@ -277,7 +280,7 @@ async def test_a_queue_cannot_start_before_it_is_set_up(driven: str) -> None:
 @pytest.mark.parametrize("which", ["kick", "call", "err"])
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @every_driven
-async def test_only_an_eventfd_is_taken_and_anything_else_is_closed(driven: str, state: str, which: str) -> None:
+async def test_what_cannot_notify_is_refused_and_closed(driven: str, state: str, which: str) -> None:
     async with plugged(make_device(driven), setting_of(driven)) as p:
         queue, backend = p.guest.queues[0], p.backend
         if state == "stopped":
@@ -286,14 +289,57 @@ async def test_only_an_eventfd_is_taken_and_anything_else_is_closed(driven: str,
         verb = {"kick": backend.set_kick, "call": backend.set_call, "err": backend.set_err}[which]
         readable, writable = os.pipe()
         with no_fd_leaks():
-            for fd in (memfd(), os.dup(readable), os.dup(writable), os.open("/dev/null", os.O_RDWR)):
-                with pytest.raises(PeerError, match=f"{which} fd of queue 0: not an eventfd"):
+            kicks = [os.dup(writable)] if which == "kick" else []
+            for fd in (memfd(), os.dup(readable), *kicks, os.open("/dev/null", os.O_RDWR)):
+                with pytest.raises(PeerError, match=f"{which} fd of queue 0: n(ot|either) an eventfd"):
                     await verb(0, OwnedFd(fd))
         os.close(readable)
         os.close(writable)
         await backend.set_kick(0, given(queue.kick_fd))
         await backend.set_call(0, given(queue.call_fd))
         await check_it_works(queue)
+
+
+@every_driven
+async def test_a_kick_fd_that_is_refused_leaves_a_running_queue_as_it_is(driven: str) -> None:
+    async with plugged(make_device(driven), setting_of(driven)) as p:
+        with pytest.raises(PeerError, match="not an eventfd"):
+            await p.backend.set_kick(0, OwnedFd(memfd()))
+        await check_it_works(p.guest.queues[0])
+
+
+@every_driven
+async def test_a_driver_that_waits_at_a_socket_is_interrupted_until_it_hangs_up_which_is_logged_once(
+    driven: str,
+) -> None:
+    async with plugged(make_device(driven), setting_of(driven)) as p:
+        queue = p.guest.queues[0]
+
+        async def ask() -> None:
+            queue.driver.want_interrupts(True)
+            add_request(queue)
+            queue.ring()
+            while not queue.driver.used():
+                await trio.lowlevel.checkpoint()
+
+        ours, theirs = socket.socketpair()
+        await p.backend.set_call(0, OwnedFd(theirs.detach()))
+        with capture_logs() as logs, trio.fail_after(GUARD):
+            for number in range(4):  # the first one is for what was completed before
+                if number:
+                    await ask()
+                await trio.lowlevel.wait_readable(ours)
+                assert ours.recv(16) == (1).to_bytes(8, sys.byteorder)
+            trio.lowlevel.notify_closing(ours)
+            ours.close()
+            await ask()
+            while not logs:
+                await trio.lowlevel.checkpoint()
+            await ask()
+            await p.backend.enable_queue(0, False)
+        told = [line for line in logs if line["log_level"] == "warning"]
+        assert [(line["queue"], line["error"]) for line in told] == [(0, "Broken pipe")]
+        assert p.backend.stats().queues[0].notifications_lost == 1
 
 
 @pytest.mark.parametrize(

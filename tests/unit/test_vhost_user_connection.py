@@ -83,29 +83,6 @@ async def test_a_ring_the_driver_set_up_wrongly_does_not_end_the_connection(back
     assert [line["queue"] for line in logs if "driver set it up wrongly" in line["event"]] == [0]
 
 
-@pytest.mark.parametrize("request_number", [12, 13, 14], ids=["KICK", "CALL", "ERR"])
-@pytest.mark.parametrize("kind", ["pipe", "file", "memory", "socket"])
-async def test_only_an_eventfd_can_notify(backend: RecordingBackend, request_number: int, kind: str) -> None:
-    with wire.no_fd_leaks():
-        async with connected(backend) as (front_end, server):
-            await front_end.start_ring(0)
-            assert await front_end.do(8, wire.vring_state(1, 128)) == 0
-            assert await front_end.do(9, wire.vring_addr(1)) == 0
-            if kind == "pipe":
-                fd, other = os.pipe()
-                os.close(other)
-            elif kind == "file":
-                fd = os.open("/dev/null", os.O_RDWR)
-            elif kind == "memory":
-                fd = wire.memfd()
-            else:
-                fd = os.dup(front_end.socket.fileno())  # the connection itself
-            before = len(backend.calls)
-            assert await front_end.do(request_number, u64(1), [fd]) == 1
-            assert len(backend.calls) == before
-            assert sum(server.stats.protocol_errors.values()) == 1
-
-
 async def test_one_eventfd_may_serve_several_queues(backend: RecordingBackend) -> None:
     with wire.no_fd_leaks():
         async with connected(backend) as (front_end, _):

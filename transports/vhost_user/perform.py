@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from transports.base import BackendLike
@@ -67,7 +66,7 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
         case SetMemory(regions=regions):
             await backend.set_memory(regions)
         case StartQueue():
-            return await _start_queue(backend, operation, request.name, log)
+            return await _start_queue(backend, operation, log)
         case StopQueue(index=index, base=base, flush_iotlb=flush_iotlb):
             if base is None:
                 base = await backend.stop_queue(index)
@@ -75,9 +74,9 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
                 await backend.iotlb_invalidate(0, IOTLB_EVERYTHING)
             return base
         case SetCall(index=index, call_fd=fd):
-            await backend.set_call(index, _eventfd(fd, request.name))
+            await backend.set_call(index, fd)
         case SetErr(index=index, err_fd=fd):
-            await backend.set_err(index, _eventfd(fd, request.name))
+            await backend.set_err(index, fd)
         case EnableQueue(index=index, on=on):
             await backend.enable_queue(index, on)
         case DisableAllQueues():
@@ -113,11 +112,9 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
     return 0
 
 
-async def _start_queue(
-    backend: BackendLike, operation: StartQueue, request_name: str, log: FilteringBoundLogger
-) -> bool:
+async def _start_queue(backend: BackendLike, operation: StartQueue, log: FilteringBoundLogger) -> bool:
     """True if the queue runs now; a driver's mistake in the ring leaves it stopped and is no fault of the front-end."""
-    kick_fd = _eventfd(operation.kick_fd, request_name)
+    kick_fd = operation.kick_fd
     try:
         if operation.setup is not None:
             await _configure_queue(backend, operation.index, operation.setup, kick_fd)
@@ -166,18 +163,3 @@ def _duplicate(regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
             region.fd.close()
         raise HostError(f"cannot keep the memory table over a reset: {error}", errno=error.errno) from error
     return tuple(kept)
-
-
-def _eventfd(fd: OwnedFd | None, request_name: str) -> OwnedFd | None:
-    """Only eventfds may notify: anything else could make a write to it wait for ever, or never stop being readable."""
-    if fd is None:
-        return None
-    try:
-        kind = str(Path(f"/proc/self/fd/{fd.fileno()}").readlink())
-    except OSError as error:
-        fd.close()
-        raise HostError(f"cannot tell what kind of file descriptor came: {error}", errno=error.errno or 0) from error
-    if kind != "anon_inode:[eventfd]":
-        fd.close()
-        raise PeerError(f"the file descriptor is no eventfd but {kind.split(':')[0]}", request=request_name)
-    return fd

@@ -16,6 +16,7 @@ __all__ = ["FAULTS", "check", "ffi", "guest_error", "lib"]
 _OWN_CODES: Final[dict[int, str]] = {
     lib.DP_E_SHORT_FILE: "the file ends before the region does (or is not a regular file)",
     lib.DP_E_NOT_EVENTFD: "not an eventfd",
+    lib.DP_E_NOT_NOTIFIER: "neither an eventfd nor a pipe's write end nor a Unix socket",
 }
 
 FAULTS: Final[dict[int, str]] = {

@@ -8,6 +8,7 @@
 
 #define DP_E_SHORT_FILE -5001
 #define DP_E_NOT_EVENTFD -5002
+#define DP_E_NOT_NOTIFIER -5005
 #define DP_E_RING_ALIGN -5003
 #define DP_E_RING_SIZE -5004
 #define DP_E_BASE -5006
@@ -120,6 +121,7 @@ struct queue_stats { /* as op_stats */
 	uint64_t empty_wakeups; /* ... and found nothing */
 	uint64_t notifications_sent;
 	uint64_t notifications_suppressed;
+	uint64_t notifications_lost; /* of those sent: nobody was at the other end */
 	uint64_t inflight;
 	uint64_t oldest_ns;     /* CLOCK_MONOTONIC of the oldest request in flight; 0: none */
 	struct op_stats ops[DP_QUEUE_OPS];
@@ -143,9 +145,10 @@ struct queue_report { /* what Python wants to know after an event */
 	uint32_t miss;       /* not 0: parked, waiting for the IOTLB; another number for each time */
 	uint32_t miss_perm;
 	uint64_t miss_iova;
+	uint32_t call_error; /* an errno; not 0: nobody is at the other end of the call fd, which was closed */
 };
 
-/* `event_fd` (not owned) is written when the queue breaks or misses. */
+/* `event_fd` (not owned) is written when the queue breaks or misses, or lost its call fd. */
 struct virtqueue *virtqueue_new(uint32_t index, int event_fd);
 /* Only when nobody drives it and nothing is in flight. */
 void virtqueue_free(struct virtqueue *vq);
@@ -154,8 +157,11 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup,
 			struct memory_table *table, struct iotlb *tlb);
 /* Driver thread: swap the memory table between two chains; a ring that fell out of it breaks the queue. */
 void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table);
+/* 0: it may ring a queue; DP_E_NOT_EVENTFD or -errno. */
+int eventfd_check(int fd);
 /* Take ownership of an eventfd (DP_E_NOT_EVENTFD: anything else, ownership stays with the caller); -1: none. */
 int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd);
+/* The same for an eventfd, a pipe's write end or a Unix socket (DP_E_NOT_NOTIFIER: anything else). */
 int virtqueue_set_call(struct virtqueue *vq, int fd);
 int virtqueue_set_err(struct virtqueue *vq, int fd);
 /* The eventfd of that kind (DOORBELL_*), or -1; owned by the queue. */
@@ -200,7 +206,7 @@ void chain_drop(struct chain *c);
 /* 1: kicks are on and the ring was empty after that; 0: there is work. */
 int virtqueue_arm(struct virtqueue *vq);
 void virtqueue_disarm(struct virtqueue *vq);
-/* Signal the call eventfd once, whatever the driver asked for. */
+/* Signal the call fd once, whatever the driver asked for. */
 void virtqueue_signal(struct virtqueue *vq);
 void virtqueue_break(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
 

@@ -159,6 +159,7 @@ struct virtqueue {
 	uint32_t size;
 	uint32_t space;
 	bool event_idx, indirect, configured;
+	uint8_t call_kind, err_kind; /* NOTIFY_*, of the two fds below; driver thread */
 	uint64_t desc_addr, avail_addr, used_addr;
 	const struct ring_ops *ops; /* flat or scattered: driver thread */
 	struct iotlb *iotlb;
@@ -185,6 +186,7 @@ struct virtqueue {
 	uint32_t fault;           /* atomic */
 	uint32_t miss;            /* atomic */
 	uint32_t misses;          /* driver thread: how many there were */
+	uint32_t call_error;      /* atomic: why the call fd is no more, an errno; 0: it is, or there was none */
 	struct queue_report report;
 	/* what a worker keeps here while it drives the queue (worker thread) */
 	struct native_device *device;
@@ -249,6 +251,8 @@ int chain_add_indirect(struct virtqueue *vq, struct chain_view *chain, const str
 		       bool packed);
 /* Give back to the ring, unused, the last `count` chains popped: the next pop finds them again. */
 void virtqueue_unpop(struct virtqueue *vq, const uint32_t *heads, uint32_t count, uint32_t slots);
+/* Python has something to look at: virtqueue_report. */
+void virtqueue_raise_event(struct virtqueue *vq);
 /* Break the queue with this reason; always returns VQ_BROKEN. */
 int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
 /* Find the ring in the memory of now: 0, VQ_MISS (now parked) or VQ_BROKEN. Until it is found, the old places stay. */
@@ -274,12 +278,17 @@ static inline bool vring_need_event(uint16_t event, uint16_t new_idx, uint16_t o
 	return (uint16_t)(new_idx - event - 1) < (uint16_t)(new_idx - old);
 }
 
-/* ---- notify.c: a write to an eventfd that can never hold its thread for good ---- */
+/* ---- notify.c: what tells a peer, and can never hold its thread for good ---- */
 
-/* 0, or -errno; -EINTR when the peer keeps the eventfd full. */
-int eventfd_signal_bounded(int fd);
-/* 0, DP_E_NOT_EVENTFD or -errno. */
-int eventfd_check(int fd);
+enum { NOTIFY_EVENTFD, NOTIFY_PIPE, NOTIFY_SOCKET };
+
+/* Which of these `fd` is, or DP_E_NOT_NOTIFIER, or -errno. */
+int notify_kind(int fd);
+/*
+ * Add 1, or send it as 8 bytes. 0: the peer knows, also where it has not read yet and nothing more fits in.
+ * -EINTR: it keeps a blocking eventfd full. Any other -errno: there is nobody at the other end.
+ */
+int notify(int fd, uint32_t kind);
 /* A thread that signalled and is about to end gives its timer back. */
 void eventfd_signal_thread_end(void);
 

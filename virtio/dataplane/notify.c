@@ -1,18 +1,25 @@
 /*
- * Eventfds that came from a peer: checked when they are taken, read without blocking, written with a bound.
+ * Descriptors that came from a peer: checked when they are taken, read without blocking, written with a bound.
  *
- * A call eventfd may be blocking, and the peer can fill it up and leave it full; O_NONBLOCK is shared with the peer,
- * so setting it proves nothing. A plain write is by far the cheapest signal, so it is bounded instead: while a thread
- * signals, a timer of its own sends it SIGRTMIN+5 every 10 ms, and a write that sits in the kernel then ends with
- * EINTR. The timer stops itself when the thread has not signalled for a whole tick, so an idle thread costs nothing.
+ * What rings a queue is an eventfd. What the queue signals may also be a pipe or a Unix socket, for front-ends that
+ * wait with SIGIO, which eventfds do not send (User-mode Linux). O_NONBLOCK is shared with the peer, so it is neither
+ * set nor relied upon.
+ *
+ * A call eventfd may be blocking, and the peer can fill it up and leave it full. A plain write is by far the cheapest
+ * signal, so it is bounded instead: while a thread signals, a timer of its own sends it SIGRTMIN+5 every 10 ms, and a
+ * write that sits in the kernel then ends with EINTR. The timer stops itself when the thread has not signalled for a
+ * whole tick, so an idle thread costs nothing.
  */
 #include "dataplane.h"
 
+#include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -90,7 +97,8 @@ static bool is_writable(int fd)
 	return poll(&ask, 1, 0) == 1;
 }
 
-int eventfd_signal_bounded(int fd)
+/* 0, or -errno; -EINTR when the peer keeps the eventfd full. */
+static int eventfd_signal_bounded(int fd)
 {
 	uint64_t one = 1;
 	ssize_t n;
@@ -122,49 +130,123 @@ int eventfd_check(int fd)
 	return strcmp(target, "anon_inode:[eventfd]") == 0 ? 0 : DP_E_NOT_EVENTFD;
 }
 
-static int fd_replace(int *slot, int fd)
+/*
+ * 8 bytes go into a pipe, and into a Unix socket, whole or not at all (pipe(7), unix(7)): a stream of them stays one.
+ * SIGPIPE does not come: Python ignores it, and a worker's thread has every signal blocked.
+ */
+static int pipe_signal(int fd)
 {
-	int rc = fd < 0 ? 0 : eventfd_check(fd);
+	uint64_t one = 1;
+	struct iovec iov = { &one, sizeof(one) };
 
-	if (rc < 0)
-		return rc;
+	if (pwritev2(fd, &iov, 1, -1, RWF_NOWAIT) == sizeof(one))
+		return 0;
+	if (errno != EOPNOTSUPP)
+		return errno == EAGAIN ? 0 : -errno;
+	/* A FIFO, or a kernel before 6.4. Should the peer fill it up between these two, the timer ends the write. */
+	return is_writable(fd) && eventfd_signal_bounded(fd) == -EPIPE ? -EPIPE : 0;
+}
+
+static int socket_signal(int fd)
+{
+	uint64_t one = 1;
+
+	if (send(fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+		return 0;
+	return errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM ? 0 : -errno;
+}
+
+int notify(int fd, uint32_t kind)
+{
+	if (likely(kind == NOTIFY_EVENTFD))
+		return eventfd_signal_bounded(fd);
+	return kind == NOTIFY_PIPE ? pipe_signal(fd) : socket_signal(fd);
+}
+
+int notify_kind(int fd)
+{
+	int rc = eventfd_check(fd), flags, domain = 0;
+	socklen_t size = sizeof(domain);
+	struct stat st;
+
+	if (rc != DP_E_NOT_EVENTFD)
+		return rc < 0 ? rc : NOTIFY_EVENTFD;
+	flags = fcntl(fd, F_GETFL);
+	if (flags < 0 || fstat(fd, &st) < 0)
+		return -errno;
+	if (S_ISFIFO(st.st_mode) && (flags & O_ACCMODE) != O_RDONLY)
+		return NOTIFY_PIPE;
+	if (S_ISSOCK(st.st_mode) && getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX)
+		return NOTIFY_SOCKET;
+	return DP_E_NOT_NOTIFIER;
+}
+
+static void fd_replace(int *slot, int fd)
+{
 	if (*slot >= 0)
 		close(*slot);
 	*slot = fd;
+}
+
+static int notifier_replace(int *slot, uint8_t *kind, int fd)
+{
+	int rc = fd < 0 ? 0 : notify_kind(fd);
+
+	if (rc < 0)
+		return rc;
+	fd_replace(slot, fd);
+	*kind = (uint8_t)rc;
 	return 0;
 }
 
 int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd)
 {
-	return kind < DOORBELL_KINDS ? fd_replace(&vq->doorbell_fds[kind], fd) : -EINVAL;
+	int rc = kind >= DOORBELL_KINDS ? -EINVAL : fd < 0 ? 0 : eventfd_check(fd);
+
+	if (rc == 0)
+		fd_replace(&vq->doorbell_fds[kind], fd);
+	return rc;
 }
 
 int virtqueue_set_call(struct virtqueue *vq, int fd)
 {
-	int rc = fd_replace(&vq->call_fd, fd);
+	int rc = notifier_replace(&vq->call_fd, &vq->call_kind, fd);
 
+	if (rc < 0)
+		return rc;
+	store_release(&vq->call_error, 0);
 	/* Completions may have come before the fd was set, so a new one is signalled once. */
-	if (rc == 0 && fd >= 0)
+	if (fd >= 0)
 		virtqueue_signal(vq);
-	return rc;
+	return 0;
 }
 
 int virtqueue_set_err(struct virtqueue *vq, int fd)
 {
-	return fd_replace(&vq->err_fd, fd);
+	return notifier_replace(&vq->err_fd, &vq->err_kind, fd);
 }
 
 void virtqueue_signal(struct virtqueue *vq)
 {
+	int rc;
+
 	if (vq->call_fd < 0)
 		return;
 	if (vq->interrupt_status)
 		interrupt_status_raise(vq->interrupt_status, INTERRUPT_USED_BUFFER);
-	if (eventfd_signal_bounded(vq->call_fd) == -EINTR) {
-		close(vq->call_fd);
-		vq->call_fd = -1;
+	rc = notify(vq->call_fd, vq->call_kind);
+	if (likely(rc == 0))
+		return;
+	close(vq->call_fd);
+	vq->call_fd = -1;
+	if (rc == -EINTR) {
 		virtqueue_fail(vq, VQ_FAULT_CALL_FD, 0, 0, 0);
+		return;
 	}
+	/* The peer has gone, or is about to bring another one: no fault of the driver's, and its requests are served. */
+	stat_add(&vq->stats.notifications_lost, 1);
+	store_release(&vq->call_error, (uint32_t)-rc);
+	virtqueue_raise_event(vq);
 }
 
 static uint64_t doorbell_take(struct virtqueue *vq, uint32_t kind)

@@ -87,7 +87,7 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup, s
 	return 0;
 }
 
-static void event_raise(struct virtqueue *vq)
+void virtqueue_raise_event(struct virtqueue *vq)
 {
 	uint64_t one = 1;
 
@@ -111,9 +111,9 @@ int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t
 	vq->report.address = address;
 	vq->report.length = length;
 	store_release(&vq->fault, fault);
-	event_raise(vq);
+	virtqueue_raise_event(vq);
 	if (vq->err_fd >= 0)
-		eventfd_signal_bounded(vq->err_fd);
+		notify(vq->err_fd, vq->err_kind);
 	return VQ_BROKEN;
 }
 
@@ -130,7 +130,7 @@ static int virtqueue_miss(struct virtqueue *vq, uint64_t iova, uint32_t perm)
 	if (++vq->misses == 0)
 		vq->misses = 1;
 	store_release(&vq->miss, vq->misses);
-	event_raise(vq);
+	virtqueue_raise_event(vq);
 	return VQ_MISS;
 }
 
@@ -138,7 +138,7 @@ void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
 {
 	uint32_t fault = load_acquire(&vq->fault), miss = load_acquire(&vq->miss);
 
-	*report = (struct queue_report){ 0 };
+	*report = (struct queue_report){ .call_error = load_acquire(&vq->call_error) };
 	if (fault) {
 		report->fault = fault;
 		report->head = vq->report.head;
