@@ -20,7 +20,7 @@ from pathlib import Path
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
 from guest.initramfs import prepare_initramfs
-from guest.kernel import Kernel
+from guest.kernel import Kernel, module_files, read_module
 from guest.machine import QEMU
 from guest.module import prepare_module
 from guest.root import Root
@@ -36,7 +36,7 @@ FIRMWARE = (
     *("bios.bin", "bios-256k.bin", "bios-microvm.bin"),
 )
 KERNEL_MODULES = re.compile(
-    r"(kvm.*|irqbypass|ccp|virtio.*|vfio.*|vhost.*|net_failover|failover|tun|loop|overlay|rng-core|vsock.*|.*_virtio_.*)\.ko"
+    r"(kvm.*|irqbypass|ccp|virtio.*|vfio.*|vhost.*|net_failover|failover|tun|loop|overlay|rng-core|vsock.*|.*_virtio_.*)"
 )
 NOT_OF_PYTHON = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "turtledemo", "pydoc_data", "distutils"}
@@ -180,12 +180,12 @@ def _distributions() -> list[str]:
 
 
 def _add_modules(root: Root, kernel: Kernel) -> None:
-    release = kernel.package.removeprefix("linux-image-")
-    for path in kernel.modules.rglob("*.ko"):
-        if KERNEL_MODULES.fullmatch(path.name):
-            root.add(path, f"/lib/modules/{release}/kernel/{path.relative_to(kernel.modules)}")
+    for name, path in module_files(kernel.modules).items():
+        if KERNEL_MODULES.fullmatch(name):
+            place = path.relative_to(kernel.modules).with_name(f"{name}.ko")
+            root.write(f"/lib/modules/{kernel.release}/kernel/{place}", read_module(path), 0o644)
     try:
-        command = ["depmod", "-b", str(root.folder), release]
+        command = ["depmod", "-b", str(root.folder), kernel.release]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
         )

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
 from guest.compiler import run_compiler
-from guest.kernel import Kernel
+from guest.kernel import Kernel, built_in_modules, module_files, read_module
 from guest.root import Root
 
 MODULES = ("virtio_pci", "virtio_blk", "virtio-rng")
@@ -51,8 +51,8 @@ def prepare_initramfs(
     entries.append(_program("bin/busybox", _busybox()))
     entries.append(_program("bin/diskcheck", compiled_program("diskcheck", DISKCHECK_SOURCES, progress)))
     order = module_order(kernel.modules, modules)
-    entries += [_program(f"modules/{path.name}", path.read_bytes()) for path in order]
-    entries.append(_program("modules/order", "".join(f"{path.stem}\n" for path in order).encode()))
+    entries += [_program(f"modules/{name}.ko", read_module(path)) for name, path in order.items()]
+    entries.append(_program("modules/order", "".join(f"{name}\n" for name in order).encode()))
     entries += [_program(name.lstrip("/"), content) for name, content in extra.items()]
     archive = newc(entries)
     target = cache_folder() / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.cpio"
@@ -73,28 +73,33 @@ def program_files(name: str, package: str) -> dict[str, bytes]:
         return {f"/{path.relative_to(scratch)}": path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
 
 
-def module_order(folder: Path, wanted: Sequence[str]) -> list[Path]:
-    """The files of ``wanted`` and of all they depend on, dependencies first, as insmod needs them.
+def module_order(folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
+    """The files of ``wanted`` and of all they depend on by their names, dependencies first, as insmod needs them.
 
-    Read from each module's own ``depends=``: an unpacked package has no modules.dep.
+    Read from each module's own ``depends=``: an unpacked package has no modules.dep. What is built in is left out.
     """
-    files = {_module_name(path.stem): path for path in folder.rglob("*.ko")}
-    order: list[Path] = []
+    files = {_module_name(name): (name, path) for name, path in module_files(folder).items()}
+    built_in = {_module_name(name) for name in built_in_modules(folder)}
+    order: dict[str, Path] = {}
 
-    def add(name: str) -> None:
-        path = files.get(_module_name(name))
-        if path is None:
-            raise PrepareError(f"the kernel has no module {name} under {folder}; remove the cache folder to fetch anew")
-        if path in order:
+    def add(wanted_name: str) -> None:
+        if _module_name(wanted_name) in built_in:
             return
-        found = re.search(rb"\0depends=([^\0]*)\0", b"\0" + path.read_bytes())
+        if _module_name(wanted_name) not in files:
+            raise PrepareError(
+                f"the kernel has no module {wanted_name} under {folder}; remove the cache folder to fetch anew"
+            )
+        name, path = files[_module_name(wanted_name)]
+        if name in order:
+            return
+        found = re.search(rb"\0depends=([^\0]*)\0", b"\0" + read_module(path))
         for dependency in found.group(1).decode().split(",") if found else []:
             if dependency:
                 add(dependency)
-        order.append(path)
+        order[name] = path
 
-    for name in wanted:
-        add(name)
+    for each in wanted:
+        add(each)
     return order
 
 

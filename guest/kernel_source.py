@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO
 
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder, store_file
-from guest.kernel import Kernel, fetch_package
+from guest.kernel import Kernel
 from guest.module import compile_modules, sources_digest
+from guest.packages import packages_of
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def _sources(kernel: Kernel, files: Collection[str], progress: Progress) -> dict
     """``files`` by their paths in the kernel's source, in a fixed order."""
     found = re.match(r"linux-image-(\d+\.\d+)\.", kernel.package)
     if found is None:
-        raise PrepareError(f"{kernel.package} is not called like a kernel of Debian 12")
+        raise PrepareError(f"{kernel.package} is not called like a kernel of Debian")
     package = f"linux-source-{found.group(1)}"
     folder = cache_folder() / package
     if not all((folder / file).exists() for file in files):
         every = {file for driver in DRIVERS.values() for file in driver.files}  # unpacking takes its time
         folder.mkdir(exist_ok=True)
         with scratch_folder(cache_folder()) as scratch:
-            archive = fetch_package(package, scratch, progress)
+            archive = packages_of(kernel.suite, progress).download(package, scratch)
             progress(f"unpacking {len(every)} files of {archive.name}")
             for file, content in _extract(archive, package, every).items():
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)

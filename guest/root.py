@@ -29,11 +29,11 @@ class Root:
             shutil.copy2(source, target)
         return target
 
-    def write(self, place: str, content: str, mode: int = 0o755) -> None:
+    def write(self, place: str, content: str | bytes, mode: int = 0o755) -> None:
         """Make a file of ``content``."""
         target = self.folder / place.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content)
+        target.write_bytes(content.encode() if isinstance(content, str) else content)
         target.chmod(mode)
 
     def add_program(self, source: Path, place: str | Path = "") -> None:

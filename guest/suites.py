@@ -79,12 +79,11 @@ class Suite:
 
     def version(self, package: str) -> str:
         """The version of ``package`` in this suite. Raises ``PrepareError`` with advice."""
-        return self._field(package, "Version")
+        return field_of(self._shown(package), "Version")
 
     def depends(self, package: str) -> list[str]:
         """The names of the packages that ``package`` depends on; of alternatives the first."""
-        words = self._field(package, "Depends")
-        return [re.split(r"[\s|(:]", each.strip())[0] for each in words.split(",") if each.strip()]
+        return first_dependencies(self._shown(package))
 
     def download(self, package: str, into: Path) -> Path:
         """The archive of ``package``, in the empty folder ``into``. Raises ``PrepareError`` with advice."""
@@ -124,13 +123,11 @@ class Suite:
                 (scratch / "tree").rename(target)
         return Tree(target)
 
-    def _field(self, package: str, field: str) -> str:
+    def _shown(self, package: str) -> str:
         try:
-            text = self._apt("apt-cache", "show", "--no-all-versions", package)
+            return self._apt("apt-cache", "show", "--no-all-versions", package)
         except PrepareError as error:
             raise PrepareError(f"Debian {self.name} has no package {package} on this machine's mirror") from error
-        found = re.search(rf"^{field}: (.*)$", text, re.MULTILINE)
-        return found.group(1) if found else ""
 
     def _apt(self, *words: str, cwd: Path | None = None) -> str:
         program, *further = words
@@ -163,6 +160,17 @@ class Suite:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def field_of(shown: str, field: str) -> str:
+    """A field of what ``apt-cache show`` says of a package; "" if there is none."""
+    found = re.search(rf"^{field}: (.*)$", shown, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def first_dependencies(shown: str) -> list[str]:
+    """The names of the packages that ``apt-cache show`` says a package depends on; of alternatives the first."""
+    return [re.split(r"[\s|(:]", each.strip())[0] for each in field_of(shown, "Depends").split(",") if each.strip()]
 
 
 def _advice(said: str) -> str:

@@ -18,10 +18,11 @@ from guests.testbed import MIB, SPLIT, Site, Testbed
 
 from guest.cache import PrepareError
 from guest.console import results_of
+from guest.headers import prepare_headers
 from guest.initramfs import module_order, prepare_initramfs
-from guest.kernel import Kernel
+from guest.kernel import Kernel, prepare_kernel, read_module
 from guest.machine import Guest
-from guest.module import SOURCES, module_sources, prepare_headers, prepare_module
+from guest.module import SOURCES, module_sources, prepare_module
 from guest.pattern import BLOCK_SIZE, check_pattern, sum_generations
 
 pytestmark = pytest.mark.guest
@@ -48,10 +49,9 @@ STRESS_SEED = 11
 
 def test_module_builds_for_the_kernel_that_guests_boot(testbed: Testbed) -> None:
     built = prepare_module(testbed.kernel, print)
-    release = testbed.kernel.package.removeprefix("linux-image-")
     shown = subprocess.run(["modinfo", str(built)], capture_output=True, text=True, check=True).stdout
     facts = dict(line.split(":", 1) for line in shown.splitlines() if ":" in line)
-    assert facts["vermagic"].split()[0] == release
+    assert facts["vermagic"].split()[0] == testbed.kernel.release
     assert facts["license"].strip() == "GPL"
     assert facts["version"].strip() == VERSION
     assert prepare_module(testbed.kernel, print) == built
@@ -67,10 +67,8 @@ def test_module_its_package_and_its_page_are_of_the_projects_version() -> None:
 def test_module_builds_without_a_warning(testbed: Testbed, tmp_path: Path) -> None:
     for name, content in module_sources().items():
         (tmp_path / name).write_bytes(content)
-    headers = prepare_headers(testbed.kernel, print)
-    done = subprocess.run(
-        ["make", "-C", str(headers), f"M={tmp_path}", "W=1", "modules"], capture_output=True, text=True, timeout=300
-    )
+    command = prepare_headers(testbed.kernel, print).make(tmp_path, "W=1", "modules")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "warning" in line] == []
 
@@ -95,19 +93,20 @@ def test_kernel_without_headers_is_an_error_that_says_what_to_do(
 def test_missing_compiler_is_an_error_that_names_the_package(
     testbed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = prepare_headers(testbed.kernel, print)
+    kernel = prepare_kernel(print, suite="")  # for those of another suite the compiler is fetched too
+    headers = prepare_headers(kernel, print).folder
     monkeypatch.setenv("HYPERBELL_CACHE", str(tmp_path))
     (tmp_path / headers.parents[2].name).symlink_to(headers.parents[2])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PrepareError, match="install the Debian package 'make'"):
-        prepare_module(testbed.kernel, print)
+        prepare_module(kernel, print)
 
 
 @pytest.fixture(scope="module")
 def module_initramfs(testbed: Testbed) -> Path:
     """The guest tests' initramfs, with the module and a transport that is loaded later."""
-    (mmio,) = [path for path in module_order(testbed.kernel.modules, ["virtio_mmio"]) if path.stem == "virtio_mmio"]
-    extra = {MODULE: prepare_module(testbed.kernel, print).read_bytes(), "/virtio_mmio.ko": mmio.read_bytes()}
+    mmio = read_module(module_order(testbed.kernel.modules, ["virtio_mmio"])["virtio_mmio"])
+    extra = {MODULE: prepare_module(testbed.kernel, print).read_bytes(), "/virtio_mmio.ko": mmio}
     return prepare_initramfs(testbed.kernel, print, extra=extra)
 
 

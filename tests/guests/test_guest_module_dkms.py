@@ -16,8 +16,9 @@ import pytest
 from guests.testbed import Testbed
 
 from guest.cache import PrepareError, cache_folder, scratch_folder
-from guest.kernel import fetch_package
-from guest.module import SOURCES, prepare_headers
+from guest.headers import prepare_headers
+from guest.module import SOURCES
+from guest.packages import packages_of
 
 pytestmark = pytest.mark.guest
 
@@ -33,7 +34,7 @@ def dkms() -> Path:
     if not target.exists():
         with scratch_folder(cache_folder()) as scratch:
             try:
-                archive = fetch_package("dkms", scratch, print)
+                archive = packages_of("", print).download("dkms", scratch)
             except PrepareError as error:
                 pytest.skip(f"no dkms here: {error}")
             subprocess.run(["dpkg", "-x", archive, scratch / "whole"], check=True)
@@ -85,14 +86,14 @@ class Dkms:
 @pytest.fixture
 def added(dkms: Path, sources: Path, testbed: Testbed, tmp_path: Path) -> Dkms:
     """The module's sources known to DKMS."""
-    tool = Dkms(dkms, tmp_path, prepare_headers(testbed.kernel, print))
+    tool = Dkms(dkms, tmp_path, prepare_headers(testbed.kernel, print).folder)
     done = tool.run("add", release(testbed))
     assert done.returncode == 0, done.stdout
     return tool
 
 
 def release(testbed: Testbed) -> str:
-    return testbed.kernel.package.removeprefix("linux-image-")
+    return testbed.kernel.release
 
 
 def test_dkms_builds_the_module_for_the_kernel_that_guests_boot(added: Dkms, testbed: Testbed, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_dkms_takes_the_kernels_that_the_page_names() -> None:
 def test_makefile_builds_the_module_against_the_headers_it_is_given_and_cleans_up(
     sources: Path, testbed: Testbed
 ) -> None:
-    headers = prepare_headers(testbed.kernel, print)
+    headers = prepare_headers(testbed.kernel, print).folder
     before = {path.name for path in sources.iterdir()}
     for target in ("modules", "clean"):
         done = subprocess.run(

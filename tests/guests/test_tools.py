@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ from guest import accel, initramfs
 from guest.cache import PrepareError
 from guest.console import MachineError, results_of
 from guest.initramfs import Entry, module_order, newc
+from guest.kernel import read_module
 from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sector_content, sum_generations
 from guest.report import Report, feature_names, human
 from guest.service import Metrics
@@ -109,12 +111,21 @@ def test_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     assert "5,   1" in listed[2]
 
 
-def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path) -> None:
-    for name, depends in (("a-b", "c,d_e"), ("c", "d_e"), ("d-e", ""), ("unused", "c")):
-        (tmp_path / f"{name}.ko").write_bytes(b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0name=x\0")
-    assert [path.name for path in module_order(tmp_path, ["a_b"])] == ["d-e.ko", "c.ko", "a-b.ko"]
+@pytest.mark.parametrize("packed", [False, True], ids=["ko", "ko.xz"])
+def test_modules_are_loaded_after_what_they_depend_on(tmp_path: Path, packed: bool) -> None:
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    for name, depends in (("a-b", "c,d_e,in"), ("c", "d_e"), ("d-e", ""), ("unused", "c")):
+        module = b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0name=x\0"
+        (folder / (f"{name}.ko.xz" if packed else f"{name}.ko")).write_bytes(
+            lzma.compress(module) if packed else module
+        )
+    (tmp_path / "modules.builtin").write_text("kernel/drivers/in.ko\n")
+    order = module_order(folder, ["a_b", "in"])
+    assert list(order) == ["d-e", "c", "a-b"]
+    assert all(read_module(path).startswith(b"\x7fELF") for path in order.values())
     with pytest.raises(PrepareError, match="no module missing"):
-        module_order(tmp_path, ["missing"])
+        module_order(folder, ["missing"])
 
 
 @pytest.mark.parametrize("content", [None, b"not kvm"])

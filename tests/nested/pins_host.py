@@ -20,7 +20,7 @@ from nested.microvm import ON_TERMINAL
 from guest.host import LIFETIME_SECONDS, MEMORY_MIB
 from guest.images import Images, prepare_images
 from guest.initramfs import compiled_program, module_order
-from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel
+from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel, read_module
 from guest.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
 from guest.level import Level
 from guest.service import READY_SECONDS, ServiceError, hyperbell_command, qemu_arguments
@@ -58,8 +58,8 @@ def pins_images() -> Images:
     kernel = prepare_kernel(print, GENERIC_META_PACKAGE)
     drivers = prepare_drivers(kernel, print)
     drivers |= prepare_drivers(kernel, print, [name for name in DRIVERS if name not in GUEST_DRIVERS])
-    for path in module_order(kernel.modules, ["i2c-stub"]):
-        drivers[path.stem] = path.read_bytes()
+    for name, path in module_order(kernel.modules, ["i2c-stub"]).items():
+        drivers[name] = read_module(path)
     extra = {f"/{name}.ko": module for name, module in drivers.items()}
     extra["/on-terminal"] = ON_TERMINAL
     extra["/bin/edges"] = compiled_program("edges", ["edges.c"], print)
