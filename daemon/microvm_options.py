@@ -27,6 +27,13 @@ The kernel is an ELF file (vmlinux) or a bzImage (vmlinuz) with the PVH entry, w
 needs virtio_mmio and ACPI, built in or as modules of the initrd (Debian's cloud kernel has them). /dev/kvm must be a
 real one: where a hypervisor makes it in software (PVM), programs run on it, but not Linux.
 
+A kernel that is installed is /boot/vmlinuz-$(uname -r); on some distributions only root may read it. Debian packages
+that hold one (linux-image-cloud-amd64 itself holds none, it depends on the newest):
+  Debian 12            linux-image-6.1.0-N-cloud-amd64         boot/vmlinuz-*
+  Debian 13            linux-image-6.12.N+deb13-cloud-amd64    boot/vmlinuz-*
+  its backports        linux-binary-7.N+deb13-cloud-amd64      usr/lib/modules/*/vmlinuz
+Debian 13's are packed by zstd, Debian 12's by lz4: the program of that name must be installed.
+
 The terminal is the guest's /dev/hvc0, a virtio console: console=hvc0 is on the kernel's command line, and panic=-1, so
 that a kernel that panics ends the machine; what --append says comes later and wins. Ctrl-A x ends the machine, Ctrl-A h
 shows the keys. The log has only warnings, unless --log-level asks for more. Before the guest has loaded its console
@@ -45,7 +52,8 @@ devices, for instance:
   --device 'gpio,lines=["button", "led"],control=pins.sock'
 
 example:
-  apt-get download linux-image-cloud-amd64 && dpkg -x linux-image-*.deb kernel
+  package=$(apt-cache depends linux-image-cloud-amd64 | grep -o 'linux-image-[0-9].*')
+  apt-get download $package && dpkg -x $package*.deb kernel
   truncate -s 1G disk.img
   hyperbell microvm --kernel kernel/boot/vmlinuz-* --initrd initrd.img --memory 512M --cpus 2 \\
       --device blk,path=disk.img --device rng --append "root=/dev/vda rw"

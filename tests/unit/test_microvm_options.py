@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,29 @@ def test_help_shows_a_whole_example(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("--kernel", "--device blk,path=disk.img", "Ctrl-A x", "exit status", "hvc0"):
         assert word in text
+
+
+# What `apt-cache depends linux-image-cloud-amd64` prints.
+DEPENDS = {
+    "linux-image-6.1.0-57-cloud-amd64": "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-57-cloud-amd64\n",
+    "linux-image-6.12.118+deb13-cloud-amd64": (
+        "linux-image-cloud-amd64\n  Depends: linux-image-6.12.118+deb13-cloud-amd64\n"
+        "  Conflicts: <linux-image-generic>\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("package", DEPENDS)
+def test_help_names_packages_that_hold_a_kernel_and_the_example_finds_one(
+    package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["microvm", "--help"])
+    text = capsys.readouterr().out
+    (script,) = re.findall(r"apt-cache depends \S+ \| grep -o '(.*)'\)", text)
+    found = subprocess.run(["grep", "-o", script], input=DEPENDS[package], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [package]
+    named = [
+        re.escape(name).replace("N", r"[\d.]+") for name in re.findall(r"^ .*?(linux-\S+amd64)", text, re.MULTILINE)
+    ]
+    assert any(re.fullmatch(name, package) for name in named)
