@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from guest.level import Guest, Level, LevelDaemon, NestedMachine
+from guest.level import GUEST_CPU, Guest, Level, LevelDaemon, NestedMachine
 from guest.pattern import SECTOR_SIZE, sector_content
 
 MIB = 1024 * 1024
@@ -24,7 +24,7 @@ HYPERCALL_SOCKET = "/run/hypercall.sock"
 CONTROL_SOCKET = "/run/control.sock"
 QEMU_KEY = 0x5A17C3
 # The Hyper-V leaves, without which KVM takes no SIGNAL_EVENT from the guest.
-HYPERV_CPU = "host,-xsave,hv-relaxed"
+HYPERV_CPU = f"{GUEST_CPU},hv-relaxed"
 # A guest of a guest that is shown SVM as well was not seen to come up.
 HYPERV_CPU_OF_G2 = f"{HYPERV_CPU},-svm"
 
