@@ -24,6 +24,9 @@ from guest.kernel import Kernel, module_files, read_module
 from guest.machine import QEMU
 from guest.module import prepare_module
 from guest.root import Root
+from guest.suite_qemu import FIRMWARE_FOLDERS as TREE_FIRMWARE
+from guest.suite_qemu import tree_of_qemu
+from guest.tree import LOADER, Tree
 
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECT_FOLDERS = ("config", "daemon", "guest", "tests", "transports", "virtio")
@@ -31,8 +34,15 @@ SITE_PACKAGES = "/opt/hyperbell/site-packages"
 PACKAGES = ("hyperbell", "pytest", "pytest-trio", "pytest-xdist", "hypothesis")
 ASSEMBLER = ("as", "ld", "objcopy")  # for the small guests of the tests of our own VM
 FIRMWARE_FOLDERS = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
+SUITE_QEMU = "/opt/qemu"
+# Its firmware it would look for beside the loader, which is what the kernel runs.
+SUITE_WRAPPER = """\
+#!/bin/sh
+export QEMU_MODULE_DIR={folder}/modules
+exec {folder}/lib/{loader} --library-path {folder}/lib --argv0 {qemu} {folder}/{qemu} -L /usr/share/qemu "$@"
+"""
 FIRMWARE = (
-    *("qboot.rom", "kvmvapic.bin", "linuxboot.bin", "linuxboot_dma.bin", "pvh.bin"),
+    *("qboot.rom", "kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"),
     *("bios.bin", "bios-256k.bin", "bios-microvm.bin"),
 )
 KERNEL_MODULES = re.compile(
@@ -91,8 +101,12 @@ def _base(kernel: Kernel, progress: Progress) -> Path:
     with scratch_folder(target.parent) as scratch:
         root = Root(scratch / "root")
         root.folder.mkdir()
-        root.add_program(Path(qemu), f"/usr/bin/{QEMU}")
-        _add_firmware(root)
+        tree = tree_of_qemu(Path(qemu))
+        if tree is None:
+            root.add_program(Path(qemu), f"/usr/bin/{QEMU}")
+        else:
+            _add_qemu_of_suite(root, tree)
+        _add_firmware(root, FIRMWARE_FOLDERS if tree is None else [tree.folder / each for each in TREE_FIRMWARE])
         _add_assembler(root)
         _add_python(root)
         _add_modules(root, kernel)
@@ -105,9 +119,17 @@ def _stamp(path: Path) -> tuple[str, int, float]:
     return str(path), status.st_size, status.st_mtime
 
 
-def _add_firmware(root: Root) -> None:
+def _add_qemu_of_suite(root: Root, tree: Tree) -> None:
+    """QEMU of another Debian, apart from the programs of this one: its libraries are others of the same names."""
+    root.add(tree.folder / "usr" / "bin" / QEMU, f"{SUITE_QEMU}/{QEMU}")
+    for library in tree.libraries(f"usr/bin/{QEMU}"):
+        root.add(library, f"{SUITE_QEMU}/lib/{library.name}")
+    root.write(f"/usr/bin/{QEMU}", SUITE_WRAPPER.format(folder=SUITE_QEMU, loader=Path(LOADER).name, qemu=QEMU))
+
+
+def _add_firmware(root: Root, folders: Sequence[Path]) -> None:
     for name in FIRMWARE:
-        found = [folder / name for folder in FIRMWARE_FOLDERS if (folder / name).exists()]
+        found = [folder / name for folder in folders if (folder / name).exists()]
         if not found:
             raise PrepareError(
                 f"QEMU's {name} is not installed; install the Debian packages 'qemu-system-data' and 'seabios'"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from guest.cache import PrepareError, store_file
 from guest.suites import Suite, open_suite
+from guest.tree import Tree
 
 PACKAGES = ("qemu-system-x86", "qemu-system-data", "seabios", "ipxe-qemu")
 PROGRAM = "qemu-system-x86_64"
 FIRMWARE_FOLDERS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+FOLDER = "hyperbell-bin"  # in the tree: the folder for PATH
 MODULES = "/usr/lib/x86_64-linux-gnu/qemu"
 QBOOT = "qboot.rom"
 QBOOT_SUITE = "bookworm"  # QEMU 11's packages have it no more
@@ -26,10 +28,15 @@ def prepare_qemu(suite: Suite) -> Path:
         if not (folders[-1] / QBOOT).exists():
             raise PrepareError(f"Debian {QBOOT_SUITE}'s qemu-system-data has no {QBOOT}")
     words = [word for folder in folders for word in ("-L", str(folder))]
-    place = tree.folder / "hyperbell-bin"
+    place = tree.folder / FOLDER
     _keep_from_installed_modules(tree.folder / "usr" / "bin" / PROGRAM)
     tree.wrapper(place / PROGRAM, f"usr/bin/{PROGRAM}", words, {"QEMU_MODULE_DIR": f"{tree.folder}{MODULES}"})
     return place
+
+
+def tree_of_qemu(program: Path) -> Tree | None:
+    """The tree that ``program`` belongs to if ``prepare_qemu`` has made it."""
+    return Tree(program.parent.parent) if program.parent.name == FOLDER else None
 
 
 def _keep_from_installed_modules(program: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ class Tree:
             str(path),
             str(path),
         ]
+
+    def libraries(self, program: str) -> list[Path]:
+        """What the tree's loader loads for ``program``, itself included. Raises ``PrepareError``."""
+        *loader, _, _, path = self.command(program)
+        listed = run_tool([*loader, "--list", path], f"the libraries of {program}")
+        missing = re.findall(r"^\s*(\S+) => not found", listed, re.MULTILINE)
+        if missing:
+            raise PrepareError(f"the packages unpacked in {self.folder} have not {', '.join(missing)} for {program}")
+        found = [Path(name) for name in re.findall(r"(/\S+) \(0x", listed)]
+        return [self.folder / LOADER, *(path for path in found if path.name != Path(LOADER).name)]
 
     def wrapper(
         self, place: Path, program: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
