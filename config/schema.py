@@ -288,6 +288,12 @@ class DeviceConfig(DeviceTable):
         "the program which starts it. The path in socket is then not opened; it only says where front-ends connect.",
         examples=[3],
     )
+    inband_notifications: bool = Field(
+        default=False,
+        description="Offer the front-end to kick the rings and to be interrupted by messages instead of descriptors "
+        "(VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS), as User-mode Linux takes it; it is slower. "
+        "Not for QEMU, which accepts the offer and does not know the messages.",
+    )
 
     guest: str | None = Field(
         default=None,

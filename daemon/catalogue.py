@@ -48,6 +48,7 @@ class Transport(Protocol):
         endpoint: Endpoint,
         *,
         stats: ConnectionStats | None = None,
+        inband_notifications: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until cancelled, or until the front-end of an inherited connection leaves."""
@@ -61,10 +62,17 @@ class Service:
         self._transport = cast(Transport, import_module(TRANSPORTS[common.transport]))
         self._backend = backend
         self._endpoint = _endpoint(common)
+        self._inband_notifications = common.inband_notifications
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until the front-end of an inherited connection leaves. Started once it listens."""
-        await self._transport.serve(self._backend, self._endpoint, stats=self.connection, task_status=task_status)
+        await self._transport.serve(
+            self._backend,
+            self._endpoint,
+            stats=self.connection,
+            inband_notifications=self._inband_notifications,
+            task_status=task_status,
+        )
 
 
 class _Types(DeviceTypes):

@@ -49,6 +49,9 @@ def host_notes(config: Config) -> Iterator[Problem]:
 def _device_notes(config: Config, device: Device) -> Iterator[Problem]:
     path = ("devices", device.name)
     yield from _group_notes(config, (*path, "socket_group"), device.common.socket_group)
+    if device.common.inband_notifications:
+        message = "QEMU accepts this and does not know its messages; it is for User-mode Linux"
+        yield config.problem((*path, "inband_notifications"), message, "leave it out where the front-end is QEMU")
     for key in _NODES:
         node = getattr(device.options, key, None)
         if isinstance(node, Path):

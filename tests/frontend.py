@@ -164,6 +164,7 @@ async def plugged(
     start: bool = True,
     without: int = 0,
     queue_size: int = 64,
+    inband_notifications: bool = False,
 ) -> AsyncIterator[Plugged]:
     """``device`` (closed at the end) served as ``setting`` says, and a guest on it, started unless told otherwise."""
     async with contextlib.AsyncExitStack() as stack:
@@ -180,7 +181,7 @@ async def plugged(
         if setting.way == "socket":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperbell-"))
             result.path = Path(folder, "s")
-            result.server = VhostUserServer(backend, Listen(result.path))
+            result.server = VhostUserServer(backend, Listen(result.path), inband_notifications=inband_notifications)
             await nursery.start(result.server.run)
         guest = await result.connect()
         try:

@@ -43,6 +43,7 @@ DEVICE_FEATURES = F_VERSION_1 | F_ACCESS_PLATFORM | F_RING_PACKED | 1 << 9 | 1 <
 MQ, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
 RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS = 1 << 13, 1 << 15, 1 << 16
 RARP, NET_MTU = 1 << 2, 1 << 4  # of network interfaces only
+INBAND_NOTIFICATIONS = 1 << 14
 ALL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS
 
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
@@ -157,6 +158,7 @@ class Dialogue:
     queue_count: int = 2
     queue_size_max: int = 256
     is_network_interface: bool = False
+    inband_notifications: bool = False
     session: Session = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +167,7 @@ class Dialogue:
             queue_count=self.queue_count,
             queue_size_max=self.queue_size_max,
             is_network_interface=self.is_network_interface,
+            inband_notifications=self.inband_notifications,
         )
 
     def feed(self, data: bytes, fds: Sequence[int] = ()) -> None:

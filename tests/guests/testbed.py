@@ -33,6 +33,7 @@ metrics = "127.0.0.1:PORT"
 type = "blk"
 path = "disk.img"
 socket = "disk.sock"
+queue_size = 1024
 serial = "{SERIAL}"
 queues = 2
 workers = ["even", "odd"]

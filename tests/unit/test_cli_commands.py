@@ -175,6 +175,16 @@ def test_check_notes_what_this_host_lacks_without_failing(tmp_path: Path, capsys
     assert "truncate -s" in text
 
 
+def test_check_notes_that_inband_notifications_are_not_for_qemu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "hyperbell.toml"
+    file.write_text(f'[devices.e]\ntype = "rng"\nsocket = "{tmp_path}/e.sock"\ninband_notifications = true\n')
+    assert main(["check", str(file)]) == 0
+    assert "note: " in (text := capsys.readouterr().err)
+    assert "[devices.e] inband_notifications: QEMU accepts this and does not know its messages" in text
+
+
 def test_the_packages_here_are_ours_alone() -> None:
     owners = metadata.packages_distributions()
     assert {package: set(owners[package]) for package in PACKAGES} == {package: {"hyperbell"} for package in PACKAGES}

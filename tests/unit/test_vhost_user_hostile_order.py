@@ -21,8 +21,8 @@ def ready(features: int = wire.F_VERSION_1 | wire.F_PROTOCOL_FEATURES) -> Dialog
 @pytest.mark.parametrize("number", [n for n, row in MESSAGES.items() if not row.before_owner])
 def test_a_request_before_set_owner_ends_the_connection(number: int) -> None:
     with wire.no_fd_leaks():
-        d = Dialogue(is_network_interface=True)
-        d.ask(16, u64(wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU))
+        d = Dialogue(is_network_interface=True, inband_notifications=True)
+        d.ask(16, u64(wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU | wire.INBAND_NOTIFICATIONS))
         row = MESSAGES[number]
         reason = d.violate(number, bytes(row.sizes[0]), wire.eventfds(row.fds[0]))
         assert "before VHOST_USER_SET_OWNER" in reason

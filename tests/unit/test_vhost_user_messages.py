@@ -24,8 +24,16 @@ def test_no_supported_request_is_listed_as_unsupported() -> None:
 
 
 def test_the_offered_protocol_features_are_exactly_those_implemented() -> None:
-    assert messages.OFFERED_PROTOCOL_FEATURES == wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU
-    assert messages.OFFERED_PROTOCOL_FEATURES == 0b1_1010_0010_0011_1101
+    implemented = wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU | wire.INBAND_NOTIFICATIONS
+    assert implemented == messages.OFFERED_PROTOCOL_FEATURES == 0b1_1110_0010_0011_1101
+
+
+def test_inband_notifications_are_offered_only_where_they_are_asked_for() -> None:
+    def offered(**how: bool) -> int:
+        return messages.offered_protocol_features(has_config_space=True, is_network_interface=True, **how)
+
+    assert not offered() & wire.INBAND_NOTIFICATIONS
+    assert offered(inband_notifications=True) == offered() | wire.INBAND_NOTIFICATIONS
 
 
 def test_every_protocol_feature_a_request_needs_is_offered() -> None:

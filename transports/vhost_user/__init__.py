@@ -2,6 +2,6 @@
 
 ``session`` is the protocol without I/O: ``framing`` makes messages of bytes, ``messages`` is the table of
 them, ``payloads`` their contents, ``rules`` what each may ask for in which ``state``, ``operations`` what it
-then asks for. ``perform`` turns operations into verbs of the waist. ``connection``, ``backend_channel``,
-``endpoint`` and ``server`` are the thin trio part.
+then asks for. ``perform`` turns operations into verbs of the waist. ``connection``, ``backend_channel``, ``inband``
+(kicks and calls by messages), ``endpoint`` and ``server`` are the thin trio part.
 """

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -15,6 +16,8 @@ from transports.vhost_user.messages import (
     VHOST_IOTLB_MISS,
     VHOST_USER_BACKEND_CONFIG_CHANGE_MSG,
     VHOST_USER_BACKEND_IOTLB_MSG,
+    VHOST_USER_BACKEND_VRING_CALL,
+    VHOST_USER_BACKEND_VRING_ERR,
     VHOST_USER_NEED_REPLY_MASK,
     VHOST_USER_REPLY_MASK,
     VHOST_USER_VERSION,
@@ -25,6 +28,7 @@ from transports.vhost_user.payloads import (
     IotlbMessage,
     build_iotlb,
     build_message,
+    build_vring_state,
     parse_header,
     parse_u64,
 )
@@ -35,8 +39,27 @@ from virtio.waist import ConfigChanged, IotlbMiss
 BACKEND_REQUEST_NAMES: Final = {
     VHOST_USER_BACKEND_IOTLB_MSG: "VHOST_USER_BACKEND_IOTLB_MSG",
     VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG",
+    VHOST_USER_BACKEND_VRING_CALL: "VHOST_USER_BACKEND_VRING_CALL",
+    VHOST_USER_BACKEND_VRING_ERR: "VHOST_USER_BACKEND_VRING_ERR",
 }
 _REPLY_SIZE: Final = HEADER_SIZE + 8
+
+
+@dataclass(frozen=True, slots=True)
+class RingCall:
+    """The driver of that ring is to be interrupted, in-band."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RingError:
+    """That ring broke, in-band."""
+
+    index: int
+
+
+BackendEvent = ConfigChanged | IotlbMiss | RingCall | RingError
 
 
 class BackendRequests:
@@ -51,12 +74,18 @@ class BackendRequests:
         self._outstanding: int | None = None
         self._buffer = b""
 
-    def build(self, event: ConfigChanged | IotlbMiss) -> bytes:
+    def build(self, event: BackendEvent) -> bytes:
         """The message that tells the front-end of ``event``."""
-        number, payload = VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, b""
-        if isinstance(event, IotlbMiss):
-            number = VHOST_USER_BACKEND_IOTLB_MSG
-            payload = build_iotlb(IotlbMessage(event.iova, 0, 0, int(event.perm), VHOST_IOTLB_MISS))
+        match event:
+            case IotlbMiss(iova=iova, perm=perm):
+                number = VHOST_USER_BACKEND_IOTLB_MSG
+                payload = build_iotlb(IotlbMessage(iova, 0, 0, int(perm), VHOST_IOTLB_MISS))
+            case RingCall(index=index):
+                number, payload = VHOST_USER_BACKEND_VRING_CALL, build_vring_state(index, 0)
+            case RingError(index=index):
+                number, payload = VHOST_USER_BACKEND_VRING_ERR, build_vring_state(index, 0)
+            case ConfigChanged():
+                number, payload = VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, b""
         self._outstanding = number if self.wants_replies else None
         return build_message(number, VHOST_USER_NEED_REPLY_MASK if self.wants_replies else 0, payload)
 
@@ -118,7 +147,7 @@ class BackendChannel:
             raise PeerError("the file descriptor is no Unix stream socket")
         self.requests = BackendRequests(wants_replies=wants_replies)
 
-    async def send(self, event: ConfigChanged | IotlbMiss) -> None:
+    async def send(self, event: BackendEvent) -> None:
         """Tell the front-end of ``event``. There is no time limit here.
 
         ``OSError`` when the front-end closed the channel, ``trio.ClosedResourceError`` when we did meanwhile.

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import array
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from transports.base import BackendLike
-from transports.vhost_user.backend_channel import BackendChannel
+from transports.vhost_user.backend_channel import BackendChannel, BackendEvent, RingCall, RingError
 from transports.vhost_user.framing import UNKNOWN_REQUEST
-from transports.vhost_user.messages import VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_REPLY_ACK
-from transports.vhost_user.operations import Request, ResetDevice, SetBackendChannel, StopDevice, StopQueue
+from transports.vhost_user.inband import InbandNotifications
+from transports.vhost_user.messages import (
+    VHOST_USER_PROTOCOL_F_CONFIG,
+    VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+    VHOST_USER_PROTOCOL_F_REPLY_ACK,
+)
+from transports.vhost_user.operations import (
+    KickQueue,
+    Request,
+    ResetDevice,
+    SetBackendChannel,
+    SetCall,
+    SetErr,
+    StartQueue,
+    StopDevice,
+    StopQueue,
+)
 from transports.vhost_user.perform import perform
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
@@ -40,7 +56,13 @@ class Connection:
     """
 
     def __init__(
-        self, backend: BackendLike, sock: trio.socket.SocketType, stats: ConnectionStats, log: FilteringBoundLogger
+        self,
+        backend: BackendLike,
+        sock: trio.socket.SocketType,
+        stats: ConnectionStats,
+        log: FilteringBoundLogger,
+        *,
+        inband_notifications: bool = False,
     ) -> None:
         self._backend = backend
         self._socket = sock
@@ -52,12 +74,16 @@ class Connection:
             queue_size_max=backend.queue_size_max,
             has_config_space=backend.has_config_space,
             is_network_interface=backend.device_id == VIRTIO_ID_NET,
+            inband_notifications=inband_notifications,
         )
         self._current: str = ""  # the request being carried out
         self._refused: set[str] = set()  # requests whose refusal was logged already
         self._channel: BackendChannel | None = None
         self._config_changed = False
         self._misses: dict[IotlbMiss, None] = {}  # an ordered set
+        self._calls: dict[RingCall | RingError, None] = {}  # likewise, at most two for each ring
+        self._inband: InbandNotifications
+        self._undone: set[type[BackendEvent]] = set()  # what the front-end could not do was logged already
         self._wake = trio.Event()
         self._warned_of_missing_channel = False
 
@@ -67,6 +93,7 @@ class Connection:
         self._log.info("front-end connected")
         try:
             async with trio.open_nursery() as nursery:
+                self._inband = InbandNotifications(self._backend, nursery, self.post)
                 nursery.start_soon(self._forward_events)
                 await self._converse()
                 nursery.cancel_scope.cancel()
@@ -77,7 +104,7 @@ class Connection:
             if self._channel is not None:
                 self._channel.close()
 
-    def post(self, event: ConfigChanged | IotlbMiss) -> None:
+    def post(self, event: BackendEvent) -> None:
         """Tell the front-end of ``event`` as soon as it may be told; never waits.
 
         While all rings are stopped the device is suspended and sends nothing: what happens then is told
@@ -85,6 +112,8 @@ class Connection:
         """
         if isinstance(event, ConfigChanged):
             self._config_changed = True
+        elif isinstance(event, RingCall | RingError):
+            self._calls[event] = None
         elif len(self._misses) < MISSES_MAX:
             self._misses[event] = None
         self._wake.set()
@@ -138,20 +167,31 @@ class Connection:
         reply = self.session.accept(request, value)
         if isinstance(request.operation, StopQueue | StopDevice | ResetDevice) and self.session.state.is_suspended:
             self._misses.clear()
+            self._calls.clear()
         self._wake.set()  # a ring may run now, or a channel be there
         return reply
 
     async def _carry_out(self, request: Request) -> Value:
-        if not isinstance(request.operation, SetBackendChannel):
-            return await perform(self._backend, request, self._log)
+        operation = request.operation
+        if isinstance(operation, KickQueue):
+            self._inband.kick(operation.index)
+            return 0
+        if not isinstance(operation, SetBackendChannel):
+            if self._is_inband and isinstance(operation, StartQueue | SetCall | SetErr):
+                operation = await self._inband.prepare(operation, self.session.state.rings[operation.index])
+            return await perform(self._backend, replace(request, operation=operation), self._log)
         channel = BackendChannel(
-            request.operation.fd,
+            operation.fd,
             wants_replies=self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_REPLY_ACK),
         )
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
         return 0
+
+    @property
+    def _is_inband(self) -> bool:
+        return self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
 
     async def _receive(self) -> bool:
         """Read some bytes into the session; False at the end of the stream."""
@@ -180,7 +220,7 @@ class Connection:
             while (event := self._next_event()) is not None:
                 await self._tell(event)
 
-    def _next_event(self) -> ConfigChanged | IotlbMiss | None:
+    def _next_event(self) -> BackendEvent | None:
         state = self.session.state
         if state.is_suspended:
             return None
@@ -193,6 +233,10 @@ class Connection:
             miss = next(iter(self._misses))
             del self._misses[miss]
             return miss
+        if self._calls:
+            call = next(iter(self._calls))
+            del self._calls[call]
+            return call
         if self._config_changed:
             self._config_changed = False
             return ConfigChanged() if self._hears_changes else None
@@ -203,14 +247,15 @@ class Connection:
         has_config = self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_CONFIG)
         return has_config and self._channel is not None
 
-    async def _tell(self, event: ConfigChanged | IotlbMiss) -> None:
+    async def _tell(self, event: BackendEvent) -> None:
         channel = self._channel
         assert channel is not None
         try:
             with trio.fail_after(WRITE_TIMEOUT):
                 await channel.send(event)
             with trio.move_on_after(ACK_TIMEOUT) as waiting:
-                if await channel.result() != 0:
+                if await channel.result() != 0 and type(event) not in self._undone:
+                    self._undone.add(type(event))
                     self._log.warning("the front-end could not do what the back-end asked", asked=repr(event))
             if waiting.cancelled_caught:
                 channel.requests.stop_asking()

@@ -29,6 +29,7 @@ VHOST_USER_PROTOCOL_F_NET_MTU: Final = 4
 VHOST_USER_PROTOCOL_F_BACKEND_REQ: Final = 5
 VHOST_USER_PROTOCOL_F_CONFIG: Final = 9
 VHOST_USER_PROTOCOL_F_RESET_DEVICE: Final = 13
+VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS: Final = 14
 VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS: Final = 15
 VHOST_USER_PROTOCOL_F_STATUS: Final = 16
 
@@ -41,6 +42,7 @@ PROTOCOL_FEATURES: Final[Mapping[str, int]] = MappingProxyType(
         "VHOST_USER_PROTOCOL_F_BACKEND_REQ": VHOST_USER_PROTOCOL_F_BACKEND_REQ,
         "VHOST_USER_PROTOCOL_F_CONFIG": VHOST_USER_PROTOCOL_F_CONFIG,
         "VHOST_USER_PROTOCOL_F_RESET_DEVICE": VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+        "VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS": VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
         "VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS": VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
         "VHOST_USER_PROTOCOL_F_STATUS": VHOST_USER_PROTOCOL_F_STATUS,
     }
@@ -54,11 +56,18 @@ OFFERED_PROTOCOL_FEATURES: Final = sum(1 << bit for bit in PROTOCOL_FEATURES.val
 _OF_NETWORK_INTERFACES: Final = 1 << VHOST_USER_PROTOCOL_F_RARP | 1 << VHOST_USER_PROTOCOL_F_NET_MTU
 
 
-def offered_protocol_features(*, has_config_space: bool, is_network_interface: bool) -> int:
-    """The protocol features of a device; QEMU warns of CONFIG where it expects no config space (rng)."""
+def offered_protocol_features(
+    *, has_config_space: bool, is_network_interface: bool, inband_notifications: bool = False
+) -> int:
+    """The protocol features of a device; QEMU warns of CONFIG where it expects no config space (rng).
+
+    In-band notifications only where they are asked for: QEMU acknowledges the bit and knows none of the messages.
+    """
     withheld = 0 if has_config_space else 1 << VHOST_USER_PROTOCOL_F_CONFIG
     if not is_network_interface:
         withheld |= _OF_NETWORK_INTERFACES
+    if not inband_notifications:
+        withheld |= 1 << VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS
     return OFFERED_PROTOCOL_FEATURES & ~withheld
 
 
@@ -105,6 +114,7 @@ VHOST_USER_IOTLB_MSG: Final = 22
 VHOST_USER_GET_CONFIG: Final = 24
 VHOST_USER_SET_CONFIG: Final = 25
 VHOST_USER_RESET_DEVICE: Final = 34
+VHOST_USER_VRING_KICK: Final = 35
 VHOST_USER_GET_MAX_MEM_SLOTS: Final = 36
 VHOST_USER_ADD_MEM_REG: Final = 37
 VHOST_USER_REM_MEM_REG: Final = 38
@@ -114,6 +124,8 @@ VHOST_USER_GET_STATUS: Final = 40
 # Back-end message types.
 VHOST_USER_BACKEND_IOTLB_MSG: Final = 1
 VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: Final = 2
+VHOST_USER_BACKEND_VRING_CALL: Final = 4
+VHOST_USER_BACKEND_VRING_ERR: Final = 5
 
 
 class Payload(enum.Enum):
@@ -293,6 +305,12 @@ _ROWS: Final = (
         feature=VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     ),
     Message(
+        VHOST_USER_VRING_KICK,
+        "VHOST_USER_VRING_KICK",
+        Payload.VRING_STATE,
+        feature=VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+    ),
+    Message(
         VHOST_USER_GET_MAX_MEM_SLOTS,
         "VHOST_USER_GET_MAX_MEM_SLOTS",
         Payload.NOTHING,
@@ -347,7 +365,6 @@ UNSUPPORTED: Final[Mapping[int, str]] = MappingProxyType(
         31: "VHOST_USER_GET_INFLIGHT_FD",
         32: "VHOST_USER_SET_INFLIGHT_FD",
         33: "VHOST_USER_GPU_SET_SOCKET",
-        35: "VHOST_USER_VRING_KICK",
         41: "VHOST_USER_GET_SHARED_OBJECT",
         42: "VHOST_USER_SET_DEVICE_STATE_FD",
         43: "VHOST_USER_CHECK_DEVICE_STATE",

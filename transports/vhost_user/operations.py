@@ -81,6 +81,13 @@ class StartQueue:
 
 
 @dataclass(frozen=True, slots=True)
+class KickQueue:
+    """VHOST_USER_VRING_KICK for a ring that is started already."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopQueue:
     """Done with the ring's base as value; ``base`` is that value already when the queue does not run.
 
@@ -208,6 +215,7 @@ Operation = (
     | SetRingAddresses
     | SetRingBase
     | StartQueue
+    | KickQueue
     | StopQueue
     | SetCall
     | SetErr

@@ -14,6 +14,7 @@ from transports.vhost_user.operations import (
     GetStatus,
     IotlbInvalidate,
     IotlbUpdate,
+    KickQueue,
     ReadConfig,
     Refuse,
     Request,
@@ -50,8 +51,8 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
     """Do what ``request`` asks; the value it is done with (see ``operations``).
 
     ``PeerError`` and ``HostError`` mean that it was not done. Every descriptor of the request has
-    gone to the back-end or is closed when this returns or raises. SetBackendChannel is not for the
-    device: the connection carries it out.
+    gone to the back-end or is closed when this returns or raises. SetBackendChannel and KickQueue are not
+    for the device: the connection carries them out.
     """
     operation = request.operation
     match operation:
@@ -107,8 +108,8 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
             await backend.announce(address)
         case SetOwner() | SetProtocolFeatures() | SetRingSize() | SetRingAddresses() | SetRingBase():
             pass  # the session keeps these to itself until a queue starts
-        case SetBackendChannel():
-            raise TypeError("the back-end channel is the connection's")
+        case SetBackendChannel() | KickQueue():
+            raise TypeError(f"{request.name} is the connection's")
     return 0
 
 

@@ -20,6 +20,7 @@ from transports.vhost_user.operations import (
     GetStatus,
     IotlbInvalidate,
     IotlbUpdate,
+    KickQueue,
     Operation,
     ReadConfig,
     Refuse,
@@ -46,6 +47,8 @@ from virtio.spec import VIRTIO_F_ACCESS_PLATFORM
 from virtio.waist import Permission
 
 _U64_MAX: Final = 2**64 - 1
+_INBAND: Final = 1 << messages.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS
+_INBAND_NEEDS: Final = 1 << messages.VHOST_USER_PROTOCOL_F_BACKEND_REQ | 1 << messages.VHOST_USER_PROTOCOL_F_REPLY_ACK
 _PROTOCOL_FEATURE_NAMES: Final = {bit: name for name, bit in messages.PROTOCOL_FEATURES.items()}
 
 
@@ -98,6 +101,12 @@ def _set_protocol_features(state: ConnectionState, frame: Frame) -> Operation:
     bits = payloads.parse_u64(frame.payload)
     if extra := bits & ~state.offered_protocol_features:
         raise PeerError(f"protocol feature bits {_bit_list(extra)} were not offered")
+    if bits & _INBAND and bits & _INBAND_NEEDS != _INBAND_NEEDS:
+        # "the back-end should close the connection" (VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS)
+        raise PeerError(
+            "VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS needs VHOST_USER_PROTOCOL_F_BACKEND_REQ and "
+            "VHOST_USER_PROTOCOL_F_REPLY_ACK"
+        )
     if not state.is_suspended and bits != state.protocol_features:
         raise PeerError("protocol features cannot change while a ring runs")
     return SetProtocolFeatures(bits)
@@ -233,6 +242,16 @@ def _set_vring_kick(state: ConnectionState, frame: Frame) -> Operation:
     return StartQueue(ring.index, ring.setup(packed=state.is_packed, space=state.ring_space), kick_fd)
 
 
+def _vring_kick(state: ConnectionState, frame: Frame) -> Operation:
+    """The first one starts the ring, as a kick by a descriptor does ("Ring states")."""
+    ring = _ring(state, payloads.parse_vring_state(frame.payload).index)
+    if ring.started:
+        return KickQueue(ring.index)
+    if not state.memory.regions:
+        raise PeerError("came before the front-end shared any memory")
+    return StartQueue(ring.index, ring.setup(packed=state.is_packed, space=state.ring_space), None)
+
+
 def _set_vring_call(state: ConnectionState, frame: Frame) -> Operation:
     ring, call_fd = _ring_and_fd(state, frame)
     return SetCall(ring.index, call_fd)
@@ -316,6 +335,7 @@ _PLANS: Final[Mapping[int, Callable[[ConnectionState, Frame], Operation]]] = Map
         messages.VHOST_USER_GET_VRING_BASE: _get_vring_base,
         messages.VHOST_USER_SET_VRING_KICK: _set_vring_kick,
         messages.VHOST_USER_SET_VRING_CALL: _set_vring_call,
+        messages.VHOST_USER_VRING_KICK: _vring_kick,
         messages.VHOST_USER_SET_VRING_ERR: _set_vring_err,
         messages.VHOST_USER_GET_PROTOCOL_FEATURES: _get_protocol_features,
         messages.VHOST_USER_SET_PROTOCOL_FEATURES: _set_protocol_features,

@@ -41,11 +41,22 @@ _RETRY_ACCEPT: Final = {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.EN
 
 
 class VhostUserServer:
-    """Serves ``backend`` at ``endpoint``. ``stats`` may be read at any time."""
+    """Serves ``backend`` at ``endpoint``. ``stats`` may be read at any time.
 
-    def __init__(self, backend: BackendLike, endpoint: Endpoint, *, stats: ConnectionStats | None = None) -> None:
+    ``inband_notifications``: offer that rings are kicked and called by messages.
+    """
+
+    def __init__(
+        self,
+        backend: BackendLike,
+        endpoint: Endpoint,
+        *,
+        stats: ConnectionStats | None = None,
+        inband_notifications: bool = False,
+    ) -> None:
         self._backend = backend
         self._endpoint = endpoint
+        self._inband_notifications = inband_notifications
         self.stats: Final = stats if stats is not None else ConnectionStats()
         self._log: FilteringBoundLogger = structlog.get_logger().bind(device=backend.name)
         self._connection: Connection | None = None
@@ -154,7 +165,9 @@ class VhostUserServer:
         """One front-end from its first byte to the reset after its last."""
         self._refused_in_a_row = 0
         try:
-            connection = Connection(self._backend, sock, self.stats, self._log)
+            connection = Connection(
+                self._backend, sock, self.stats, self._log, inband_notifications=self._inband_notifications
+            )
         except Exception as error:  # the device's mistake must not take the other guests' devices along
             sock.close()
             self._log.error("front-end refused: the device cannot say what it is", error=str(error))
@@ -211,7 +224,9 @@ async def serve(
     endpoint: Endpoint,
     *,
     stats: ConnectionStats | None = None,
+    inband_notifications: bool = False,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``backend`` to vhost-user front-ends at ``endpoint`` (see ``VhostUserServer.run``)."""
-    await VhostUserServer(backend, endpoint, stats=stats).run(task_status=task_status)
+    server = VhostUserServer(backend, endpoint, stats=stats, inband_notifications=inband_notifications)
+    await server.run(task_status=task_status)

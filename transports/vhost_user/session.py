@@ -39,11 +39,14 @@ class Session:
         queue_size_max: int,
         has_config_space: bool = True,
         is_network_interface: bool = False,
+        inband_notifications: bool = False,
     ) -> None:
         self.state: Final = ConnectionState(
             offered_features=device_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
             offered_protocol_features=offered_protocol_features(
-                has_config_space=has_config_space, is_network_interface=is_network_interface
+                has_config_space=has_config_space,
+                is_network_interface=is_network_interface,
+                inband_notifications=inband_notifications,
             ),
             queue_size_max=queue_size_max,
             rings=[Vring(index) for index in range(queue_count)],
