@@ -14,6 +14,8 @@ from config.origins import KeyPath
 from config.problems import closest, toml_value
 from config.schema import (
     DEFAULT_WORKER,
+    KEYED_FEATURES,
+    NOT_OVER_VHOST_USER,
     SHORTER_FOLDER,
     SOCKET_PATH_MAX,
     DeviceConfig,
@@ -54,6 +56,9 @@ def check_device(draft: DeviceDraft, workers: Collection[str], transports: Colle
         yield Finding((*path, "transport"), message, closest(common.transport, transports))
     if device_type is None:
         return
+    for feature in NOT_OVER_VHOST_USER:
+        if common.features.get(feature):
+            yield Finding((*path, "features", feature), NOT_OVER_VHOST_USER[feature], "leave it out")
     yield from check_against_type(path, common, device_type, draft.faulty)
     if common.worker_names:
         key_path = (*path, "worker" if common.worker is not None else "workers")
@@ -71,6 +76,8 @@ def check_against_type(
         elif feature not in device_type.features:
             message = f"a {common.type} device has no such feature that could be turned off"
             yield Finding((*path, "features", feature), message, closest(feature, device_type.features))
+        elif (finding := _check_keyed_feature(path, common, feature, faulty)) is not None:
+            yield finding
     queues, size = common.queues, common.queue_size
     least, most = device_type.queues_min, device_type.queues_max
     if queues is not None and not least <= queues <= most and "queues" not in faulty:
@@ -80,6 +87,18 @@ def check_against_type(
     if size > device_type.queue_size_max and "queue_size" not in faulty:
         message = f"must be at most {device_type.queue_size_max} for a {common.type} device, not {size}"
         yield Finding((*path, "queue_size"), message, f"for example: queue_size = {device_type.queue_size_max}")
+
+
+def _check_keyed_feature(path: KeyPath, common: DeviceTable, feature: str, faulty: Collection[str]) -> Finding | None:
+    """A feature with a key of its own may be turned off like any other; the two must not contradict each other."""
+    key, on = KEYED_FEATURES.get(feature), common.features[feature]
+    if key is None or key in faulty or "features" in faulty:
+        return None
+    if on and not getattr(common, key):
+        return Finding((*path, "features", feature), f"is offered by a key of its own: {key}", f"write {key} = true")
+    if not on and getattr(common, key) and not type(common).model_fields[key].default:
+        return Finding((*path, "features", feature), f"turns off what {key} = true offers", "keep one of the two")
+    return None
 
 
 def _check_workers(

@@ -29,6 +29,14 @@ SOCKET_PATH_MAX: Final = 107  # struct sockaddr_un: 108 bytes with the terminati
 SHORTER_FOLDER: Final = "put the socket into a folder with a shorter name, such as /run/hyperbell"
 METRICS_OFF: Final = "off"
 
+KEYED_FEATURES: Final[Mapping[str, str]] = {"VIRTIO_F_RING_PACKED": "packed", "VIRTIO_F_ACCESS_PLATFORM": "iommu"}
+"""Features that a key of their own offers."""
+
+NOT_OVER_VHOST_USER: Final[Mapping[str, str]] = {
+    "VIRTIO_F_RING_RESET": "cannot be offered over vhost-user: no message tells of the reset of one ring"
+}
+"""Features that only a machine of our own can carry, and why."""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "human", "json", "journal"]
 
@@ -225,11 +233,19 @@ class DeviceTable(Table):
         description="Whether a guest may ring the device by hypercall, once its VM has the platform key: offer, "
         "withhold, or auto (withhold from a guest that can itself be a hypervisor). Plain doorbells always work.",
     )
+    packed: bool = Field(
+        default=True,
+        description="Offer packed virtqueues (VIRTIO_F_RING_PACKED); a driver that can have both takes them.",
+    )
+    iommu: bool = Field(
+        default=False,
+        description="Offer VIRTIO_F_ACCESS_PLATFORM: the driver gives addresses as the platform translates them.",
+    )
     features: dict[str, bool] = Field(
         default_factory=dict,
         description="Virtio features by their names in the specification; false turns one off, and with it those "
         "that require it.",
-        examples=[{"VIRTIO_F_RING_PACKED": False}],
+        examples=[{"VIRTIO_F_EVENT_IDX": False}],
     )
 
     @field_validator("queue_size")
@@ -280,6 +296,16 @@ class DeviceConfig(DeviceTable):
         min_length=1,
         description="Group that owns the socket (with mode = listen); the daemon's own when left out.",
         examples=["kvm"],
+    )
+    packed: bool = Field(
+        default=False,
+        description="Offer packed virtqueues (VIRTIO_F_RING_PACKED): for a front-end that was told so too, as QEMU by "
+        "packed=on. Others pass on what is offered, also where they cannot carry it.",
+    )
+    iommu: bool = Field(
+        default=False,
+        description="Offer VIRTIO_F_ACCESS_PLATFORM: the device may be used behind the front-end's virtual IOMMU "
+        "(QEMU: iommu_platform=on).",
     )
     socket_fd: int | None = Field(
         default=None,

@@ -12,7 +12,7 @@ from typing import Final, Protocol, cast
 import trio
 from pydantic import BaseModel
 
-from config.schema import DeviceConfig, DeviceTable, DeviceType, DeviceTypes
+from config.schema import KEYED_FEATURES, DeviceConfig, DeviceTable, DeviceType, DeviceTypes
 from daemon.device_classes import DeviceClassError, DeviceClasses, class_from_file, device_class, split_type
 from daemon.features import ALWAYS_OFFERED, left_out
 from transports import TRANSPORTS
@@ -136,8 +136,9 @@ def features_off(device: Configured) -> frozenset[int]:
 
 
 def turned_off(device: Configured) -> frozenset[str]:
-    """The features that the operator turned off."""
-    return frozenset(name for name, on in device.common.features.items() if not on)
+    """The features that the operator turned off, or that are only offered when asked for."""
+    unasked = {name for name, key in KEYED_FEATURES.items() if not getattr(device.common, key)}
+    return frozenset(unasked | {name for name, on in device.common.features.items() if not on})
 
 
 def features_left_out(device: Configured) -> frozenset[str]:

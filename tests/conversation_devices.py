@@ -77,9 +77,6 @@ cid = 7
 path = "vsock"
 socket = "vsock.sock"
 """
-WITHHELD: Final = (
-    "features = { VIRTIO_F_ACCESS_PLATFORM = false, VIRTIO_F_RING_PACKED = false, VIRTIO_F_RING_RESET = false }"
-)
 ECHO: Final = '''
 from typing import ClassVar
 
@@ -298,6 +295,6 @@ def write_configuration(folder: Path) -> Path:
     """The file that a daemon is started with."""
     (folder / "echo.py").write_text(ECHO)
     file = folder / "all.toml"
-    text = CONFIGURATION.replace("FOLDER", str(folder)).replace("\nsocket = ", f"\n{WITHHELD}\nsocket = ")
+    text = CONFIGURATION.replace("FOLDER", str(folder))
     file.write_text(text)
     return file

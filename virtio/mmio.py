@@ -41,8 +41,7 @@ from virtio.mmio_registers import (
 )
 
 _NEVER_OFFERED: Final = (
-    1 << spec.VIRTIO_F_ACCESS_PLATFORM  # there is no IOMMU on this transport
-    | 1 << spec.VIRTIO_F_NOTIFICATION_DATA  # a doorbell ends in an eventfd, which loses the value
+    1 << spec.VIRTIO_F_NOTIFICATION_DATA  # a doorbell ends in an eventfd, which loses the value
     | VIRTIO_F_HYPERCALL_NOTIFY  # unless there are bells
 )
 _STATUS_OF_DRIVER: Final = (

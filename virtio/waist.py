@@ -10,11 +10,11 @@ from virtio.fd import OwnedFd
 
 
 class AddressSpace(enum.IntEnum):
-    """In which space a ring's addresses are given."""
+    """In which space a ring's addresses are given, and with it those in its descriptors."""
 
-    GPA = 0  # guest physical (virtio-mmio)
-    UVA = 1  # the front-end's user virtual addresses (vhost-user without an IOMMU)
-    IOVA = 2  # I/O virtual, through the IOTLB (VIRTIO_F_ACCESS_PLATFORM)
+    GPA = 0  # guest physical, as are those in descriptors (virtio-mmio)
+    UVA = 1  # the front-end's user virtual addresses; guest physical in descriptors (vhost-user without an IOMMU)
+    IOVA = 2  # I/O virtual, in descriptors too, through the IOTLB (vhost-user with VIRTIO_F_ACCESS_PLATFORM)
 
 
 class Doorbell(enum.IntEnum):

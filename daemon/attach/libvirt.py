@@ -122,6 +122,12 @@ def _alias(device: Device) -> str:
     return f"ua-{device.name}"
 
 
+def _asked_for(device: Device) -> dict[str, str]:
+    """Attributes of <driver> for what a device offers only where it is asked for."""
+    packed = {"packed": "on"} if device.common.packed else {}
+    return packed | ({"iommu": "on", "ats": "on"} if device.common.iommu else {})
+
+
 def _source(device: Device, attributes: Mapping[str, str]) -> ElementTree.Element:
     """Where the daemon listens, or QEMU does; a QEMU that connects does so again when the daemon has restarted."""
     source = ElementTree.Element("source", {"type": "unix", "path": str(device.common.socket), **attributes})
@@ -137,6 +143,7 @@ def _disk(device: Device, index: int, *, alias: bool) -> ElementTree.Element:
         "type": "raw",
         "queues": str(device.queues),
         "queue_size": str(queue_size(device, QUEUE_SIZE_MAX)),
+        **_asked_for(device),
     }
     ElementTree.SubElement(disk, "driver", driver)
     disk.append(_source(device, {}))
@@ -154,7 +161,8 @@ def _interface(device: Device, *, alias: bool) -> ElementTree.Element:
     ElementTree.SubElement(interface, "model", {"type": "virtio"})
     size = str(queue_size(device, QUEUE_SIZE_MAX))
     queues = {"queues": str(device.queues)} if device.queues > 1 else {}
-    ElementTree.SubElement(interface, "driver", {**queues, "rx_queue_size": size, "tx_queue_size": size})
+    sizes = {"rx_queue_size": size, "tx_queue_size": size}
+    ElementTree.SubElement(interface, "driver", {**queues, **sizes, **_asked_for(device)})
     if (mtu := net_options(device).mtu) is not None:
         ElementTree.SubElement(interface, "mtu", {"size": str(mtu)})
     if alias:

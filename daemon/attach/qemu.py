@@ -147,6 +147,11 @@ def attached(device: Device, version: QemuVersion, accel: str | None, *, hyperca
             properties |= {"num-queues": device.queues, "queue-size": queue_size(device, QUEUE_SIZE_MAX)}
         if not end.reconnects:
             properties["id"] = device.name  # by which the monitor unplugs it
+    if device.common.packed:
+        properties["packed"] = True
+    if device.common.iommu:
+        # Without ATS, QEMU 7.2 passes on no invalidation of a whole domain. Conventional PCI ignores it.
+        properties |= {"iommu_platform": True, "ats": True}
     if hypercall:
         properties[PORT_NOTIFY] = True
     return Attached(channel, netdev, properties)

@@ -40,7 +40,7 @@ def hyperbell_command(folder: Path, disk: Disk, queues: int, cpu: int, poll_us: 
     lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]"]
     if poll_us is not None:
         lines.append(f"poll_us = {poll_us}")
-    lines += ["[devices.disk]", f'socket = "{folder / SOCKET_NAME}"', f"queues = {queues}"]
+    lines += ["[devices.disk]", f'socket = "{folder / SOCKET_NAME}"', f"queues = {queues}", "packed = true"]
     if disk.python:
         lines += [f'type = "{NULL_DISK}"', f"size = {disk.size}"]
     elif disk.path is None:

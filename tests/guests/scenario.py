@@ -45,7 +45,7 @@ class Record:
 
 async def use_devices(testbed: Testbed, folder: Path, variant: Variant) -> Record:
     """Boot a guest and let it use everything. A step that goes wrong in the guest is in the record, not raised."""
-    site = Site(folder)
+    site = Site(folder, variant)
     record = Record(variant)
     frozen = site.frozen.read_bytes()
     async with site.serve() as daemon, testbed.boot(folder, variant) as guest:

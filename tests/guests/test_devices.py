@@ -10,7 +10,13 @@ from guests import scenario
 from guests.scenario import Record, use_devices
 from guests.testbed import DISK_SIZE, FROZEN_SIZE, PACKED, SERIAL, SPLIT, VIOMMU, Testbed, Variant
 
-from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1
+from virtio.spec import (
+    VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
+)
 
 pytestmark = pytest.mark.guest
 
@@ -50,6 +56,7 @@ def test_every_device_negotiates_the_rings_that_were_asked_for(record: Record) -
         assert has_feature(record, device, VIRTIO_F_EVENT_IDX)
         assert has_feature(record, device, VIRTIO_F_RING_PACKED) == record.variant.packed
         assert has_feature(record, device, VIRTIO_F_ACCESS_PLATFORM) == record.variant.translated
+        assert not has_feature(record, device, VIRTIO_F_RING_RESET)
 
 
 def test_guest_reads_back_what_it_wrote(record: Record) -> None:

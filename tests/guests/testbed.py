@@ -75,6 +75,11 @@ class Variant:
     def translated(self) -> bool:
         return "iommu_platform=on" in self.options
 
+    @property
+    def keys(self) -> str:
+        """What a device's configuration says for it."""
+        return "packed = true\n" * self.packed + "iommu = true\n" * self.translated
+
 
 SPLIT = Variant("split")
 PACKED = Variant("packed", options=",packed=on")
@@ -137,15 +142,15 @@ class Testbed:
 
 
 class Site:
-    """The configuration and the images of one daemon, in ``folder``."""
+    """The configuration and the images of one daemon, in ``folder``, for a guest that attaches them as ``variant``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: Variant = SPLIT) -> None:
         self.folder = folder
         self.disk = folder / "disk.img"
         self.frozen = folder / "frozen.img"
         self.config = folder / "test.toml"
         self.port = free_port()
-        self.config.write_text(CONFIG.replace("PORT", str(self.port)))
+        self.config.write_text(CONFIG.replace("PORT", str(self.port)).replace("type =", f"{variant.keys}type ="))
         for image, size in ((self.disk, DISK_SIZE), (self.frozen, FROZEN_SIZE)):
             image.touch()
             os.truncate(image, size)

@@ -93,3 +93,35 @@ async def test_a_disk_behind_an_iommu_asks_for_every_page_once_and_again_when_it
                 assert await disk.read(8 * 7, 512) == pattern(512, 7)
                 assert len(iommu.asked) > asked
                 nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("setting", [s for s in NATIVE_SETTINGS if s.way == "socket"], ids=str)
+async def test_a_disk_serves_a_front_end_that_passes_access_platform_on_and_has_no_iommu(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """libkrun's way: CONFIG and MQ are all it knows of the protocol, and the guest's driver takes what is offered."""
+    async with plugged(make_disk("file", tmp_path / "image"), setting, start=False) as p:
+        guest, link = p.guest, p.guest.link
+        assert isinstance(link, SocketLink)
+        front_end, memory = link.front_end, guest.memory
+        offered = await link.device_features()
+        assert offered & F_ACCESS_PLATFORM
+        features = offered if guest.ring == "packed" else offered & ~F_RING_PACKED
+        await front_end.send(wire.message(16, wire.u64(wire.MQ | wire.CONFIG)))
+        await front_end.send(wire.message(3))
+        table = wire.mem_table(wire.region(memory.gpa, memory.size, memory.uva))
+        await front_end.send(wire.message(5, table), [os.dup(memory.fd)])
+        await front_end.send(wire.message(2, wire.u64(features | wire.F_PROTOCOL_FEATURES)))
+        guest.features = features
+        queue = guest.add_queue(64)
+        base = PACKED_START if guest.ring == "packed" else 0
+        await front_end.send(wire.message(8, wire.vring_state(0, 64)))
+        await front_end.send(wire.message(10, wire.vring_state(0, base)))
+        await front_end.send(wire.message(9, wire.vring_addr(0, *queue.areas)))
+        await front_end.send(wire.message(12, wire.u64(0)), [os.dup(queue.kick_fd)])
+        await front_end.send(wire.message(13, wire.u64(0)), [os.dup(queue.call_fd)])
+        await front_end.send(wire.message(18, wire.vring_state(0, 1)))
+        disk = BlkDriver(queue)
+        with trio.fail_after(GUARD):
+            await disk.write(0, pattern(32 << 10, 1))
+            assert await disk.read(0, 32 << 10) == pattern(32 << 10, 1)

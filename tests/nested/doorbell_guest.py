@@ -29,7 +29,7 @@ HYPERV_CPU = f"{GUEST_CPU},hv-relaxed"
 HYPERV_CPU_OF_G2 = f"{HYPERV_CPU},-svm"
 
 
-def configuration(disks: Sequence[str], **policies: str) -> str:
+def configuration(disks: Sequence[str], *, iommu: bool = False, **policies: str) -> str:
     """One worker that sleeps at once, so that every request needs its kick, and ``disks`` on it."""
     text = f"""
 [daemon]
@@ -49,6 +49,7 @@ socket = "/run/{name}.sock"
 serial = "{name}"
 workers = ["w"]
 hypercall = "{policies.get(name, "offer")}"
+iommu = {str(iommu).lower()}
 """
     return text
 
@@ -62,10 +63,12 @@ def vhost_user_disk(name: str, options: str = "") -> list[str]:
 
 
 @asynccontextmanager
-async def serve_disks(level: Level, disks: Sequence[str], **policies: str) -> AsyncIterator[LevelDaemon]:
-    """The daemon in ``level`` with fresh ``disks``."""
+async def serve_disks(
+    level: Level, disks: Sequence[str], *, iommu: bool = False, **policies: str
+) -> AsyncIterator[LevelDaemon]:
+    """The daemon in ``level`` with fresh ``disks``; ``iommu``: they may be used behind one."""
     await level.run("; ".join(f"rm -f /tmp/{name}.img; truncate -s {SIZE} /tmp/{name}.img" for name in disks))
-    async with level.serve(configuration(disks, **policies)) as daemon:
+    async with level.serve(configuration(disks, iommu=iommu, **policies)) as daemon:
         yield daemon
 
 
@@ -80,7 +83,7 @@ async def doorbell_guest(
 ) -> AsyncIterator[tuple[LevelDaemon, Guest]]:
     """The daemon with ``disks``, and ``machine`` booted; it is powered off when the block ends well."""
     async with AsyncExitStack() as stack:
-        daemon = await stack.enter_async_context(serve_disks(level, disks, **policies))
+        daemon = await stack.enter_async_context(serve_disks(level, disks, iommu=False, **policies))
         guest = await stack.enter_async_context(level.boot(machine))
         yield daemon, guest
         await guest.power_off()

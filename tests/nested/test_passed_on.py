@@ -99,7 +99,11 @@ async def pass_on(guest: Guest, names: tuple[str, ...]) -> list[str]:
 
 async def scenario(host: Level) -> Record:
     record = Record()
-    async with serve_disks(host, list(SEEDS)) as daemon, host.boot(G1) as g1, watch_doorbells(host) as trace:
+    async with (
+        serve_disks(host, list(SEEDS), iommu=True) as daemon,
+        host.boot(G1) as g1,
+        watch_doorbells(host) as trace,
+    ):
         addresses = await pass_on(g1, PASSED)
         devices = [word for address in addresses for word in ("-device", f"vfio-pci,host={address},rombar=0")]
         machine = NestedMachine(

@@ -11,13 +11,13 @@ import trio
 import trio.testing
 from driven import add_request, check_it_works, every_driven, make_device
 from frontend import F_RING_PACKED, PACKED_START, Guest, Plugged, Setting, every_ring, plugged
-from links import F_ACCESS_PLATFORM
+from links import F_ACCESS_PLATFORM, WaistLink
 
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD, GuestQueue
-from virtio.waist import IotlbMiss, MemoryRegion, Permission, QueueBroken
+from virtio.waist import AddressSpace, IotlbMiss, MemoryRegion, Permission, QueueBroken
 
 PAGE = 4096
 READ, WRITE = Permission.READ, Permission.WRITE
@@ -287,4 +287,30 @@ async def test_more_translations_than_are_kept_are_just_asked_for_again(driven: 
         await check_it_works(queue)
         for n in range(70_000):
             p.backend._iotlb.update((1 << 40) + n * PAGE, PAGE, p.guest.memory.uva, 3)
+        await check_it_works(queue)
+
+
+@every_driven
+@every_ring
+@pytest.mark.parametrize("space", [AddressSpace.GPA, AddressSpace.UVA], ids=lambda space: space.name)
+async def test_access_platform_without_an_iommu_is_the_identity(driven: str, ring: str, space: AddressSpace) -> None:
+    """The transport says that there is none by the space of the ring's addresses; descriptors have physical ones."""
+    setting = Setting("waist", ring, "" if driven == "pump" else driven)
+    async with plugged(make_device(driven, 1), setting, start=False) as p:
+        guest, link = p.guest, p.guest.link
+        assert isinstance(link, WaistLink)
+        offered = await link.device_features()
+        guest.features = offered if ring == "packed" else offered & ~F_RING_PACKED
+        assert guest.features & F_ACCESS_PLATFORM
+        await link.negotiate(guest.features)
+        await link.share(guest.memory)
+        link.space = space
+        queue = guest.add_queue(64)
+        driver = queue.driver
+        physical = (driver.desc, driver.avail, driver.used_area)
+        areas = queue.areas if space is AddressSpace.UVA else physical
+        await link.set_up(0, driver.size, areas, PACKED_START if ring == "packed" else 0)
+        await link.set_call(0, queue.call_fd)
+        await link.set_kick(0, queue.kick_fd)
+        await link.enable(0, True)
         await check_it_works(queue)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -193,3 +194,20 @@ def test_queues_smaller_than_what_qemu_insists_on_are_refused_with_the_number(
         said = capsys.readouterr()
         assert (f"{driver},chardev=char-d" in said.out) == (status == 0)
         assert (f"set queue_size = {entries} or more" in said.err) == (status == 1)
+
+
+def test_qemu_and_libvirt_are_told_of_packed_rings_and_an_iommu_where_the_device_offers_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = "packed = true\niommu = true\ntype = "
+    (tmp_path / "c.toml").write_text((TWO + NET).replace("type = ", both))
+    assert main(["qemu-args", *OLD, str(tmp_path / "c.toml")]) == 0
+    devices = [argument for name, argument in options(capsys.readouterr().out) if name == "-device"]
+    assert len(devices) == 3
+    assert all(",packed=on,iommu_platform=on,ats=on" in device for device in devices)
+    assert main(["qemu-args", *OLD, str(tmp_path / "c.toml"), "--libvirt"]) == 0
+    domain = ElementTree.fromstring(capsys.readouterr().out)
+    drivers = [*domain.findall("devices/disk/driver"), *domain.findall("devices/interface/driver")]
+    assert len(drivers) == 2
+    assert all({"packed": "on", "iommu": "on", "ats": "on"}.items() <= driver.attrib.items() for driver in drivers)
+    assert any('"packed": true, "iommu_platform": true' in str(element.get("value")) for element in domain.iter())

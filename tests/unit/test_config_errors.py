@@ -142,7 +142,7 @@ MISTAKES = [
         "devices.c",
         "features.VIRTIO_F_RING_PACKED",
         "true or false, not 0",
-        "features = { VIRTIO_F_RING_PACKED = false }",
+        "features = { VIRTIO_F_EVENT_IDX = false }",
     ),
     (
         DISK + CHIP.replace("c.sock", "./a.sock"),

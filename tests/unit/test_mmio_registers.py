@@ -162,8 +162,15 @@ def test_features_are_read_word_by_word_and_end_after_the_second() -> None:
 
 
 def test_what_this_transport_cannot_do_is_not_offered() -> None:
-    guest = performer(OFFERED | F_ACCESS_PLATFORM | F_NOTIFICATION_DATA | F_HYPERCALL_NOTIFY)
+    guest = performer(OFFERED | F_NOTIFICATION_DATA | F_HYPERCALL_NOTIFY)
     assert guest.features() == OFFERED
+
+
+def test_access_platform_is_offered_where_the_device_does_and_accepted() -> None:
+    """There is no IOMMU: what the platform translates an address to is the address."""
+    guest = performer(OFFERED | F_ACCESS_PLATFORM)
+    assert guest.features() == OFFERED | F_ACCESS_PLATFORM
+    assert guest.negotiate(F_VERSION_1 | F_ACCESS_PLATFORM)
 
 
 @pytest.mark.parametrize("accepted", [0, 1 << 5, F_VERSION_1 | 1 << 6, F_VERSION_1 | F_ACCESS_PLATFORM], ids=hex)

@@ -284,6 +284,41 @@ def test_with_an_iommu_ring_addresses_are_iovas() -> None:
     d.close()
 
 
+SET_FEATURES = (2, wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("messages", "space"),
+    [
+        ([(16, wire.REPLY_ACK), SET_FEATURES], AddressSpace.UVA),
+        ([SET_FEATURES, (16, wire.REPLY_ACK)], AddressSpace.UVA),
+        ([SET_FEATURES], AddressSpace.UVA),
+        ([(16, wire.REPLY_ACK | wire.BACKEND_REQ), SET_FEATURES], AddressSpace.IOVA),
+        ([SET_FEATURES, (16, wire.REPLY_ACK | wire.BACKEND_REQ)], AddressSpace.IOVA),
+        ([(16, wire.BACKEND_REQ), SET_FEATURES, (16, wire.REPLY_ACK)], AddressSpace.UVA),
+    ],
+    ids=["never", "never_late", "no_protocol_features", "before", "after", "taken_back"],
+)
+def test_without_a_way_to_ask_for_translations_access_platform_is_the_identity(
+    messages: list[tuple[int, int]], space: AddressSpace
+) -> None:
+    """Front-ends without an IOMMU pass their driver's features on; when they say so does not matter."""
+    d = Dialogue()
+    d.ask(3)
+    for number, bits in messages:
+        d.ask(number, u64(bits))
+    d.share_memory()
+    d.set_up_ring()
+    operation = d.plan(12, u64(0 | 1 << 8))
+    assert isinstance(operation, StartQueue)
+    assert operation.setup is not None
+    assert operation.setup.space is space
+    d.accept(True)
+    assert d.plan(11, vring_state(0, 0)) == StopQueue(0, None, flush_iotlb=space is AddressSpace.IOVA)
+    d.accept(0)
+    d.close()
+
+
 def test_when_the_last_ring_stops_all_translations_are_forgotten() -> None:
     d = Dialogue()
     d.negotiate(wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES)

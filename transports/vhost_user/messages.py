@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from virtio.spec import VIRTIO_F_RING_RESET
+
 # Header flags ("Header").
 VHOST_USER_VERSION: Final = 0x1
 VHOST_USER_VERSION_MASK: Final = 0x3
@@ -20,6 +22,10 @@ VHOST_USER_NEED_REPLY_MASK: Final = 1 << 3
 
 # The virtio feature bit that announces protocol features; no driver ever sees it.
 VHOST_USER_F_PROTOCOL_FEATURES: Final = 30
+
+NEVER_OFFERED: Final = 1 << VIRTIO_F_RING_RESET
+"""Virtio features that this transport cannot carry. No message tells a back-end that the driver reset one ring (seen:
+QEMU 7.2 to 11.1 let the driver do it, and send nothing): the device would write into memory that is a ring no more."""
 
 # Protocol features (bit numbers).
 VHOST_USER_PROTOCOL_F_MQ: Final = 0

@@ -43,7 +43,6 @@ from transports.vhost_user.state import ConnectionState
 from transports.vhost_user.vrings import Vring
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
-from virtio.spec import VIRTIO_F_ACCESS_PLATFORM
 from virtio.waist import Permission
 
 _U64_MAX: Final = 2**64 - 1
@@ -83,13 +82,6 @@ def _set_features(state: ConnectionState, frame: Frame) -> Operation:
     if not state.is_suspended and bits != state.features:
         # Once more the same is legal: QEMU repeats it for each queue pair of a network device.
         raise PeerError("features cannot change while a ring runs")
-    if bits >> VIRTIO_F_ACCESS_PLATFORM & 1 and not state.has_protocol_feature(
-        messages.VHOST_USER_PROTOCOL_F_BACKEND_REQ
-    ):
-        raise PeerError(
-            "VIRTIO_F_ACCESS_PLATFORM needs VHOST_USER_PROTOCOL_F_BACKEND_REQ, to ask for missing translations; "
-            "a front-end without an IOMMU must not accept VIRTIO_F_ACCESS_PLATFORM"
-        )
     return SetFeatures(bits, enable_all=not bits >> messages.VHOST_USER_F_PROTOCOL_FEATURES & 1)
 
 
@@ -158,8 +150,11 @@ def _rem_mem_reg(state: ConnectionState, frame: Frame) -> Operation:
 def _iotlb_msg(state: ConnectionState, frame: Frame) -> Operation:
     message = payloads.parse_iotlb(frame.payload)
     if not state.has_used_iotlb:
-        raise PeerError("VIRTIO_F_ACCESS_PLATFORM was not negotiated")
-    if not state.has_feature(VIRTIO_F_ACCESS_PLATFORM):
+        raise PeerError(
+            "VIRTIO_F_ACCESS_PLATFORM and VHOST_USER_PROTOCOL_F_BACKEND_REQ were not both negotiated: "
+            "nothing is translated"
+        )
+    if not state.translates:
         # The late answer to a miss from before the device was stopped. Nobody would invalidate it any more.
         return Answer()
     if message.type == messages.VHOST_IOTLB_UPDATE:
@@ -209,7 +204,7 @@ def _get_vring_base(state: ConnectionState, frame: Frame) -> Operation:
     if not ring.started:
         return StopQueue(ring.index, ring.current_base(packed=state.is_packed))
     is_last = state.running == (ring.index,)
-    return StopQueue(ring.index, None, flush_iotlb=is_last and state.has_feature(VIRTIO_F_ACCESS_PLATFORM))
+    return StopQueue(ring.index, None, flush_iotlb=is_last and state.translates)
 
 
 def _set_vring_enable(state: ConnectionState, frame: Frame) -> Operation:
@@ -299,7 +294,7 @@ def _set_status(state: ConnectionState, frame: Frame) -> Operation:
         raise PeerError(f"{status:#x} is no device status (virtio 1.3, section 2.1)")
     if status:
         return SetStatus(status)
-    return StopDevice(state.running, flush_iotlb=state.has_feature(VIRTIO_F_ACCESS_PLATFORM))
+    return StopDevice(state.running, flush_iotlb=state.translates)
 
 
 def _get_status(state: ConnectionState, frame: Frame) -> Operation:

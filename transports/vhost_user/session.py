@@ -13,7 +13,13 @@ from typing import Final
 
 from transports.vhost_user import payloads, rules
 from transports.vhost_user.framing import Frame, Framer
-from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, Payload, Reply, offered_protocol_features
+from transports.vhost_user.messages import (
+    NEVER_OFFERED,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    Payload,
+    Reply,
+    offered_protocol_features,
+)
 from transports.vhost_user.operations import ReadConfig, Request, StopQueue
 from transports.vhost_user.payloads import ConfigAccess
 from transports.vhost_user.state import ConnectionState, Value
@@ -42,7 +48,7 @@ class Session:
         inband_notifications: bool = False,
     ) -> None:
         self.state: Final = ConnectionState(
-            offered_features=device_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
+            offered_features=device_features & ~NEVER_OFFERED | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
             offered_protocol_features=offered_protocol_features(
                 has_config_space=has_config_space,
                 is_network_interface=is_network_interface,

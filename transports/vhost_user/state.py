@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transports.vhost_user.memory_slots import MemoryTable
-from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
+from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_PROTOCOL_F_BACKEND_REQ
 from transports.vhost_user.operations import (
     DisableAllQueues,
     EnableQueue,
@@ -38,7 +38,7 @@ class ConnectionState:
 
     ``offered_features`` includes VHOST_USER_F_PROTOCOL_FEATURES; ``features`` and
     ``protocol_features`` are None until they were set; ``queue_size_max`` counts entries;
-    ``has_used_iotlb``: VIRTIO_F_ACCESS_PLATFORM was negotiated at some time on this connection. ``repeats_memory``:
+    ``has_used_iotlb``: addresses were translated at some time on this connection. ``repeats_memory``:
     the front-end may add and remove each memory region once for every pair of queues, as QEMU before 8.0 does with a
     network interface; only the first time counts.
     """
@@ -71,9 +71,23 @@ class ConnectionState:
         return self.has_feature(VIRTIO_F_RING_PACKED)
 
     @property
+    def translates(self) -> bool:
+        """Whether addresses are I/O virtual: the driver leaves them to the platform, and the front-end takes questions.
+
+        A front-end that accepts VIRTIO_F_ACCESS_PLATFORM without VHOST_USER_PROTOCOL_F_BACKEND_REQ could never answer
+        a miss: it passes its driver's features on and has no IOMMU, so the platform's translation is the identity.
+        """
+        return self.has_feature(VIRTIO_F_ACCESS_PLATFORM) and self.has_protocol_feature(
+            VHOST_USER_PROTOCOL_F_BACKEND_REQ
+        )
+
+    @property
     def ring_space(self) -> AddressSpace:
-        """ "A ring address is an IOVA if VIRTIO_F_IOMMU_PLATFORM has been negotiated" (now ACCESS_PLATFORM)."""
-        return AddressSpace.IOVA if self.has_feature(VIRTIO_F_ACCESS_PLATFORM) else AddressSpace.UVA
+        """ "A ring address is an IOVA if VIRTIO_F_IOMMU_PLATFORM has been negotiated" (now ACCESS_PLATFORM).
+
+        Asked when a ring starts: by then both kinds of features are known, in whichever order they came.
+        """
+        return AddressSpace.IOVA if self.translates else AddressSpace.UVA
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -92,9 +106,10 @@ class ConnectionState:
                 self.has_owner = True
             case SetProtocolFeatures(bits=bits):
                 self.protocol_features = bits
+                self.has_used_iotlb |= self.translates
             case SetFeatures(bits=bits, enable_all=enable_all):
                 self.features = bits
-                self.has_used_iotlb |= self.has_feature(VIRTIO_F_ACCESS_PLATFORM)
+                self.has_used_iotlb |= self.translates
                 if enable_all:
                     for ring in self.rings:
                         ring.enabled = True

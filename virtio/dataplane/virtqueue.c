@@ -6,7 +6,6 @@
 
 #define VIRTIO_F_INDIRECT_DESC 28
 #define VIRTIO_F_EVENT_IDX 29
-#define VIRTIO_F_ACCESS_PLATFORM 33
 #define VIRTIO_F_RING_PACKED 34
 
 struct virtqueue *virtqueue_new(uint32_t index, int event_fd)
@@ -81,7 +80,8 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup, s
 	if (!vq->inflight_heads)
 		return -ENOMEM;
 	vq->table = memory_table_ref(table);
-	vq->iotlb = setup->features >> VIRTIO_F_ACCESS_PLATFORM & 1 ? iotlb_ref(tlb) : NULL;
+	/* The transport decides, not the feature: with VIRTIO_F_ACCESS_PLATFORM and no IOMMU, addresses are physical. */
+	vq->iotlb = setup->space == VQ_SPACE_IOVA ? iotlb_ref(tlb) : NULL;
 	vq->deaths_seen = load_acquire(&sigbus_deaths) - 1; /* look once, at the first pop */
 	vq->configured = true;
 	return 0;
