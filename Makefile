@@ -21,7 +21,7 @@ setup: $(VENV)/.ready ## install what is missing (Debian packages, .venv) and bu
 
 # The stamp depends on everything that goes into the venv; the packages are looked up each time the stamp is made.
 $(VENV)/.ready: pyproject.toml setup.py packages.txt $(C_SOURCES)
-	@./install-packages.sh
+	@./install-packages.sh run build test
 	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing Python packages and compiling the data plane"
 	@rm -rf build
@@ -71,7 +71,7 @@ stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
 
 install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
-	@./install-packages.sh
+	@./install-packages.sh run build
 	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
 	rm -rf build
 	$(DESTDIR)$(PREFIX)/bin/pip install --quiet --disable-pip-version-check $(BUILD_REQUIRES)
