@@ -1,11 +1,13 @@
 """Rings whose pages are adjacent by their addresses and lie apart in our memory: behind an IOMMU, and across regions.
 
-Each page of the driver's memory is a memory region of its own here, so that it is mapped apart from its neighbours.
+In most tests each page of the driver's memory is a memory region of its own, mapped apart from its neighbours; in
+``Shuffled`` memory the pages of one region are mixed up, as a virtual IOMMU does it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from ring_device import (
@@ -113,6 +115,49 @@ def go_round(driver: VirtqueueDriver, device: RingDevice, count: int) -> None:
         sent += batch
     memory.release(room, 16 * batch_max)
     assert device.fault == 0
+
+
+class Shuffled(GuestMemory):
+    """The driver's pages lie in the file, and so in the one region, in reverse order."""
+
+    def place(self, gpa: int) -> int:
+        page, within = divmod(gpa - self.gpa, PAGE)
+        return self.gpa + self.size - (page + 1) * PAGE + within
+
+    def read(self, gpa: int, length: int) -> bytes:
+        return b"".join(super(Shuffled, self).read(self.place(at), size) for at, size in _by_page(gpa, length))
+
+    def write(self, gpa: int, data: bytes) -> None:
+        for at, size in _by_page(gpa, len(data)):
+            super().write(self.place(at), data[at - gpa : at - gpa + size])
+
+    def load(self, gpa: int, width: int) -> int:
+        return super().load(self.place(gpa), width)
+
+    def store(self, gpa: int, width: int, value: int) -> None:
+        super().store(self.place(gpa), width, value)
+
+
+def _by_page(first: int, length: int) -> Iterator[tuple[int, int]]:
+    at, end = first, first + length
+    while at < end:
+        size = min(PAGE - at % PAGE, end - at)
+        yield at, size
+        at += size
+
+
+@pytest.mark.parametrize("size", [1024, 4096])
+@pytest.mark.parametrize("ring", FORMATS)
+def test_the_pages_of_a_ring_may_lie_in_any_order_in_one_region(rings: Rings, ring: str, size: int) -> None:
+    """So it is also where that region is made of huge pages, of which none can be mapped in part."""
+    memory = Shuffled((size * 42 // PAGE + 8) * PAGE)
+    with memory:
+        driver = make_driver(ring, memory, size)
+        region = region_of(memory, gpa=FAR)
+        device = rings.device(driver, features=FEATURES, space=AddressSpace.IOVA, regions=[region])
+        for iova in range(memory.gpa, memory.gpa + memory.size, PAGE):
+            device.iotlb.update(iova, PAGE, memory.to_uva(memory.place(iova)), BOTH)
+        go_round(driver, device, size + size // 4)
 
 
 def memory_for(rings: Rings, size: int) -> GuestMemory:

@@ -201,8 +201,6 @@ struct virtqueue {
 };
 
 struct ring_ops {
-	/* The same format where each area is contiguous in our memory, and where the ring lies in vq->pages. */
-	const struct ring_ops *flat, *scattered;
 	/* The three areas' sizes in bytes. */
 	void (*areas)(const struct virtqueue *vq, uint64_t sizes[RING_AREAS]);
 	/* A scattered ring is given no pointers. */
@@ -217,6 +215,8 @@ struct ring_ops {
 	bool (*has_work)(const struct virtqueue *vq);
 	void (*arm)(struct virtqueue *vq);
 	void (*disarm)(struct virtqueue *vq);
+	/* The same format where each area is contiguous in our memory, and where the ring lies in vq->pages. */
+	const struct ring_ops *flat, *scattered;
 };
 
 extern const struct ring_ops split_ops, packed_ops, split_scattered_ops, packed_scattered_ops;
