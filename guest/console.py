@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import trio
+
+BOOTED: Counter[str] = Counter()
+"""How often a guest of each kind said in this process that its userspace runs."""
 
 TAIL_LINES = 25
 READY_SECONDS = 60.0
@@ -49,6 +53,7 @@ class Console(ABC):
     """The console of a booted guest. One task at a time talks to it; it is read while somebody waits for it."""
 
     patience: float = 1  # how many times longer than it was told it waits
+    kind: str = "QEMU"  # what runs the machine; a name in BOOTED
 
     def __init__(self, listen: Listener) -> None:
         self.console: list[ConsoleLine] = []
@@ -104,6 +109,7 @@ class Console(ABC):
     async def expect_userspace(self, timeout_seconds: float) -> None:
         """Wait for init's first word, before it loads any driver of ours."""
         await self.expect("GUEST userspace", timeout_seconds, "its userspace")
+        BOOTED[self.kind] += 1
 
     async def expect_ready(self) -> None:
         """Wait until init has loaded the drivers and takes commands."""

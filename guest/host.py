@@ -119,6 +119,8 @@ class Host:
 class HostLevel(Level):
     """H's console. Files go by a disk that both sides see, so they may be large."""
 
+    kind = "hosts"
+
     def __init__(self, name: str, line: Line, below: list[Line], exchange: Path) -> None:
         super().__init__(name, line, below)
         self._exchange = exchange

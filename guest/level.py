@@ -208,6 +208,8 @@ class Level(LineConsole):
 class Guest(Level):
     """A guest of a level; files travel by its console, so they should be small."""
 
+    kind = "nested"
+
     async def write(self, path: str, content: str | bytes) -> None:
         data = content.encode() if isinstance(content, str) else content
         text = base64.b64encode(data).decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -42,8 +41,6 @@ def set_up_host(number: int) -> None:
 @pytest.fixture
 def other_host() -> Iterator[int]:
     """This thread is on one host inside the test; the network of the other, as a file descriptor."""
-    if shutil.which("ip") is None:
-        pytest.skip("no ip: install the Debian package iproute2")
     with own_network():
         first = network_fd()
         try:

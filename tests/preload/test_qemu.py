@@ -29,8 +29,7 @@ class Qemu:
 
     def __init__(self, folder: Path, *options: str, launcher: tuple[str, ...] = (), background: bool = False) -> None:
         program = shutil.which("qemu-system-x86_64")
-        if program is None:
-            pytest.skip("no qemu-system-x86_64 here: apt-get install qemu-system-x86")
+        assert program is not None, "no qemu-system-x86_64 here: apt-get install qemu-system-x86"
         command = (program, *PAUSED, "-qmp", f"unix:{folder / 'qmp.sock'}")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.settimeout(GUARD)
