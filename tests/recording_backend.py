@@ -157,13 +157,19 @@ class RecordingBackend:
         self._take("kick", index, None)
         return self.bases.get(index, 0)
 
-    async def reset(self) -> None:
+    async def suspend_queue(self, index: int) -> int:
+        await trio.lowlevel.checkpoint()
+        self._record("suspend_queue", index)
+        return self.bases.get(index, 0)
+
+    async def reset(self, *, keep_memory: bool = False) -> None:
         await trio.lowlevel.checkpoint()
         self._record("reset")
         self.status = 0
         for index in range(self.queue_count):
             self._take("kick", index, None)
-        self._replace_memory(())
+        if not keep_memory:
+            self._replace_memory(())
 
     async def next_event(self) -> Event:
         return await self._events.receive()

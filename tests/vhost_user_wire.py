@@ -22,9 +22,10 @@ from transports.vhost_user.endpoint import Endpoint
 from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
 from transports.vhost_user.operations import (
     Answer,
+    ConfigureQueue,
     Operation,
     ReadConfig,
-    ResetDevice,
+    SetFeatures,
     SetMemory,
     StopDevice,
     StopQueue,
@@ -48,6 +49,7 @@ ALL_PROTOCOL_FEATURES = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | C
 
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 MIB = 1 << 20
+UVA = 0x7F00_0000_0000  # where memory is shared in these tests
 
 MESSAGE_NAMES = {number: row.name for number, row in MESSAGES.items()} | dict(UNSUPPORTED)
 
@@ -70,7 +72,9 @@ def vring_state(index: int, num: int) -> bytes:
     return struct.pack("=II", index, num)
 
 
-def vring_addr(index: int, desc: int = 0x1000, avail: int = 0x2000, used: int = 0x3000, flags: int = 0) -> bytes:
+def vring_addr(
+    index: int, desc: int = UVA + 0x1000, avail: int = UVA + 0x2000, used: int = UVA + 0x3000, flags: int = 0
+) -> bytes:
     return struct.pack("=IIQQQQ", index, flags, desc, used, avail, 0)
 
 
@@ -160,6 +164,7 @@ class Dialogue:
     is_network_interface: bool = False
     inband_notifications: bool = False
     session: Session = field(init=False)
+    starts: list[ConfigureQueue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.session = Session(
@@ -186,14 +191,20 @@ class Dialogue:
         planned = self.session.next_request()
         assert planned is not None
         assert planned.message.number == request
-        self._planned = planned
+        self.planned = planned
         return planned.operation
 
     def accept(self, value: Value = 0) -> bytes:
-        return self.session.accept(self._planned, value)
+        """The operation is done, and the back-end has every ring that became whole by it: ``starts``."""
+        reply = self.session.accept(self.planned, value)
+        self.starts = []
+        while (start := self.session.next_start()) is not None:
+            self.starts.append(start)
+            self.session.started(start.index)
+        return reply
 
     def reject(self, error: HyperbellError | None = None) -> bytes:
-        return self.session.reject(self._planned, error or PeerError("it does not work"))
+        return self.session.reject(self.planned, error or PeerError("it does not work"))
 
     def ask(
         self,
@@ -208,7 +219,7 @@ class Dialogue:
         operation = self.plan(request, payload, fds, need_reply=need_reply)
         if value is None:
             value = usual_value(operation)
-        for fd in self._planned.fds:
+        for fd in self.planned.fds:
             if not isinstance(operation, SetMemory):
                 fd.close()
         return self.accept(value)
@@ -224,7 +235,7 @@ class Dialogue:
         self.ask(2, u64(features))
 
     def share_memory(self) -> None:
-        self.ask(5, mem_table(region(0, MIB, 0x7F00_0000_0000)), [memfd()])
+        self.ask(5, mem_table(region(0, MIB, UVA)), [memfd()])
 
     def set_up_ring(self, index: int = 0, size: int = 128, base: int = 0) -> None:
         self.ask(8, vring_state(index, size))
@@ -232,7 +243,7 @@ class Dialogue:
         self.ask(9, vring_addr(index))
 
     def start_ring(self, index: int = 0) -> None:
-        self.ask(12, u64(index), [eventfd()], value=True)
+        self.ask(12, u64(index), [eventfd()])
 
     def violate(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), **options: bool) -> str:
         """A message that must end the connection: what its ``PeerError`` says, which names the request."""
@@ -268,8 +279,8 @@ def usual_value(operation: Operation) -> Value:
             return base or 0
         case ReadConfig(size=size):
             return bytes(size)
-        case ResetDevice(regions=regions):
-            return regions
+        case SetFeatures(suspend=suspend):
+            return dict.fromkeys(suspend, 0)
         case StopDevice(running=running):
             return dict.fromkeys(running, 0)
         case _:
@@ -362,9 +373,10 @@ class FrontEnd:
         assert await self.do(3) == 0
         assert await self.do(2, u64(features)) == 0
 
-    async def start_ring(self, index: int = 0) -> None:
+    async def start_ring(self, index: int = 0, *, share: bool = True) -> None:
         """Share memory, set a ring up and start it, enabled."""
-        assert await self.do(5, mem_table(region(0, MIB, 0x7F00_0000_0000)), [memfd()]) == 0
+        if share:
+            assert await self.do(5, mem_table(region(0, MIB, UVA)), [memfd()]) == 0
         assert await self.do(8, vring_state(index, 128)) == 0
         assert await self.do(10, vring_state(index, 0)) == 0
         assert await self.do(9, vring_addr(index)) == 0

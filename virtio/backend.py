@@ -124,6 +124,14 @@ class Backend:
 
     def _look(self, queue: BackendQueue) -> None:
         report = queue.vq.report()
+        if report.moved is not None and not queue.moved_told:
+            queue.moved_told = True
+            self._log.warning(
+                "the front-end's base is not where the ring stands: its used index counts",
+                queue=queue.vq.index,
+                base=report.moved.base,
+                used=report.moved.used,
+            )
         if report.error is not None and not queue.broken:
             queue.broken = True
             self._status |= spec.VIRTIO_CONFIG_S_NEEDS_RESET
@@ -227,7 +235,7 @@ class Backend:
                 if queue.running:
                     nursery.start_soon(queue.driver.set_memory, after)
                 else:
-                    queue.vq.set_memory(after)
+                    queue.vq.set_memory_at_rest(after)
         before.close_dropped(after)
 
     async def iotlb_update(self, iova: int, size: int, uva: int, perm: int) -> None:
@@ -252,17 +260,24 @@ class Backend:
         return self._queues[index]
 
     async def configure_queue(self, index: int, setup: QueueSetup) -> None:
-        """Only while the queue is stopped. ``PeerError``: an impossible size or base; ``GuestError``: misaligned."""
+        """Only while the queue is stopped or suspended. It runs at once if it is started and enabled.
+
+        ``PeerError``: an impossible size or base; ``GuestError``: misaligned.
+        """
         queue = self._queue(index)
-        if queue.running or queue.started:
+        if queue.setup is not None and queue.started:
             raise PeerError(f"queue {index} is set up while it is started")
         if not 0 < setup.size <= self._queue_size_max:
             raise PeerError(f"queue {index} of size {setup.size}, allowed are 1 to {self._queue_size_max}")
-        queue.vq.configure(setup, self._driver_features, self._table, self._iotlb)
+        queue.setup = None  # also if it fails
+        queue.vq.configure(
+            setup, self._driver_features, self._table, self._iotlb, in_order=self._device.answers_in_order
+        )
         queue.setup = setup
-        queue.broken = False
+        queue.broken = queue.moved_told = False
         if not self._device.native and self._drivers.begins_anew(queue):
             await self._begin_anew()
+        await queue.run_if_due()
 
     async def _begin_anew(self) -> None:
         """The guest has another driver, though there was no reset (``virtio.new_driver``): now there is one."""
@@ -279,11 +294,9 @@ class Backend:
             await queue.run_if_due()
 
     async def set_kick(self, index: int, fd: OwnedFd | None) -> None:
-        """Start the queue; its ring is looked at once. None: it is polled."""
+        """Start the queue, or have it start when it is set up; its ring is then looked at once. None: it is polled."""
         try:
             queue = self._queue(index)
-            if queue.setup is None:
-                raise PeerError(f"queue {index} is started before it is set up")
             queue.check_kick(fd)
             await queue.halt()
             number = number_of(index, fd)  # now: once it is given away, the fd is the queue's alone
@@ -341,22 +354,36 @@ class Backend:
         elif queue.running and queue.mute():
             await self._nudge(index)  # so nothing has an effect any more when this returns
         else:
-            await queue.halt()
+            await self._halt(queue)
+
+    async def suspend_queue(self, index: int) -> int:
+        """Stop and drain until it is set up again; where the ring stands. It stays started and keeps its fds."""
+        queue = self._queue(index)
+        await self._halt(queue)
+        queue.setup = None
+        return queue.vq.base
 
     async def stop_queue(self, index: int) -> int:
         """Stop and drain; where the ring stands. Nothing of the queue touches guest memory after this."""
         queue = self._queue(index)
-        await queue.halt()
+        await self._halt(queue)
         queue.started = False
         queue.setup = None
         queue.vq.clear_doorbells()
         queue.vq.set_call(None)
         self.kick_observer(index, None)
-        self._drivers.stopped(queue)
         return queue.vq.base
 
-    async def reset(self) -> None:
-        """Stop all queues and forget features, memory and addresses: as after power-on."""
+    async def _halt(self, queue: BackendQueue) -> None:
+        ran = queue.running
+        await queue.halt()
+        self._drivers.stopped(queue, ran=ran)
+
+    async def reset(self, *, keep_memory: bool = False) -> None:
+        """Stop all queues and forget features, memory and addresses: as after power-on.
+
+        ``keep_memory``: the driver alone is reset; the memory belongs to the connection with its front-end.
+        """
         for queue in self._queues:
             await queue.halt()
             queue.started = queue.enabled = queue.broken = False
@@ -365,8 +392,9 @@ class Backend:
             self.kick_observer(queue.vq.index, None)
             queue.vq.forget()
         self._iotlb.clear()
-        before, self._table = self._table, MemoryTable()
-        before.close_dropped(self._table)
+        if not keep_memory:
+            before, self._table = self._table, MemoryTable()
+            before.close_dropped(self._table)
         self._driver_features = self._status = 0
         self._drivers.forget()
         self._calls.reset()

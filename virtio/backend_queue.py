@@ -41,6 +41,7 @@ class BackendQueue:
         self.broken = False
         self.miss_told = 0  # the last miss that became an event
         self.call_told = 0  # why its call fd was given up, as it was logged
+        self.moved_told = False
         self._changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
         self._device = device
         self._calls = calls
@@ -51,7 +52,7 @@ class BackendQueue:
     async def run_if_due(self) -> None:
         with trio.CancelScope(shield=True):
             async with self._changing:
-                if self.running or not (self.started and self.enabled):
+                if self.running or not (self.setup is not None and self.started and self.enabled):
                     return
                 await self.driver.start()
                 self.running = True

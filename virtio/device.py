@@ -33,7 +33,8 @@ class Device:
     Class attributes: ``virtio_id`` (section 5), ``features`` (the names and bits it offers of its own; ring features
     are added by the backend), ``queue_counts`` (least, most), ``ops`` (names of its operations, for the metrics),
     ``Options`` (its configuration), ``request_max`` (a chain holds at most so many bytes to read, and has room for at
-    most so many: a longer one breaks the queue before the device sees it). ``native`` devices set ``native_device``.
+    most so many: a longer one breaks the queue before the device sees it), ``answers_in_order`` (each queue's requests
+    are answered in the order in which they came). ``native`` devices set ``native_device``.
     """
 
     virtio_id: ClassVar[int]
@@ -46,6 +47,7 @@ class Device:
     ops: ClassVar[tuple[str, ...]] = ("request",)
     Options: ClassVar[type[DeviceOptions]] = DeviceOptions
     request_max: ClassVar[int] = 1 << 20
+    answers_in_order: ClassVar[bool] = False
 
     def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
         """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""

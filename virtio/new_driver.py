@@ -27,14 +27,15 @@ class DriverWatch:
         self._left.clear()
         self._all_stood = self._negotiated = False
 
-    def stopped(self, queue: BackendQueue) -> None:
+    def stopped(self, queue: BackendQueue, *, ran: bool) -> None:
+        """``ran``: it ran until now; else it stood already, and where is told once more."""
         index, base = queue.vq.index, queue.vq.base
         if base in BEGINNINGS:
             # Never used, or its index has wrapped to the very beginning: it will tell nothing.
             self._left.pop(index, None)
         else:
             self._left[index] = base
-        if not any(each.started for each in self._queues):
+        if not any(each.running for each in self._queues) and (ran or not self._all_stood):
             self._all_stood, self._negotiated = True, False
 
     def negotiated(self) -> None:

@@ -25,6 +25,14 @@ assert lib.DP_QUEUE_OPS == OPS_MAX
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """A split ring began at ``used``, its used index in memory, and not at ``base``, which it was given."""
+
+    base: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What happened on a queue since it was set up: it broke, it waits for the IOTLB, its call fd has nobody left."""
 
@@ -34,6 +42,7 @@ class Report:
     """Tells one miss from the next, which may be of the same address; 0 without a miss."""
     call_error: int
     """Why the call fd was given up, an errno; 0 while it works, or where there was none."""
+    moved: Moved | None
 
 
 class Virtqueue:
@@ -46,15 +55,19 @@ class Virtqueue:
         self.index = index
         self.pointer: Any = ffi.gc(pointer, lib.virtqueue_free)
 
-    def configure(self, setup: QueueSetup, features: int, table: MemoryTable, iotlb: Iotlb) -> None:
+    def configure(
+        self, setup: QueueSetup, features: int, table: MemoryTable, iotlb: Iotlb, *, in_order: bool = False
+    ) -> None:
         """Set size, addresses, format and position. Forgets faults.
 
+        ``in_order``: what the used index counts are the first requests, so it alone says where a split ring goes on.
         ``GuestError``: the driver's addresses are not aligned; ``PeerError``: an impossible size or base.
         """
         given = ffi.new("struct queue_setup *")
         given.desc, given.avail, given.used = setup.desc, setup.avail, setup.used
         given.size, given.base, given.space = setup.size, setup.base, int(setup.space)
         given.features = features
+        given.in_order = in_order
         code = lib.virtqueue_configure(self.pointer, given, table.pointer, iotlb.pointer)
         if code == lib.DP_E_RING_ALIGN:
             raise GuestError(
@@ -71,6 +84,10 @@ class Virtqueue:
 
     def set_memory(self, table: MemoryTable) -> None:
         lib.virtqueue_set_memory(self.pointer, table.pointer)
+
+    def set_memory_at_rest(self, table: MemoryTable) -> None:
+        """The same while nobody drives the queue: the ring is looked for when it runs again, and cannot break now."""
+        lib.virtqueue_set_memory_at_rest(self.pointer, table.pointer)
 
     def resume(self) -> None:
         """Look at the ring again after the IOTLB learned what was missing."""
@@ -131,7 +148,8 @@ class Virtqueue:
             error = guest_error(self.index, seen.fault, seen.head, seen.address, seen.length)
         if seen.miss:
             miss = IotlbMiss(seen.miss_iova, Permission(seen.miss_perm))
-        return Report(error, miss, seen.miss, seen.call_error)
+        moved = Moved(seen.moved_base, seen.moved_used) if seen.moved else None
+        return Report(error, miss, seen.miss, seen.call_error, moved)
 
     def break_queue(self, head: int, readable: int, writable: int) -> None:
         """Break the queue because a request lacks the parts its device needs."""

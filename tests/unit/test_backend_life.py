@@ -14,7 +14,7 @@ from frontend import NEEDS_RESET, REACTORS, Setting, every_ring, plugged
 from vhost_user_wire import no_fd_leaks
 
 from virtio.backend import Backend
-from virtio.errors import HostError, PeerError
+from virtio.errors import HostError
 from virtio.stats import DURATION_BOUNDS
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD
@@ -49,8 +49,10 @@ async def test_a_reset_forgets_everything_and_the_next_driver_starts_anew(driven
                 assert not any(queue.running or queue.broken for queue in backend.stats().queues)
                 assert maps_of("memfd:guest") <= before
                 for index in range(2):
-                    with pytest.raises(PeerError, match="started before it is set up"):
-                        await backend.set_kick(index, None)
+                    await backend.enable_queue(index, True)
+                    await backend.set_kick(index, None)
+                assert not any(queue.running for queue in backend.stats().queues)
+                await guest.link.reset()
                 guest.forget_queues()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 
 import pytest
 import trio
@@ -77,9 +76,11 @@ async def test_a_ring_the_driver_set_up_wrongly_does_not_end_the_connection(back
         async with connected(backend) as (front_end, _):
             backend.failures["configure_queue"] = GuestError("the used ring lies outside memory")
             await front_end.start_ring()
-            assert ("set_kick", 0, True) not in backend.calls
+            assert backend.verbs().count("configure_queue") == 1  # it is not tried again at every message
             assert await front_end.ask(11, wire.vring_state(0, 0)) == wire.vring_state(0, 0)
-            assert "stop_queue" not in backend.verbs()
+            assert ("kick", 0) not in backend.fds
+            await front_end.start_ring()
+            assert backend.verbs().count("configure_queue") == 2
     assert [line["queue"] for line in logs if "driver set it up wrongly" in line["event"]] == [0]
 
 
@@ -132,34 +133,29 @@ async def test_while_a_queue_drains_no_later_message_is_looked_at(backend: Recor
         await backend.called("write_config")
 
 
-async def test_a_reset_keeps_the_memory_through_descriptors_of_its_own(backend: RecordingBackend) -> None:
+@pytest.mark.parametrize("slots", [False, True], ids=["SET_MEM_TABLE", "ADD_MEM_REG"])
+async def test_memory_survives_every_reset_for_it_belongs_to_the_connection(
+    backend: RecordingBackend, slots: bool
+) -> None:
     with wire.no_fd_leaks():
         async with connected(backend) as (front_end, server):
-            for _ in range(2):
-                await front_end.start_ring()
+            if slots:
+                assert await front_end.do(37, wire.single_region(0, wire.MIB, UVA), [wire.memfd()]) == 0
+            else:
+                assert await front_end.do(5, wire.mem_table(wire.region(0, wire.MIB, UVA)), [wire.memfd()]) == 0
+            for resets in ([34], [34, 34, 34], [39, 34, 34], [39], [4], [4, 39, 34]):
                 before = backend.regions
                 backend.calls.clear()
-                assert await front_end.do(34) == 0
-                assert backend.verbs() == ["reset", "set_memory"]
-                (old,), (new,) = before, backend.regions
-                assert old.fd.closed
-                assert (new.gpa, new.size, new.uva, new.offset) == (old.gpa, old.size, old.uva, old.offset)
-                assert os.fstat(new.fd.fileno()).st_size == wire.MIB
-                assert server.stats.memory_regions == 1
                 assert await front_end.do(2, u64(wire.F_VERSION_1)) == 0
-
-
-async def test_a_reset_that_finds_no_free_descriptor_ends_the_connection(backend: RecordingBackend) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with wire.no_fd_leaks():
-        async with connected(backend) as (front_end, _):
-            await front_end.start_ring()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-            try:
-                assert await front_end.do(34) == 1
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            assert "reset" not in backend.verbs()
+                await front_end.start_ring(share=False)
+                assert "configure_queue" in backend.verbs()
+                for request in resets:
+                    assert await front_end.do(request, u64(0) if request == 39 else b"") == 0
+                assert "set_memory" not in backend.verbs()
+                assert backend.regions == before
+                assert os.fstat(before[0].fd.fileno()).st_size == wire.MIB
+                assert server.stats.memory_regions == 1
+                await front_end.ask(11, wire.vring_state(0, 0))
 
 
 async def test_a_paused_machine_goes_on_with_the_bases_it_was_told(backend: RecordingBackend) -> None:
@@ -174,7 +170,7 @@ async def test_a_paused_machine_goes_on_with_the_bases_it_was_told(backend: Reco
         assert await front_end.do(2, u64(IOMMU)) == 0
         assert await front_end.do(12, u64(0), [wire.eventfd()]) == 0
         (setup,) = [call[2] for call in backend.calls if call[0] == "configure_queue"]
-        assert setup == QueueSetup(128, 0x1000, 0x2000, 0x3000, 5, AddressSpace.IOVA)
+        assert setup == QueueSetup(128, UVA + 0x1000, UVA + 0x2000, UVA + 0x3000, 5, AddressSpace.IOVA)
         backend.calls.clear()
         assert await front_end.ask(11, wire.vring_state(0, 0)) == wire.vring_state(0, 5)
         assert backend.calls == [("stop_queue", 0), ("iotlb_invalidate", 0, 2**64 - 1)]

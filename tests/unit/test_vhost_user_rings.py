@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import vhost_user_wire as wire
-from vhost_user_wire import Dialogue, chunked, reply_to, u64, vring_addr, vring_state
+from vhost_user_wire import UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
 from transports.vhost_user.operations import (
+    ConfigureQueue,
     DisableAllQueues,
     EnableQueue,
     SetCall,
     SetErr,
+    SetKick,
     SetRingAddresses,
-    StartQueue,
     StopQueue,
 )
 from transports.vhost_user.vrings import PACKED_BASE_INITIAL
@@ -33,10 +34,13 @@ def test_kick_gives_the_back_end_the_whole_ring() -> None:
     d.share_memory()
     d.set_up_ring(1, size=64, base=7)
     operation = d.plan(12, u64(1), [wire.eventfd()])
-    assert isinstance(operation, StartQueue)
-    assert operation.setup == QueueSetup(64, 0x1000, 0x2000, 0x3000, 7, AddressSpace.UVA)
+    assert isinstance(operation, SetKick)
     assert operation.kick_fd is not None
     operation.kick_fd.close()
+    d.accept()
+    assert d.starts == [
+        ConfigureQueue(1, QueueSetup(64, UVA + 0x1000, UVA + 0x2000, UVA + 0x3000, 7, AddressSpace.UVA))
+    ]
     d.close()
 
 
@@ -45,21 +49,27 @@ def test_kick_without_a_descriptor_means_that_the_ring_is_polled() -> None:
     d.negotiate()
     d.share_memory()
     d.set_up_ring()
-    operation = d.plan(12, u64(0 | 1 << 8))
-    assert isinstance(operation, StartQueue)
-    assert operation.kick_fd is None
-    d.accept(True)
-    assert d.session.state.rings[0].started
+    assert d.plan(12, u64(0 | 1 << 8)) == SetKick(0, None)
+    d.accept()
+    assert [start.index for start in d.starts] == [0]
     d.close()
 
 
-def test_a_ring_the_back_end_could_not_start_stays_stopped() -> None:
+def test_a_ring_the_back_end_could_not_start_is_tried_again_when_it_is_kicked_again() -> None:
     d = Dialogue()
     d.negotiate()
     d.share_memory()
     d.set_up_ring()
-    d.ask(12, u64(0), [wire.eventfd()], value=False)
-    assert d.session.state.is_suspended
+    d.plan(12, u64(0 | 1 << 8))
+    d.session.accept(d.planned)
+    start = d.session.next_start()
+    assert start is not None
+    d.session.hold(start.index)
+    assert d.session.next_start() is None
+    d.ask(8, vring_state(0, 128))
+    assert d.starts == []
+    d.ask(12, u64(0 | 1 << 8))
+    assert d.starts == [start]
     d.close()
 
 
@@ -93,13 +103,13 @@ def test_get_vring_base_of_a_ring_that_never_ran_answers_what_was_set() -> None:
     d = Dialogue()
     d.negotiate()
     d.ask(10, vring_state(1, 9))
-    assert d.plan(11, vring_state(1, 0)) == StopQueue(1, 9)
+    assert d.plan(11, vring_state(1, 0)) == StopQueue(1, 9, started=False)
 
 
 def test_a_packed_ring_begins_with_both_wrap_counters_set() -> None:
     d = Dialogue()
     d.negotiate(wire.F_VERSION_1 | wire.F_RING_PACKED | wire.F_PROTOCOL_FEATURES)
-    assert d.plan(11, vring_state(0, 0)) == StopQueue(0, PACKED_BASE_INITIAL)
+    assert d.plan(11, vring_state(0, 0)) == StopQueue(0, PACKED_BASE_INITIAL, started=False)
     d.accept(PACKED_BASE_INITIAL)
     d.ask(8, vring_state(0, 100))  # a packed ring's size need not be a power of two
     assert d.session.state.rings[0].size == 100
@@ -129,7 +139,7 @@ def test_the_same_addresses_and_features_again_are_no_change_while_a_ring_runs()
     d.share_memory()
     d.set_up_ring()
     d.start_ring()
-    assert d.plan(9, vring_addr(0)) == SetRingAddresses(0, 0x1000, 0x2000, 0x3000)
+    assert d.plan(9, vring_addr(0)) == SetRingAddresses(0, UVA + 0x1000, UVA + 0x2000, UVA + 0x3000)
     d.accept()
     d.ask(8, vring_state(0, 128))
     d.ask(2, u64(wire.F_VERSION_1 | wire.F_PROTOCOL_FEATURES))
@@ -143,10 +153,8 @@ def test_a_running_ring_takes_a_new_kick_fd_without_being_set_up_again() -> None
     d.share_memory()
     d.set_up_ring()
     d.start_ring()
-    operation = d.plan(12, u64(0), [wire.eventfd()])
-    assert isinstance(operation, StartQueue)
-    assert operation.setup is None
-    d.accept(True)
+    d.ask(12, u64(0), [wire.eventfd()])
+    assert d.starts == []
     d.close()
 
 

@@ -51,8 +51,8 @@ async def test_a_front_end_is_served_and_its_wishes_reach_the_back_end_in_order(
                     "set_memory",
                     "set_call",
                     "set_err",
-                    "configure_queue",
                     "set_kick",
+                    "configure_queue",
                     "enable_queue",
                 ]
                 assert ("set_driver_features", wire.F_VERSION_1) in backend.calls  # without bit 30
@@ -185,7 +185,7 @@ async def test_stopping_the_server_resets_the_back_end_and_removes_the_socket(
 async def test_stopping_the_server_does_not_wait_for_a_reset_that_hangs(
     backend: RecordingBackend, path: Path, autojump_clock: object
 ) -> None:
-    async def hang() -> None:
+    async def hang(*, keep_memory: bool = False) -> None:
         await trio.sleep_forever()
 
     backend.reset = hang  # type: ignore[method-assign]

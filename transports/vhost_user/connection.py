@@ -11,21 +11,22 @@ import trio
 
 from transports.base import BackendLike
 from transports.vhost_user.backend_channel import BackendChannel, BackendEvent, RingCall, RingError
-from transports.vhost_user.framing import UNKNOWN_REQUEST
 from transports.vhost_user.inband import InbandNotifications
 from transports.vhost_user.messages import (
+    UNKNOWN_REQUEST,
     VHOST_USER_PROTOCOL_F_CONFIG,
     VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
     VHOST_USER_PROTOCOL_F_REPLY_ACK,
 )
 from transports.vhost_user.operations import (
+    ConfigureQueue,
     KickQueue,
     Request,
     ResetDevice,
     SetBackendChannel,
     SetCall,
     SetErr,
-    StartQueue,
+    SetKick,
     StopDevice,
     StopQueue,
 )
@@ -33,7 +34,7 @@ from transports.vhost_user.perform import perform
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
 from transports.vhost_user.stats import ConnectionStats
-from virtio.errors import HyperbellError, PeerError
+from virtio.errors import GuestError, HostError, HyperbellError, PeerError
 from virtio.fd import OwnedFd
 from virtio.spec import VIRTIO_ID_NET
 from virtio.waist import ConfigChanged, IotlbMiss
@@ -165,11 +166,46 @@ class Connection:
                 self._stats.protocol_errors[request.name] += 1
             return reply
         reply = self.session.accept(request, value)
+        failure = await self._start_rings()
+        if isinstance(failure, PeerError | HostError):
+            reply = self.session.fail(request) or reply
+            if isinstance(failure, HostError) and not reply:
+                raise failure
+        if failure is None and isinstance(request.operation, SetKick):
+            self._tell_of_waiting(request.operation.index)
         if isinstance(request.operation, StopQueue | StopDevice | ResetDevice) and self.session.state.is_suspended:
             self._misses.clear()
             self._calls.clear()
         self._wake.set()  # a ring may run now, or a channel be there
         return reply
+
+    async def _start_rings(self) -> HyperbellError | None:
+        """Give the back-end the rings that are whole now; what was wrong with the first that could not start.
+
+        A mistake of the driver's leaves its ring stopped and is no fault of the front-end's.
+        """
+        failure: HyperbellError | None = None
+        while True:
+            start: ConfigureQueue | None = None
+            try:
+                start = self.session.next_start()
+                if start is None:
+                    return failure
+                await self._backend.configure_queue(start.index, start.setup)
+            except HyperbellError as error:
+                failure = failure or error
+                if start is not None:
+                    self.session.hold(start.index)
+                whose = ": the driver set it up wrongly" if isinstance(error, GuestError) else ""
+                self._log.warning(f"queue not started{whose}", queue=start.index if start else None, error=str(error))
+            else:
+                self.session.started(start.index)
+
+    def _tell_of_waiting(self, index: int) -> None:
+        state = self.session.state
+        ring = state.rings[index]
+        if not ring.configured and (missing := state.waits_for(ring)) is not None:
+            self._log.info("queue waits", queue=index, needs=missing)
 
     async def _carry_out(self, request: Request) -> Value:
         operation = request.operation
@@ -177,9 +213,9 @@ class Connection:
             self._inband.kick(operation.index)
             return 0
         if not isinstance(operation, SetBackendChannel):
-            if self._is_inband and isinstance(operation, StartQueue | SetCall | SetErr):
+            if self._is_inband and isinstance(operation, SetKick | SetCall | SetErr):
                 operation = await self._inband.prepare(operation, self.session.state.rings[operation.index])
-            return await perform(self._backend, replace(request, operation=operation), self._log)
+            return await perform(self._backend, replace(request, operation=operation))
         channel = BackendChannel(
             operation.fd,
             wants_replies=self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_REPLY_ACK),

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 
 from transports.vhost_user.messages import (
     MESSAGES,
-    UNSUPPORTED,
+    UNKNOWN_REQUEST,
     VHOST_USER_MAX_FDS,
     VHOST_USER_NEED_REPLY_MASK,
     VHOST_USER_REPLY_MASK,
     VHOST_USER_VERSION,
     VHOST_USER_VERSION_MASK,
     Message,
+    unserved,
 )
 from transports.vhost_user.payloads import HEADER_SIZE, Header, parse_header
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
-
-UNKNOWN_REQUEST = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +121,12 @@ class Framer:
 
 
 def _check_header(header: Header) -> Message:
-    """The table's row of a request whose header is valid ("Header")."""
-    message = MESSAGES.get(header.request)
-    if message is None:
-        if header.request in UNSUPPORTED:
-            name = UNSUPPORTED[header.request]
-            raise PeerError("belongs to a feature that this back-end does not offer", request=name)
-        raise PeerError(f"request number {header.request} does not exist", request=UNKNOWN_REQUEST)
+    """The table's row of a request whose header is valid ("Header").
+
+    A request that is not served passes if its sender asks for a reply: it can be refused. Where nothing can be said the
+    sender would go on as if it had been done, or wait for an answer, so its connection ends here.
+    """
+    message = MESSAGES.get(header.request) or unserved(header.request)
     version = header.flags & VHOST_USER_VERSION_MASK
     if version != VHOST_USER_VERSION:
         raise PeerError(f"protocol version {version} instead of {VHOST_USER_VERSION}", request=message.name)
@@ -136,8 +134,15 @@ def _check_header(header: Header) -> Message:
         raise PeerError("a reply, though nothing was asked on this channel", request=message.name)
     if header.flags & ~(VHOST_USER_VERSION_MASK | VHOST_USER_NEED_REPLY_MASK):
         raise PeerError(f"unknown header flags {header.flags:#x}", request=message.name)
+    if header.request not in MESSAGES and not header.flags & VHOST_USER_NEED_REPLY_MASK:
+        raise PeerError(why_unserved(message), request=message.name)
     if header.size not in message.sizes:
-        sizes = message.sizes
-        legal = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} in steps of {sizes.step}"
-        raise PeerError(f"payload of {header.size} bytes instead of {legal}", request=message.name)
+        least, most = message.sizes[0], message.sizes[-1]
+        raise PeerError(f"payload of {header.size} bytes instead of {least} to {most}", request=message.name)
     return message
+
+
+def why_unserved(message: Message) -> str:
+    if message.name == UNKNOWN_REQUEST:
+        return f"request number {message.number} does not exist"
+    return "belongs to a feature that this back-end does not offer"

@@ -15,7 +15,7 @@ import trio
 
 from transports.base import BackendLike
 from transports.vhost_user.backend_channel import RingCall, RingError
-from transports.vhost_user.operations import Operation, SetCall, SetErr, StartQueue
+from transports.vhost_user.operations import Operation, SetCall, SetErr, SetKick
 from transports.vhost_user.vrings import Vring
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -54,7 +54,7 @@ class InbandNotifications:
         User-mode Linux sends neither SET_VRING_CALL nor SET_VRING_ERR, so a ring that starts has both.
         """
         match operation:
-            case StartQueue(index=index, kick_fd=None):
+            case SetKick(index=index, kick_fd=None):
                 if not ring.has_call:
                     await self._backend.set_call(index, self._watched(RingCall(index)))
                 if not ring.has_err:
@@ -62,7 +62,7 @@ class InbandNotifications:
                 ours = _eventfd()
                 self._kicks[index] = ours.duplicate()
                 return replace(operation, kick_fd=ours)
-            case StartQueue(index=index):
+            case SetKick(index=index):
                 self._kicks.pop(index, None)
             case SetCall(index=index, call_fd=fd):
                 self._forget(RingCall(index))

@@ -6,6 +6,7 @@ the back-end has mapped it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from transports.vhost_user.payloads import RegionDescription
@@ -33,10 +34,11 @@ class MemoryTable:
         return regions
 
     def with_added(self, description: RegionDescription, fd: OwnedFd) -> tuple[MemoryRegion, ...]:
-        """One region more."""
+        """One region more, or one in the place of a region that has the very same addresses and another file."""
         region = _region(description, fd)
-        _check_disjoint(region, self.regions)
-        return (*self.regions, region)
+        others = tuple(one for one in self.regions if not _is(one, description))
+        _check_disjoint(region, others)
+        return (*others, region)
 
     def with_removed(self, description: RegionDescription) -> tuple[MemoryRegion, ...] | None:
         """One region less, or None if there is no such region.
@@ -47,17 +49,22 @@ class MemoryTable:
         kept = tuple(region for region in self.regions if (region.gpa, region.uva, region.size) != key)
         return kept if len(kept) < len(self.regions) else None
 
-    def has(self, description: RegionDescription) -> bool:
-        """Whether exactly this region is in the table."""
-        return any(
-            (one.gpa, one.uva, one.size, one.offset)
-            == (description.gpa, description.uva, description.size, description.offset)
-            for one in self.regions
-        )
+    def has(self, description: RegionDescription, fd: OwnedFd) -> bool:
+        """Whether exactly this region of this file is in the table."""
+        return any(_is(one, description) and os.path.sameopenfile(one.fd.fileno(), fd.fileno()) for one in self.regions)
 
     def holds(self, uva: int, size: int) -> bool:
         """Whether ``size`` bytes at the user address lie in one region ("IOMMU support")."""
         return any(region.uva <= uva and uva + size <= region.uva + region.size for region in self.regions)
+
+
+def _is(region: MemoryRegion, description: RegionDescription) -> bool:
+    return (region.gpa, region.uva, region.size, region.offset) == (
+        description.gpa,
+        description.uva,
+        description.size,
+        description.offset,
+    )
 
 
 def _region(description: RegionDescription, fd: OwnedFd) -> MemoryRegion:

@@ -1,7 +1,7 @@
 """The vhost-user message table: what the code, its tests and the documentation know about each request.
 
 Numbers, sizes and rules follow the vhost-user protocol text ("Front-end message types", "Back-end
-message types", "Protocol features"). A request that is not in ``MESSAGES`` ends the connection.
+message types", "Protocol features"). A request that is not in ``MESSAGES`` is refused.
 """
 
 from __future__ import annotations
@@ -146,22 +146,28 @@ class Payload(enum.Enum):
     MEMORY_REGION = enum.auto()
     IOTLB = enum.auto()
     CONFIG = enum.auto()
+    ANYTHING = enum.auto()  # of a request that is refused whatever it says
 
 
-SIZES: Final[Mapping[Payload, range]] = MappingProxyType(
+SIZES: Final[Mapping[Payload, int]] = MappingProxyType(
     {
-        Payload.NOTHING: range(1),
-        Payload.U64: range(8, 9),
-        Payload.VRING_STATE: range(8, 9),
-        Payload.VRING_ADDR: range(40, 41),
-        Payload.VRING_FD: range(8, 9),
-        Payload.MEMORY_TABLE: range(8 + 32, 8 + 32 * VHOST_MEMORY_MAX_NREGIONS + 1, 32),
-        Payload.MEMORY_REGION: range(40, 41),
-        Payload.IOTLB: range(32, 33),  # struct vhost_iotlb_msg with its tail padding, as every peer sends it
-        Payload.CONFIG: range(12, 12 + VHOST_USER_MAX_CONFIG_SIZE + 1),
+        Payload.NOTHING: 0,
+        Payload.U64: 8,
+        Payload.VRING_STATE: 8,
+        Payload.VRING_ADDR: 40,
+        Payload.VRING_FD: 8,
+        Payload.MEMORY_TABLE: 8,  # and 32 for each region that it announces
+        Payload.MEMORY_REGION: 40,
+        Payload.IOTLB: 32,  # struct vhost_iotlb_msg with its tail padding, as every peer sends it
+        Payload.CONFIG: 12,  # and the bytes of the config space
+        Payload.ANYTHING: 0,
     }
 )
-"""The payload sizes in bytes that are legal for each shape."""
+"""The bytes that a payload of each shape has at least. Some front-ends send more, as User-mode Linux does with room for
+regions that it does not announce: the excess has no meaning."""
+
+VHOST_USER_MAX_PAYLOAD: Final = 12 + VHOST_USER_MAX_CONFIG_SIZE  # a config access; a table of 8 regions is shorter
+VHOST_USER_MAX_UNKNOWN_PAYLOAD: Final = 4096  # of a request that is refused, so that its payload is skipped
 
 NO_FD: Final = range(1)
 ONE_FD: Final = range(1, 2)
@@ -181,9 +187,9 @@ class Message:
     """One row of the table.
 
     ``fds`` are the numbers of descriptors that may come with the request, ``answer`` is the shape of
-    a reply, ``feature`` the protocol feature that must have been negotiated. ``before_owner``: legal
-    before SET_OWNER (QEMU negotiates first and sets the owner afterwards). ``needs_features``: legal
-    only after SET_FEATURES, because its meaning depends on the ring format or the address space.
+    a reply, ``feature`` the protocol feature that the request belongs to: it must have been offered. Whether the
+    front-end has accepted it is not asked, nor whether SET_OWNER or SET_FEATURES came before: peers ask neither, and
+    DPDK's server mode sends SET_STATUS to a back-end that came back before it negotiates, and SET_OWNER never again.
     """
 
     number: int
@@ -193,13 +199,12 @@ class Message:
     reply: Reply = Reply.ON_REQUEST
     answer: Payload = Payload.U64
     feature: int | None = None
-    before_owner: bool = False
-    needs_features: bool = False
 
     @property
     def sizes(self) -> range:
         """Legal payload sizes in bytes."""
-        return SIZES[self.payload]
+        unknown = self.payload is Payload.ANYTHING
+        return range(SIZES[self.payload], (VHOST_USER_MAX_UNKNOWN_PAYLOAD if unknown else VHOST_USER_MAX_PAYLOAD) + 1)
 
 
 _ROWS: Final = (
@@ -208,20 +213,19 @@ _ROWS: Final = (
         "VHOST_USER_GET_FEATURES",
         Payload.NOTHING,
         reply=Reply.ALWAYS,
-        before_owner=True,
     ),
     Message(VHOST_USER_SET_FEATURES, "VHOST_USER_SET_FEATURES", Payload.U64),
-    Message(VHOST_USER_SET_OWNER, "VHOST_USER_SET_OWNER", Payload.NOTHING, before_owner=True),
+    Message(VHOST_USER_SET_OWNER, "VHOST_USER_SET_OWNER", Payload.NOTHING),
     Message(VHOST_USER_RESET_OWNER, "VHOST_USER_RESET_OWNER", Payload.NOTHING),
     Message(
         VHOST_USER_SET_MEM_TABLE,
         "VHOST_USER_SET_MEM_TABLE",
         Payload.MEMORY_TABLE,
-        fds=range(1, VHOST_MEMORY_MAX_NREGIONS + 1),
+        fds=range(VHOST_MEMORY_MAX_NREGIONS + 1),
     ),
-    Message(VHOST_USER_SET_VRING_NUM, "VHOST_USER_SET_VRING_NUM", Payload.VRING_STATE, needs_features=True),
-    Message(VHOST_USER_SET_VRING_ADDR, "VHOST_USER_SET_VRING_ADDR", Payload.VRING_ADDR, needs_features=True),
-    Message(VHOST_USER_SET_VRING_BASE, "VHOST_USER_SET_VRING_BASE", Payload.VRING_STATE, needs_features=True),
+    Message(VHOST_USER_SET_VRING_NUM, "VHOST_USER_SET_VRING_NUM", Payload.VRING_STATE),
+    Message(VHOST_USER_SET_VRING_ADDR, "VHOST_USER_SET_VRING_ADDR", Payload.VRING_ADDR),
+    Message(VHOST_USER_SET_VRING_BASE, "VHOST_USER_SET_VRING_BASE", Payload.VRING_STATE),
     Message(
         VHOST_USER_GET_VRING_BASE,
         "VHOST_USER_GET_VRING_BASE",
@@ -234,9 +238,7 @@ _ROWS: Final = (
         "VHOST_USER_SET_VRING_KICK",
         Payload.VRING_FD,
         fds=NO_OR_ONE_FD,
-        needs_features=True,
     ),
-    # QEMU gives the call and err fds while it sets the device up, before SET_FEATURES.
     Message(VHOST_USER_SET_VRING_CALL, "VHOST_USER_SET_VRING_CALL", Payload.VRING_FD, fds=NO_OR_ONE_FD),
     Message(VHOST_USER_SET_VRING_ERR, "VHOST_USER_SET_VRING_ERR", Payload.VRING_FD, fds=NO_OR_ONE_FD),
     Message(
@@ -244,13 +246,11 @@ _ROWS: Final = (
         "VHOST_USER_GET_PROTOCOL_FEATURES",
         Payload.NOTHING,
         reply=Reply.ALWAYS,
-        before_owner=True,
     ),
     Message(
         VHOST_USER_SET_PROTOCOL_FEATURES,
         "VHOST_USER_SET_PROTOCOL_FEATURES",
         Payload.U64,
-        before_owner=True,
     ),
     Message(
         VHOST_USER_GET_QUEUE_NUM,
@@ -258,9 +258,7 @@ _ROWS: Final = (
         Payload.NOTHING,
         reply=Reply.ALWAYS,
         feature=VHOST_USER_PROTOCOL_F_MQ,
-        before_owner=True,
     ),
-    # Needs VHOST_USER_F_PROTOCOL_FEATURES, which is not a protocol feature: the session checks it.
     Message(VHOST_USER_SET_VRING_ENABLE, "VHOST_USER_SET_VRING_ENABLE", Payload.VRING_STATE),
     Message(
         VHOST_USER_SEND_RARP,
@@ -280,7 +278,6 @@ _ROWS: Final = (
         Payload.NOTHING,
         fds=ONE_FD,
         feature=VHOST_USER_PROTOCOL_F_BACKEND_REQ,
-        before_owner=True,
     ),
     # Acknowledged always, whether or not REPLY_ACK was negotiated ("VHOST_USER_IOTLB_MSG").
     Message(
@@ -296,7 +293,6 @@ _ROWS: Final = (
         reply=Reply.ALWAYS,
         answer=Payload.CONFIG,
         feature=VHOST_USER_PROTOCOL_F_CONFIG,
-        before_owner=True,
     ),
     Message(
         VHOST_USER_SET_CONFIG,
@@ -322,7 +318,6 @@ _ROWS: Final = (
         Payload.NOTHING,
         reply=Reply.ALWAYS,
         feature=VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-        before_owner=True,
     ),
     Message(
         VHOST_USER_ADD_MEM_REG,
@@ -351,7 +346,6 @@ _ROWS: Final = (
         Payload.NOTHING,
         reply=Reply.ALWAYS,
         feature=VHOST_USER_PROTOCOL_F_STATUS,
-        before_owner=True,
     ),
 )
 
@@ -377,3 +371,11 @@ UNSUPPORTED: Final[Mapping[int, str]] = MappingProxyType(
     }
 )
 """Requests the text knows and this back-end never offers; kept for their names in error messages."""
+
+UNKNOWN_REQUEST: Final = "unknown"
+
+
+def unserved(number: int) -> Message:
+    """The row of a request that is not in ``MESSAGES``: whatever it brings is skipped."""
+    name = UNSUPPORTED.get(number, UNKNOWN_REQUEST)
+    return Message(number, name, Payload.ANYTHING, fds=range(VHOST_USER_MAX_FDS + 1))

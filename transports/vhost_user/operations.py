@@ -38,10 +38,14 @@ class SetProtocolFeatures:
 
 @dataclass(frozen=True, slots=True)
 class SetFeatures:
-    """``bits`` as received; ``enable_all``: the rings are enabled at once, F_PROTOCOL_FEATURES was not set."""
+    """``bits`` as received; ``enable_all``: the rings are enabled at once, F_PROTOCOL_FEATURES was not set.
+
+    The rings in ``suspend`` are drained and let go of first: they run by other bits. Done with their bases as value.
+    """
 
     bits: int
     enable_all: bool
+    suspend: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,11 @@ class SetMemory:
 
 @dataclass(frozen=True, slots=True)
 class SetRingSize:
+    """``suspend``, here and below: the back-end drains the ring and lets go of it first; its base is the value."""
+
     index: int
     size: int
+    suspend: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +70,31 @@ class SetRingAddresses:
     desc: int
     avail: int
     used: int
+    suspend: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SetRingBase:
     index: int
     base: int
+    suspend: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class StartQueue:
-    """``setup`` is None when the queue runs already and only its kick fd changes; ``kick_fd`` None = poll the ring."""
+class SetKick:
+    """``kick_fd`` None = poll the ring; ``enable``: a ring without F_PROTOCOL_FEATURES starts in the enabled state."""
 
     index: int
-    setup: QueueSetup | None
     kick_fd: OwnedFd | None
+    enable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigureQueue:
+    """No request's own operation: a ring that was kicked has become whole, whatever message did it."""
+
+    index: int
+    setup: QueueSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +106,15 @@ class KickQueue:
 
 @dataclass(frozen=True, slots=True)
 class StopQueue:
-    """Done with the ring's base as value; ``base`` is that value already when the queue does not run.
+    """Done with the ring's base as value; ``base`` is that value already when the back-end does not have the ring.
 
-    ``flush_iotlb``: it is the last ring that runs. A front-end invalidates nothing while all are stopped.
+    ``started``: the back-end has its descriptors. ``flush_iotlb``: it is the last ring that runs. A front-end
+    invalidates nothing while all are stopped.
     """
 
     index: int
     base: int | None
+    started: bool = True
     flush_iotlb: bool = False
 
 
@@ -164,13 +183,7 @@ class StopDevice:
 
 @dataclass(frozen=True, slots=True)
 class ResetDevice:
-    """VHOST_USER_RESET_DEVICE: the device forgets everything, the front-end's memory stays.
-
-    The front-end does not send its memory again, so ``regions`` (the table as it is) must be given to
-    the back-end anew. Done with the regions given as value.
-    """
-
-    regions: tuple[MemoryRegion, ...]
+    """VHOST_USER_RESET_DEVICE: the device forgets everything but the memory, which belongs to the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +227,7 @@ Operation = (
     | SetRingSize
     | SetRingAddresses
     | SetRingBase
-    | StartQueue
+    | SetKick
     | KickQueue
     | StopQueue
     | SetCall
@@ -254,7 +267,7 @@ class Request:
         Whoever carries the operation out owns those it brought.
         """
         match self.operation:
-            case StartQueue(kick_fd=fd) | SetCall(call_fd=fd) | SetErr(err_fd=fd):
+            case SetKick(kick_fd=fd) | SetCall(call_fd=fd) | SetErr(err_fd=fd):
                 return () if fd is None else (fd,)
             case SetBackendChannel(fd=fd):
                 return (fd,)

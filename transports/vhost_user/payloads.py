@@ -13,6 +13,7 @@ from typing import Any, Final
 from construct import Int8un, Int32un, Int64un, Padding, Struct
 
 from transports.vhost_user.messages import (
+    VHOST_USER_MAX_CONFIG_SIZE,
     VHOST_USER_REPLY_MASK,
     VHOST_USER_VERSION,
     VHOST_USER_VRING_IDX_MASK,
@@ -156,11 +157,11 @@ def parse_memory_region(data: bytes) -> RegionDescription:
 
 
 def parse_memory_table(data: bytes) -> tuple[RegionDescription, ...]:
-    count = (len(data) - 8) // REGION_SIZE
-    claimed: int = _TABLE_HEADER.parse(data[:8]).count
-    if claimed != count:
-        raise PeerError(f"announces {claimed} regions in a payload that holds {count}")
-    starts = range(8, len(data), REGION_SIZE)
+    count: int = _TABLE_HEADER.parse(data[:8]).count
+    room = (len(data) - 8) // REGION_SIZE
+    if count > room:
+        raise PeerError(f"announces {count} regions in a payload that holds {room}")
+    starts = range(8, 8 + count * REGION_SIZE, REGION_SIZE)
     return tuple(_parse_region(data[at : at + REGION_SIZE]) for at in starts)
 
 
@@ -169,12 +170,15 @@ def parse_iotlb(data: bytes) -> IotlbMessage:
     return IotlbMessage(raw.iova, raw.size, raw.uva, raw.perm, raw.type)
 
 
-def parse_config(data: bytes) -> ConfigAccess:
+def parse_config(data: bytes, *, to_read: bool) -> ConfigAccess:
+    """``to_read``: the bytes themselves have no meaning, so they need not be there."""
     raw = _CONFIG.parse(data)
     content = data[CONFIG_HEADER_SIZE:]
-    if raw.size != len(content):
-        raise PeerError(f"announces {raw.size} bytes of config space in a payload that holds {len(content)}")
-    return ConfigAccess(raw.offset, raw.flags, content)
+    if raw.size > len(content):
+        if not to_read or raw.size > VHOST_USER_MAX_CONFIG_SIZE:
+            raise PeerError(f"announces {raw.size} bytes of config space in a payload that holds {len(content)}")
+        content = bytes(raw.size)
+    return ConfigAccess(raw.offset, raw.flags, content[: raw.size])
 
 
 def build_message(request: int, flags: int, payload: bytes = b"") -> bytes:

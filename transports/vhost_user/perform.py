@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from transports.base import BackendLike
 from transports.vhost_user.messages import VHOST_USER_F_PROTOCOL_FEATURES
@@ -23,6 +23,7 @@ from transports.vhost_user.operations import (
     SetCall,
     SetErr,
     SetFeatures,
+    SetKick,
     SetMemory,
     SetMtu,
     SetOwner,
@@ -31,23 +32,17 @@ from transports.vhost_user.operations import (
     SetRingBase,
     SetRingSize,
     SetStatus,
-    StartQueue,
     StopDevice,
     StopQueue,
     WriteConfig,
 )
 from transports.vhost_user.state import Value
-from virtio.errors import GuestError, HostError, PeerError
-from virtio.fd import OwnedFd
-from virtio.waist import MemoryRegion, QueueSetup
-
-if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
+from virtio.errors import PeerError
 
 IOTLB_EVERYTHING: Final = 2**64 - 1  # bytes, from address 0: the most that a 64-bit size can say
 
 
-async def perform(backend: BackendLike, request: Request, log: FilteringBoundLogger) -> Value:
+async def perform(backend: BackendLike, request: Request) -> Value:
     """Do what ``request`` asks; the value it is done with (see ``operations``).
 
     ``PeerError`` and ``HostError`` mean that it was not done. Every descriptor of the request has
@@ -60,20 +55,29 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
             return value
         case Refuse(reason=reason):
             raise PeerError(reason, request=request.name)
-        case SetFeatures(bits=bits, enable_all=enable_all):
+        case SetFeatures(bits=bits, enable_all=enable_all, suspend=suspend):
+            bases = {index: await backend.suspend_queue(index) for index in suspend}
             backend.set_driver_features(bits & ~(1 << VHOST_USER_F_PROTOCOL_FEATURES))
             if enable_all:
                 await _enable_all(backend, True)
+            return bases
         case SetMemory(regions=regions):
             await backend.set_memory(regions)
-        case StartQueue():
-            return await _start_queue(backend, operation, log)
-        case StopQueue(index=index, base=base, flush_iotlb=flush_iotlb):
-            if base is None:
-                base = await backend.stop_queue(index)
+        case (
+            SetRingSize(index=index, suspend=True)
+            | SetRingAddresses(index=index, suspend=True)
+            | SetRingBase(index=index, suspend=True)
+        ):
+            return await backend.suspend_queue(index)
+        case SetKick(index=index, kick_fd=fd, enable=enable):
+            if enable:
+                await backend.enable_queue(index, True)
+            await backend.set_kick(index, fd)
+        case StopQueue(index=index, base=base, started=started, flush_iotlb=flush_iotlb):
+            stood_at = await backend.stop_queue(index) if started else 0
             if flush_iotlb:
                 await backend.iotlb_invalidate(0, IOTLB_EVERYTHING)
-            return base
+            return stood_at if base is None else base
         case SetCall(index=index, call_fd=fd):
             await backend.set_call(index, fd)
         case SetErr(index=index, err_fd=fd):
@@ -96,8 +100,8 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
                 await backend.iotlb_invalidate(0, IOTLB_EVERYTHING)
             backend.set_status(0)
             return bases
-        case ResetDevice(regions=regions):
-            return await _reset_device(backend, regions)
+        case ResetDevice():
+            await backend.reset(keep_memory=True)
         case IotlbUpdate(iova=iova, size=size, uva=uva, perm=perm):
             await backend.iotlb_update(iova, size, uva, perm)
         case IotlbInvalidate(iova=iova, size=size):
@@ -113,54 +117,6 @@ async def perform(backend: BackendLike, request: Request, log: FilteringBoundLog
     return 0
 
 
-async def _start_queue(backend: BackendLike, operation: StartQueue, log: FilteringBoundLogger) -> bool:
-    """True if the queue runs now; a driver's mistake in the ring leaves it stopped and is no fault of the front-end."""
-    kick_fd = operation.kick_fd
-    try:
-        if operation.setup is not None:
-            await _configure_queue(backend, operation.index, operation.setup, kick_fd)
-        await backend.set_kick(operation.index, kick_fd)
-    except GuestError as error:
-        log.warning("queue not started: the driver set it up wrongly", queue=operation.index, error=str(error))
-        return False
-    return True
-
-
-async def _configure_queue(backend: BackendLike, index: int, setup: QueueSetup, kick_fd: OwnedFd | None) -> None:
-    try:
-        await backend.configure_queue(index, setup)
-    except BaseException:
-        if kick_fd is not None:
-            kick_fd.close()  # it will not get as far as set_kick, which would own it
-        raise
-
-
 async def _enable_all(backend: BackendLike, on: bool) -> None:
     for index in range(backend.queue_count):
         await backend.enable_queue(index, on)
-
-
-async def _reset_device(backend: BackendLike, regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
-    """Reset, then share the memory again through descriptors of its own: the old table's are closed with it."""
-    kept = _duplicate(regions)
-    try:
-        await backend.reset()
-    except BaseException:
-        for region in kept:
-            region.fd.close()
-        raise
-    if kept:
-        await backend.set_memory(kept)
-    return kept
-
-
-def _duplicate(regions: tuple[MemoryRegion, ...]) -> tuple[MemoryRegion, ...]:
-    kept: list[MemoryRegion] = []
-    try:
-        for old in regions:
-            kept.append(MemoryRegion(old.gpa, old.size, old.uva, old.offset, old.fd.duplicate()))
-    except HostError as error:
-        for region in kept:
-            region.fd.close()
-        raise HostError(f"cannot keep the memory table over a reset: {error}", errno=error.errno) from error
-    return tuple(kept)

@@ -2,6 +2,8 @@
 
 ``PeerError`` (without the request's name, the session adds it) for what the front-end must not send;
 ``Refuse`` for what it may send and cannot have. Nothing is changed here.
+
+The order of messages is what peers really take, not what the text implies: only what could harm somebody is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 from transports.vhost_user import messages, payloads
-from transports.vhost_user.framing import Frame
+from transports.vhost_user.framing import Frame, why_unserved
 from transports.vhost_user.operations import (
     Announce,
     Answer,
@@ -29,12 +31,12 @@ from transports.vhost_user.operations import (
     SetCall,
     SetErr,
     SetFeatures,
+    SetKick,
     SetMemory,
     SetMtu,
     SetOwner,
     SetProtocolFeatures,
     SetStatus,
-    StartQueue,
     StopDevice,
     StopQueue,
     WriteConfig,
@@ -47,25 +49,19 @@ from virtio.waist import Permission
 
 _U64_MAX: Final = 2**64 - 1
 _INBAND: Final = 1 << messages.VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS
-_INBAND_NEEDS: Final = 1 << messages.VHOST_USER_PROTOCOL_F_BACKEND_REQ | 1 << messages.VHOST_USER_PROTOCOL_F_REPLY_ACK
+_BACKEND_REQ: Final = 1 << messages.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+_INBAND_NEEDS: Final = _BACKEND_REQ | 1 << messages.VHOST_USER_PROTOCOL_F_REPLY_ACK
 _PROTOCOL_FEATURE_NAMES: Final = {bit: name for name, bit in messages.PROTOCOL_FEATURES.items()}
 
 
 def plan(state: ConnectionState, frame: Frame) -> Operation:
     """What a whole message asks for, once its place in the conversation is right."""
     row = frame.message
-    if row.feature is not None and not state.has_protocol_feature(row.feature):
-        raise PeerError(f"{_PROTOCOL_FEATURE_NAMES[row.feature]} was not negotiated")
-    if not row.before_owner and not state.has_owner:
-        raise PeerError("came before VHOST_USER_SET_OWNER")
-    if row.needs_features and state.features is None:
-        raise PeerError("came before VHOST_USER_SET_FEATURES")
-    operation = _PLANS[row.number](state, frame)
-    if frame.need_reply and row.reply is messages.Reply.ON_REQUEST:
-        agreed = operation.bits if isinstance(operation, SetProtocolFeatures) else state.protocol_features or 0
-        if not agreed >> messages.VHOST_USER_PROTOCOL_F_REPLY_ACK & 1:
-            raise PeerError("asks for a reply, but VHOST_USER_PROTOCOL_F_REPLY_ACK was not negotiated")
-    return operation
+    if row.number not in messages.MESSAGES:
+        return Refuse(why_unserved(row))
+    if row.feature is not None and not state.offered_protocol_features >> row.feature & 1:
+        raise PeerError(f"belongs to {_PROTOCOL_FEATURE_NAMES[row.feature]}, which this device does not offer")
+    return _PLANS[row.number](state, frame)
 
 
 # --- negotiation ---
@@ -79,10 +75,9 @@ def _set_features(state: ConnectionState, frame: Frame) -> Operation:
     bits = payloads.parse_u64(frame.payload)
     if extra := bits & ~state.offered_features:
         raise PeerError(f"feature bits {_bit_list(extra)} were not offered")
-    if not state.is_suspended and bits != state.features:
-        # Once more the same is legal: QEMU repeats it for each queue pair of a network device.
-        raise PeerError("features cannot change while a ring runs")
-    return SetFeatures(bits, enable_all=not bits >> messages.VHOST_USER_F_PROTOCOL_FEATURES & 1)
+    # The same again changes nothing: QEMU repeats it for each queue pair of a network device.
+    suspend = tuple(ring.index for ring in state.rings if ring.configured) if bits != state.features else ()
+    return SetFeatures(bits, enable_all=not bits >> messages.VHOST_USER_F_PROTOCOL_FEATURES & 1, suspend=suspend)
 
 
 def _get_protocol_features(state: ConnectionState, frame: Frame) -> Operation:
@@ -99,8 +94,8 @@ def _set_protocol_features(state: ConnectionState, frame: Frame) -> Operation:
             "VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS needs VHOST_USER_PROTOCOL_F_BACKEND_REQ and "
             "VHOST_USER_PROTOCOL_F_REPLY_ACK"
         )
-    if not state.is_suspended and bits != state.protocol_features:
-        raise PeerError("protocol features cannot change while a ring runs")
+    if not state.is_suspended and (bits ^ (state.protocol_features or 0)) & (_INBAND | _BACKEND_REQ):
+        raise PeerError("how rings are kicked, and whether addresses are translated, cannot change while a ring runs")
     return SetProtocolFeatures(bits)
 
 
@@ -129,7 +124,7 @@ def _get_max_mem_slots(state: ConnectionState, frame: Frame) -> Operation:
 
 def _add_mem_reg(state: ConnectionState, frame: Frame) -> Operation:
     description = payloads.parse_memory_region(frame.payload)
-    if state.repeats_memory and state.memory.has(description):
+    if state.memory.has(description, frame.fds[0]):
         return Answer()
     regions = state.memory.with_added(description, frame.fds[0])
     if len(regions) > messages.VHOST_USER_MAX_RAM_SLOTS:
@@ -186,7 +181,7 @@ def _ring(state: ConnectionState, index: int) -> Vring:
 def _set_vring_num(state: ConnectionState, frame: Frame) -> Operation:
     ring_state = payloads.parse_vring_state(frame.payload)
     ring = _ring(state, ring_state.index)
-    return ring.plan_size(ring_state, size_max=state.queue_size_max, packed=state.is_packed)
+    return ring.plan_size(ring_state, size_max=state.queue_size_max)
 
 
 def _set_vring_addr(state: ConnectionState, frame: Frame) -> Operation:
@@ -201,18 +196,17 @@ def _set_vring_base(state: ConnectionState, frame: Frame) -> Operation:
 
 def _get_vring_base(state: ConnectionState, frame: Frame) -> Operation:
     ring = _ring(state, payloads.parse_vring_state(frame.payload).index)
-    if not ring.started:
-        return StopQueue(ring.index, ring.current_base(packed=state.is_packed))
     is_last = state.running == (ring.index,)
-    return StopQueue(ring.index, None, flush_iotlb=is_last and state.translates)
+    return StopQueue(
+        ring.index,
+        None if ring.configured else ring.current_base(packed=state.is_packed),
+        started=ring.started,
+        flush_iotlb=is_last and state.translates,
+    )
 
 
 def _set_vring_enable(state: ConnectionState, frame: Frame) -> Operation:
     ring_state = payloads.parse_vring_state(frame.payload)
-    if not state.uses_protocol_features:
-        raise PeerError("VHOST_USER_F_PROTOCOL_FEATURES was not negotiated")
-    if ring_state.num not in (0, 1):
-        raise PeerError(f"{ring_state.num} is neither 0 (disable) nor 1 (enable)")
     return EnableQueue(_ring(state, ring_state.index).index, bool(ring_state.num))
 
 
@@ -223,18 +217,12 @@ def _ring_and_fd(state: ConnectionState, frame: Frame) -> tuple[Vring, OwnedFd |
         raise PeerError(f"reserved bits {vring_fd.reserved:#x} are set")
     if vring_fd.has_fd and not frame.fds:
         raise PeerError("announces a file descriptor and brings none")
-    if frame.fds and not vring_fd.has_fd:
-        raise PeerError("brings a file descriptor and marks it invalid")
-    return ring, frame.fds[0] if frame.fds else None
+    return ring, frame.fds[0] if vring_fd.has_fd else None
 
 
 def _set_vring_kick(state: ConnectionState, frame: Frame) -> Operation:
     ring, kick_fd = _ring_and_fd(state, frame)
-    if ring.started:
-        return StartQueue(ring.index, None, kick_fd)
-    if not state.memory.regions:
-        raise PeerError("came before the front-end shared any memory")
-    return StartQueue(ring.index, ring.setup(packed=state.is_packed, space=state.ring_space), kick_fd)
+    return SetKick(ring.index, kick_fd, enable=state.starts_enabled and not ring.enabled)
 
 
 def _vring_kick(state: ConnectionState, frame: Frame) -> Operation:
@@ -242,9 +230,7 @@ def _vring_kick(state: ConnectionState, frame: Frame) -> Operation:
     ring = _ring(state, payloads.parse_vring_state(frame.payload).index)
     if ring.started:
         return KickQueue(ring.index)
-    if not state.memory.regions:
-        raise PeerError("came before the front-end shared any memory")
-    return StartQueue(ring.index, ring.setup(packed=state.is_packed, space=state.ring_space), None)
+    return SetKick(ring.index, None, enable=state.starts_enabled and not ring.enabled)
 
 
 def _set_vring_call(state: ConnectionState, frame: Frame) -> Operation:
@@ -261,14 +247,14 @@ def _set_vring_err(state: ConnectionState, frame: Frame) -> Operation:
 
 
 def _get_config(state: ConnectionState, frame: Frame) -> Operation:
-    access = payloads.parse_config(frame.payload)
+    access = payloads.parse_config(frame.payload, to_read=True)
     if reason := _config_fault(access):
         return Refuse(reason)
     return ReadConfig(access.offset, len(access.data), access.flags)
 
 
 def _set_config(state: ConnectionState, frame: Frame) -> Operation:
-    access = payloads.parse_config(frame.payload)
+    access = payloads.parse_config(frame.payload, to_read=False)
     if access.flags not in (messages.VHOST_SET_CONFIG_TYPE_FRONTEND, messages.VHOST_SET_CONFIG_TYPE_MIGRATION):
         raise PeerError(f"unknown flags {access.flags:#x}")
     if reason := _config_fault(access):
@@ -285,7 +271,7 @@ def _config_fault(access: payloads.ConfigAccess) -> str | None:
 
 
 def _reset_device(state: ConnectionState, frame: Frame) -> Operation:
-    return ResetDevice(state.memory.regions)
+    return ResetDevice()
 
 
 def _set_status(state: ConnectionState, frame: Frame) -> Operation:

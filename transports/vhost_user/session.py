@@ -1,9 +1,10 @@
 """One vhost-user connection, seen from the back-end, without any I/O.
 
 Bytes and descriptors go in (``receive``), valid requests come out one at a time (``next_request``),
-and each is answered (``accept`` or ``reject``) before the next is looked at. A rule that a message
-breaks is a ``PeerError`` that names the request; after it the session is closed, and every descriptor
-received so far is closed with it.
+and each is answered (``accept`` or ``reject``) before the next is looked at. After each, ``next_start``
+gives the rings that have become whole by it. A rule that a message breaks makes it refused, where its
+sender can be told; else it is a ``PeerError`` that names the request: after it the session is closed,
+and every descriptor received so far is closed with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transports.vhost_user.messages import (
     Reply,
     offered_protocol_features,
 )
-from transports.vhost_user.operations import ReadConfig, Request, StopQueue
+from transports.vhost_user.operations import ConfigureQueue, ReadConfig, Refuse, Request, StopQueue
 from transports.vhost_user.payloads import ConfigAccess
 from transports.vhost_user.state import ConnectionState, Value
 from transports.vhost_user.vrings import Vring
@@ -119,6 +120,35 @@ class Session:
             raise error
         return told
 
+    # --- rings, whatever message made them whole ---
+
+    def next_start(self) -> ConfigureQueue | None:
+        """The next ring that was kicked and that the back-end can have now; ``started`` or ``hold`` answers it.
+
+        ``PeerError``: there is no such ring; it is held.
+        """
+        state = self.state
+        for ring in state.rings:
+            if ring.wants_back_end and state.waits_for(ring) is None:
+                try:
+                    return ConfigureQueue(ring.index, ring.setup(packed=state.is_packed, space=state.ring_space))
+                except PeerError:
+                    self.hold(ring.index)
+                    raise
+        return None
+
+    def started(self, index: int) -> None:
+        """The back-end has the ring now."""
+        self.state.rings[index].configured = True
+
+    def hold(self, index: int) -> None:
+        """The back-end could not have the ring: until the front-end says something else of it."""
+        self.state.rings[index].refuse()
+
+    def fail(self, request: Request) -> bytes:
+        """Instead of what ``accept`` answered: a ring that the request made whole could not start. Empty: not asked."""
+        return _status(request, _FAILURE)
+
     def close(self) -> None:
         """Close every descriptor still held; those of requests given out belong to whoever took them."""
         self._closed = True
@@ -129,9 +159,11 @@ class Session:
         try:
             operation = rules.plan(self.state, frame)
         except PeerError as error:
-            for fd in frame.fds:
-                fd.close()
-            raise PeerError(str(error), request=row.name) from None
+            if not _can_be_refused(frame):
+                for fd in frame.fds:
+                    fd.close()
+                raise PeerError(str(error), request=row.name) from None
+            operation = Refuse(str(error))
         request = Request(row, frame.need_reply, operation)
         kept = request.fds
         for fd in frame.fds:
@@ -143,6 +175,14 @@ class Session:
         if request is not self._pending:
             raise RuntimeError(f"{request.name} does not wait for an answer")
         self._pending = None
+
+
+def _can_be_refused(frame: Frame) -> bool:
+    row = frame.message
+    rule = row.reply
+    return (
+        rule is Reply.ALWAYS_STATUS or (rule is Reply.ON_REQUEST and frame.need_reply) or row.answer is Payload.CONFIG
+    )
 
 
 def _status(request: Request, value: int) -> bytes:

@@ -14,21 +14,20 @@ from transports.vhost_user.operations import (
     SetCall,
     SetErr,
     SetFeatures,
+    SetKick,
     SetMemory,
-    SetOwner,
     SetProtocolFeatures,
     SetRingAddresses,
     SetRingBase,
     SetRingSize,
-    StartQueue,
     StopDevice,
     StopQueue,
 )
-from transports.vhost_user.vrings import Vring
+from transports.vhost_user.vrings import Parameter, Vring
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED
-from virtio.waist import AddressSpace, MemoryRegion
+from virtio.waist import AddressSpace
 
-Value = bool | int | bytes | tuple[MemoryRegion, ...] | dict[int, int]
+Value = int | bytes | dict[int, int]
 """What an operation can be done with."""
 
 
@@ -50,7 +49,6 @@ class ConnectionState:
     repeats_memory: bool = False
     features: int | None = None
     protocol_features: int | None = None
-    has_owner: bool = False
     has_used_iotlb: bool = False
     memory: MemoryTable = field(default_factory=MemoryTable)
 
@@ -61,10 +59,9 @@ class ConnectionState:
         return bool((self.protocol_features or 0) >> bit & 1)
 
     @property
-    def uses_protocol_features(self) -> bool:
-        """VHOST_USER_F_PROTOCOL_FEATURES counts as negotiated by either message: the text says that it
-        "does not need to be acknowledged by VHOST_USER_SET_FEATURES"."""
-        return self.has_feature(VHOST_USER_F_PROTOCOL_FEATURES) or self.protocol_features is not None
+    def starts_enabled(self) -> bool:
+        """Without VHOST_USER_F_PROTOCOL_FEATURES "the ring starts directly in the enabled state" ("Ring states")."""
+        return self.features is not None and not self.has_feature(VHOST_USER_F_PROTOCOL_FEATURES)
 
     @property
     def is_packed(self) -> bool:
@@ -99,30 +96,46 @@ class ConnectionState:
         """All rings stopped: nothing may be sent to the front-end of our own accord ("Suspended device state")."""
         return not self.running
 
+    def waits_for(self, ring: Vring) -> str | None:
+        """What a ring that was kicked still needs before the back-end can have it; None: nothing."""
+        if ring.size is None:
+            return "its size"
+        if ring.addresses is None:
+            return "its addresses"
+        if ring.held:
+            return "its base, or to be enabled"
+        if self.features is None:
+            return "the features"
+        if not self.memory.regions:
+            return "memory"
+        if self.ring_space is AddressSpace.UVA and not all(self.memory.holds(each, 1) for each in ring.addresses):
+            return "memory at its addresses"
+        return None
+
     def commit(self, operation: Operation, value: Value) -> None:
         """The operation is done with ``value``; operations without a trace in the state change nothing."""
         match operation:
-            case SetOwner():
-                self.has_owner = True
             case SetProtocolFeatures(bits=bits):
                 self.protocol_features = bits
                 self.has_used_iotlb |= self.translates
-            case SetFeatures(bits=bits, enable_all=enable_all):
-                self.features = bits
-                self.has_used_iotlb |= self.translates
-                if enable_all:
-                    for ring in self.rings:
-                        ring.enabled = True
+            case SetFeatures():
+                self._commit_features(operation, value)
             case SetMemory(regions=regions):
                 self.memory.regions = regions
-            case SetRingSize(index=index, size=size):
+            case SetRingSize(index=index, size=size, suspend=suspend):
+                self._note_base(index, value, suspend)
                 self.rings[index].size = size
-            case SetRingAddresses(index=index, desc=desc, avail=avail, used=used):
+                self.rings[index].say(Parameter.SIZE, suspended=suspend)
+            case SetRingAddresses(index=index, desc=desc, avail=avail, used=used, suspend=suspend):
+                self._note_base(index, value, suspend)
                 self.rings[index].addresses = (desc, avail, used)
-            case SetRingBase(index=index, base=base):
+                self.rings[index].say(Parameter.ADDRESSES, suspended=suspend)
+            case SetRingBase(index=index, base=base, suspend=suspend):
                 self.rings[index].base = base
-            case StartQueue(index=index):
-                self.rings[index].started = bool(value)
+                self.rings[index].say(Parameter.BASE, suspended=suspend)
+            case SetKick(index=index, enable=enable):
+                self.rings[index].enabled |= enable
+                self.rings[index].kick()
             case StopQueue(index=index):
                 assert isinstance(value, int)
                 self.rings[index].stop(value)
@@ -130,21 +143,41 @@ class ConnectionState:
                 assert isinstance(value, dict)
                 self.features = None
                 for index in running:
-                    self.rings[index].stop(value[index])
+                    ring = self.rings[index]
+                    ring.stop(value[index] if ring.configured else None)
             case SetCall(index=index, call_fd=fd):
                 self.rings[index].has_call = fd is not None
             case SetErr(index=index, err_fd=fd):
                 self.rings[index].has_err = fd is not None
             case EnableQueue(index=index, on=on):
-                self.rings[index].enabled = on
+                self.rings[index].enable(on)
             case DisableAllQueues():
                 for ring in self.rings:
-                    ring.enabled = False
+                    ring.enable(False)
             case ResetDevice():
-                assert isinstance(value, tuple)
                 self.features = None
-                self.memory.regions = value
                 for ring in self.rings:
                     ring.reset()
             case _:
                 pass
+
+    def _note_base(self, index: int, value: Value, suspended: bool) -> None:
+        """Where a ring stood that was suspended, unless its new base has come before the rest of the change."""
+        if suspended and Parameter.BASE not in self.rings[index].said:
+            assert isinstance(value, int)
+            self.rings[index].base = value
+
+    def _commit_features(self, operation: SetFeatures, value: Value) -> None:
+        before = self.is_packed, self.ring_space
+        self.features = operation.bits
+        self.has_used_iotlb |= self.translates
+        # A ring of another format or in another space is another ring: it waits for the front-end's word.
+        is_other = before != (self.is_packed, self.ring_space)
+        for index in operation.suspend:
+            assert isinstance(value, dict)
+            ring = self.rings[index]
+            ring.base = None if is_other else value[index]
+            ring.suspend(held=is_other or not ring.enabled)
+        if operation.enable_all:
+            for ring in self.rings:
+                ring.start_enabled()

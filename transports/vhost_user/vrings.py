@@ -1,12 +1,19 @@
-"""What one connection knows of each ring: its parameters and its two independent states.
+"""What one connection knows of each ring: its parameters and its states.
 
 "Ring states": a ring is stopped or started, and disabled or enabled. A stopped ring is not
 processed at all, whether enabled or not; its enabled state is tracked all the same.
 Checks of what lies in guest memory are the back-end's; here are the front-end's own mistakes.
+
+Size, addresses, base and kick come in any order. The back-end gets a ring (it is *configured*) once it is kicked and
+whole. A ring that the back-end has is never moved while requests are under way: what changes it also *suspends* it, so
+the back-end drains it and lets go of it, but for its descriptors. Then the ring is *held* until the front-end says go:
+by a kick, by enabling it, or, while it is enabled, when it has said size, addresses and base, all of them. A ring whose
+kick came first is held for the same.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from transports.vhost_user.operations import SetRingAddresses, SetRingBase, SetRingSize
@@ -19,9 +26,24 @@ from virtio.waist import AddressSpace, QueueSetup
 PACKED_BASE_INITIAL = 0x8000_8000
 
 
+class Parameter(enum.Flag):
+    """What a front-end says of a ring before the ring can be read."""
+
+    SIZE = enum.auto()
+    ADDRESSES = enum.auto()
+    BASE = enum.auto()
+
+
+_NOTHING = Parameter(0)
+_EVERYTHING = Parameter.SIZE | Parameter.ADDRESSES | Parameter.BASE
+
+
 @dataclass(slots=True)
 class Vring:
-    """One ring as the front-end set it up. ``addresses`` is (desc, avail, used)."""
+    """One ring as the front-end set it up. ``addresses`` is (desc, avail, used).
+
+    ``said``: since its last go. ``refused``: the back-end could not have it as it is.
+    """
 
     index: int
     size: int | None = None
@@ -29,14 +51,18 @@ class Vring:
     base: int | None = None
     started: bool = False
     enabled: bool = False
+    configured: bool = False
+    held: bool = False
+    refused: bool = False
+    said: Parameter = _NOTHING
     has_call: bool = False
     has_err: bool = False
 
-    def plan_size(self, state: VringState, *, size_max: int, packed: bool) -> SetRingSize:
-        """SET_VRING_NUM."""
+    # --- what the front-end says ---
+
+    def plan_size(self, state: VringState, *, size_max: int) -> SetRingSize:
+        """SET_VRING_NUM; which sizes the ring's format can have is asked when it starts."""
         size = state.num
-        if self.started and size != self.size:
-            raise PeerError(f"queue {self.index} runs; its size cannot change from {self.size} to {size}")
         if size == 0:
             raise PeerError(f"queue {self.index} cannot have the size 0")
         limit = min(size_max, VIRTQUEUE_SIZE_MAX)
@@ -45,33 +71,97 @@ class Vring:
                 f"queue {self.index}: size {size} is above this device's limit of {limit}; "
                 f"lower the queue size in the virtual machine or raise the device's queue_size"
             )
-        if not packed and size & (size - 1):
-            raise PeerError(f"queue {self.index}: size {size} is not a power of two (virtio 1.3, section 2.7)")
-        return SetRingSize(self.index, size)
+        return SetRingSize(self.index, size, suspend=self.configured and size != self.size)
 
     def plan_addresses(self, addr: VringAddr) -> SetRingAddresses:
         """SET_VRING_ADDR; the same addresses again are no change, also while the ring runs."""
         if addr.flags:  # VHOST_VRING_F_LOG is for VHOST_F_LOG_ALL, which is not offered
             raise PeerError(f"queue {self.index}: ring flags {addr.flags:#x} were not negotiated")
         addresses = (addr.desc, addr.avail, addr.used)
-        if self.started and addresses != self.addresses:
-            raise PeerError(f"queue {self.index} runs; its addresses cannot change")
-        return SetRingAddresses(self.index, *addresses)
+        return SetRingAddresses(self.index, *addresses, suspend=self.configured and addresses != self.addresses)
 
     def plan_base(self, state: VringState, *, packed: bool) -> SetRingBase:
-        """SET_VRING_BASE ("Vring descriptor indices for packed virtqueues")."""
-        if self.started:
-            raise PeerError(f"queue {self.index} runs; its base cannot change")
-        if not packed and state.num > 0xFFFF:
-            raise PeerError(f"queue {self.index}: base {state.num:#x} has reserved bits set")
-        return SetRingBase(self.index, state.num)
+        """SET_VRING_BASE: whatever the ring has done meanwhile, it starts there.
+
+        The base that a packed ring of an enabled queue was given already is no change. A split ring's is: where another
+        ring is at the same place the base is right, and where it is the same ring its used index tells so.
+        """
+        same = packed and self.enabled and state.num == self.base
+        return SetRingBase(self.index, state.num, suspend=self.configured and not same)
+
+    def say(self, what: Parameter, *, suspended: bool) -> None:
+        """``what`` was said. ``suspended``: the back-end has let go of the ring for it."""
+        if suspended:
+            # A base alone is a whole ring; a size or an address may be the first of several changes.
+            self.suspend(held=not (what is Parameter.BASE and self.enabled))
+        if self.configured:
+            return
+        self.refused = False
+        self.said |= what
+        self._go_if_all_is_said()
+
+    def kick(self) -> None:
+        self.started = True
+        self.refused = False
+        self._go()
+
+    def enable(self, on: bool) -> None:
+        self.enabled = on
+        if on:
+            self._go()
+
+    def start_enabled(self) -> None:
+        """Enabled by the features, which say nothing of this ring."""
+        self.enabled = True
+        self._go_if_all_is_said()
+
+    def _go_if_all_is_said(self) -> None:
+        if self.enabled and self.said == _EVERYTHING:
+            self._go()
+
+    def _go(self) -> None:
+        self.held = self.refused or (self.started and (self.size is None or self.addresses is None))
+        if self.started and not self.held:
+            self.said = _NOTHING
+
+    # --- what the back-end does ---
+
+    def suspend(self, *, held: bool) -> None:
+        """The back-end has let go of the ring: it starts again, at the latest when the front-end says go."""
+        self.configured = False
+        self.held = self.held or held
+
+    def refuse(self) -> None:
+        """The back-end cannot have it: it is held until the front-end says something else of it, or kicks."""
+        self.held = self.refused = True
+
+    def stop(self, base: int | None) -> None:
+        """``base``: where it stood; None if the back-end did not have it."""
+        self.started = self.configured = self.held = self.refused = False
+        self.said = _NOTHING
+        if base is not None:
+            self.base = base
+
+    def reset(self) -> None:
+        """Stopped, disabled, without parameters. Call and err fds are the front-end's and stay."""
+        self.stop(None)
+        self.size = self.addresses = self.base = None
+        self.enabled = False
+
+    # --- what it is ---
+
+    @property
+    def wants_back_end(self) -> bool:
+        """Kicked and whole, as far as the ring itself goes, and not yet (or no more) at the back-end."""
+        complete = self.size is not None and self.addresses is not None
+        return self.started and complete and not self.configured and not self.held
 
     def setup(self, *, packed: bool, space: AddressSpace) -> QueueSetup:
-        """Everything the ring needs to start; ``PeerError`` if something was not said yet."""
-        if self.size is None:
-            raise PeerError(f"queue {self.index} has no size; VHOST_USER_SET_VRING_NUM comes first")
-        if self.addresses is None:
-            raise PeerError(f"queue {self.index} has no addresses; VHOST_USER_SET_VRING_ADDR comes first")
+        """Everything the ring needs to start; ``PeerError`` if there is no such ring."""
+        assert self.size is not None
+        assert self.addresses is not None
+        if not packed and self.size & (self.size - 1):
+            raise PeerError(f"queue {self.index}: size {self.size} is not a power of two (virtio 1.3, section 2.7)")
         base = self.current_base(packed=packed)
         if packed and max(base & 0x7FFF, base >> 16 & 0x7FFF) >= self.size:
             raise PeerError(f"queue {self.index}: base {base:#x} points outside a ring of {self.size} entries")
@@ -84,15 +174,3 @@ class Vring:
         if self.base is None:
             return PACKED_BASE_INITIAL if packed else 0
         return self.base
-
-    def stop(self, base: int) -> None:
-        self.started = False
-        self.base = base
-
-    def reset(self) -> None:
-        """Stopped, disabled, without parameters. Call and err fds are the front-end's and stay."""
-        self.size = None
-        self.addresses = None
-        self.base = None
-        self.started = False
-        self.enabled = False

@@ -135,6 +135,7 @@ struct queue_setup {
 	uint32_t size;
 	uint32_t base;  /* vhost-user encoding */
 	uint32_t space; /* VQ_SPACE_* of the three addresses */
+	uint32_t in_order; /* requests are answered in the order of the ring: a split one goes on at its used index */
 };
 
 struct queue_report { /* what Python wants to know after an event */
@@ -146,6 +147,9 @@ struct queue_report { /* what Python wants to know after an event */
 	uint32_t miss_perm;
 	uint64_t miss_iova;
 	uint32_t call_error; /* an errno; not 0: nobody is at the other end of the call fd, which was closed */
+	uint32_t moved;      /* not 0: a split ring began at its used index and not at the base that was given */
+	uint32_t moved_base;
+	uint32_t moved_used;
 };
 
 /* `event_fd` (not owned) is written when the queue breaks or misses, or lost its call fd. */
@@ -159,6 +163,8 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup,
 void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table);
 /* 0: it may ring a queue; DP_E_NOT_EVENTFD or -errno. */
 int eventfd_check(int fd);
+/* Python, while nobody drives it: likewise, but the ring is looked for when the queue runs again. */
+void virtqueue_set_memory_at_rest(struct virtqueue *vq, struct memory_table *table);
 /* Take ownership of an eventfd (DP_E_NOT_EVENTFD: anything else, ownership stays with the caller); -1: none. */
 int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd);
 /* The same for an eventfd, a pipe's write end or a Unix socket (DP_E_NOT_NOTIFIER: anything else). */

@@ -158,7 +158,7 @@ struct virtqueue {
 	/* set by Python while nobody drives the queue, read by the driver thread */
 	uint32_t size;
 	uint32_t space;
-	bool event_idx, indirect, configured;
+	bool event_idx, indirect, in_order, configured;
 	uint8_t call_kind, err_kind; /* NOTIFY_*, of the two fds below; driver thread */
 	uint64_t desc_addr, avail_addr, used_addr;
 	const struct ring_ops *ops; /* flat or scattered: driver thread */
@@ -187,6 +187,7 @@ struct virtqueue {
 	uint32_t miss;            /* atomic */
 	uint32_t misses;          /* driver thread: how many there were */
 	uint32_t call_error;      /* atomic: why the call fd is no more, an errno; 0: it is, or there was none */
+	uint32_t moved;           /* atomic */
 	struct queue_report report;
 	/* what a worker keeps here while it drives the queue (worker thread) */
 	struct native_device *device;
@@ -258,6 +259,8 @@ int virtqueue_fail(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t
 /* Find the ring in the memory of now: 0, VQ_MISS (now parked) or VQ_BROKEN. Until it is found, the old places stay. */
 int virtqueue_resolve(struct virtqueue *vq);
 /* Contiguous bytes at *hva (> 0), or VQ_MISS (now parked), or VQ_BROKEN (outside memory; nothing broken yet). */
+/* A split ring begins at its used index and not at the base it was given. */
+void virtqueue_moved(struct virtqueue *vq, uint16_t base, uint16_t used);
 int virtqueue_translate(struct virtqueue *vq, uint64_t addr, uint64_t len, uint32_t perm, uint8_t **hva);
 
 /*

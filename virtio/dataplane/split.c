@@ -38,11 +38,19 @@ static void split_attach(struct virtqueue *vq, uint8_t *desc, uint8_t *avail, ui
 	vq->split.avail = (const uint16_t *)avail;
 	vq->split.used = (uint16_t *)used;
 	if (!vq->split.started) {
+		uint16_t base = vq->split.last_avail, done = load_relaxed(USED(vq, IDX));
+
 		/*
 		 * A device may start in a ring that another one served before: the used index in memory is the
-		 * driver's truth, only the avail position comes with the base.
+		 * driver's truth, the avail position comes with the base. A base that no device can have stopped at is
+		 * none (what it has taken and not used is at most a ring), and what is answered in order has been
+		 * taken up to the used index: front-ends that lost their back-end give 0 (DPDK's).
 		 */
-		vq->split.used_idx = load_relaxed(USED(vq, IDX));
+		if (base != done && (vq->in_order || (uint16_t)(base - done) > vq->size)) {
+			vq->split.last_avail = vq->split.avail_seen = done;
+			virtqueue_moved(vq, base, done);
+		}
+		vq->split.used_idx = done;
 		vq->split.started = true;
 	}
 }

@@ -36,6 +36,7 @@ void virtqueue_forget(struct virtqueue *vq)
 	vq->epoch++;
 	store_release(&vq->fault, VQ_FAULT_NONE);
 	store_release(&vq->miss, 0);
+	store_release(&vq->moved, 0);
 	memset(&vq->report, 0, sizeof(vq->report));
 }
 
@@ -70,6 +71,7 @@ int virtqueue_configure(struct virtqueue *vq, const struct queue_setup *setup, s
 	vq->space = setup->space;
 	vq->event_idx = setup->features >> VIRTIO_F_EVENT_IDX & 1;
 	vq->indirect = setup->features >> VIRTIO_F_INDIRECT_DESC & 1;
+	vq->in_order = setup->in_order;
 	vq->desc_addr = setup->desc;
 	vq->avail_addr = setup->avail;
 	vq->used_addr = setup->used;
@@ -134,9 +136,17 @@ static int virtqueue_miss(struct virtqueue *vq, uint64_t iova, uint32_t perm)
 	return VQ_MISS;
 }
 
+void virtqueue_moved(struct virtqueue *vq, uint16_t base, uint16_t used)
+{
+	vq->report.moved_base = base;
+	vq->report.moved_used = used;
+	store_release(&vq->moved, 1);
+	virtqueue_raise_event(vq);
+}
+
 void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
 {
-	uint32_t fault = load_acquire(&vq->fault), miss = load_acquire(&vq->miss);
+	uint32_t fault = load_acquire(&vq->fault), miss = load_acquire(&vq->miss), moved = load_acquire(&vq->moved);
 
 	*report = (struct queue_report){ .call_error = load_acquire(&vq->call_error) };
 	if (fault) {
@@ -149,6 +159,11 @@ void virtqueue_report(struct virtqueue *vq, struct queue_report *report)
 		report->miss = miss;
 		report->miss_iova = load_relaxed(&vq->report.miss_iova);
 		report->miss_perm = load_relaxed(&vq->report.miss_perm);
+	}
+	if (moved) {
+		report->moved = moved;
+		report->moved_base = vq->report.moved_base;
+		report->moved_used = vq->report.moved_used;
 	}
 }
 
@@ -201,6 +216,18 @@ void virtqueue_set_memory(struct virtqueue *vq, struct memory_table *table)
 	 * still reach the driver through the old table, which the ring keeps.
 	 */
 	ring_ready(vq);
+}
+
+void virtqueue_set_memory_at_rest(struct virtqueue *vq, struct memory_table *table)
+{
+	if (!vq->configured)
+		return;
+	memory_table_unref(vq->table);
+	memory_table_unref(vq->ring_table);
+	vq->table = memory_table_ref(table);
+	vq->ring_table = NULL;
+	vq->resolved = false;
+	vq->deaths_seen = load_acquire(&sigbus_deaths) - 1;
 }
 
 /* After guest memory was read: was it still there? */

@@ -230,6 +230,7 @@ class Net(Device):
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_NET
     type_name = "net"
     native = True
+    answers_in_order = True
     ops = OPS
     Options = NetOptions
     feature_bits = {
