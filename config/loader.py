@@ -63,7 +63,8 @@ class Device:
 class Config:
     """A whole configuration that passed every check. ``files``: the file and its drop-ins, in the order read.
 
-    ``workers`` has every worker a device names, the implied one included.
+    ``workers`` has every worker a device names, the implied one included. ``unavailable`` says of each device whose
+    class cannot be had, and which is therefore not in ``devices``, why not; only ``load(..., lenient=True)`` has any.
     """
 
     path: Path
@@ -72,19 +73,21 @@ class Config:
     workers: Mapping[str, WorkerConfig]
     devices: Mapping[str, Device]
     origins: Origins
+    unavailable: Mapping[str, Problem]
 
     def problem(self, path: KeyPath, message: str, hint: str = "") -> Problem:
         """A problem of the value at ``path`` that only showed up later, say on this host."""
         return _problem(self.origins, Finding(path, message, hint))
 
 
-def load(path: Path, device_types: DeviceTypes, transports: Collection[str]) -> Config:
+def load(path: Path, device_types: DeviceTypes, transports: Collection[str], *, lenient: bool = False) -> Config:
     """Read ``path`` and its drop-ins ``path.d/*.toml`` (sorted by name; the later file wins key by key).
 
-    Relative paths in them are relative to the folder of ``path``, also those in drop-ins.
+    Relative paths in them are relative to the folder of ``path``, also those in drop-ins. ``lenient``: a device whose
+    class cannot be had (its Python file is missing or fails) is left out and named in ``Config.unavailable``.
     Raises ``ConfigError`` with every problem that was found.
     """
-    loader = _Loader(path, device_types, transports)
+    loader = _Loader(path, device_types, transports, lenient=lenient)
     config = loader.load()
     if config is None:
         raise ConfigError(loader.problems)
@@ -111,13 +114,17 @@ def _drop_in_folder(path: Path) -> Path:
 class _Loader:
     """Collects problems while it turns the tables into models, one table after the other."""
 
-    def __init__(self, path: Path, device_types: DeviceTypes, transports: Collection[str]) -> None:
+    def __init__(
+        self, path: Path, device_types: DeviceTypes, transports: Collection[str], *, lenient: bool = False
+    ) -> None:
         self.path = path
         self.folder = path.absolute().parent
         self.device_types = device_types
         self.transports = transports
         self.origins = Origins(path)
         self.problems: list[Problem] = []
+        self.lenient = lenient
+        self.unavailable: dict[str, Problem] = {}
         self.whole = True  # every file could be read, so what is missing is really missing
 
     def load(self) -> Config | None:
@@ -166,7 +173,7 @@ class _Loader:
         if any(DEFAULT_WORKER in device.workers for device in devices.values()):
             all_workers.setdefault(DEFAULT_WORKER, WorkerConfig())
         daemon = _with_absolute_paths(daemon, self.folder)
-        return Config(self.path, files, daemon, all_workers, devices, self.origins)
+        return Config(self.path, files, daemon, all_workers, devices, self.origins, self.unavailable)
 
     # Files
 
@@ -278,7 +285,12 @@ class _Loader:
                 return found
             device_type = self.device_types.get(name)
         except ValueError as error:
-            self._add((*path, "type"), str(error), 'a type is a name, or a class in a file: type = "./leds.py:Leds"')
+            hint = 'a type is a name, or a class in a file: type = "./leds.py:Leds"'
+            problem = _problem(self.origins, Finding((*path, "type"), str(error), hint))
+            if self.lenient:
+                self.unavailable[path[-1]] = problem
+            else:
+                self.problems.append(problem)
             return None
         if device_type is None:
             hint = closest(name, self.device_types)

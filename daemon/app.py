@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,22 +17,24 @@ import structlog
 import trio
 
 from config.changes import Change, changes
-from config.loader import Config
+from config.loader import Config, Device
 from config.problems import ConfigError
 from config.schema import DaemonConfig
 from daemon import log
-from daemon.assembly import Assembly, assemble
-from daemon.catalogue import Service, make_devices
+from daemon.assembly import Assembly, make_backend, start_workers
 from daemon.control import serve_control
 from daemon.doorbell_meter import DoorbellMeter, open_meter
 from daemon.links import Links
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.policies import Policies
-from daemon.state import ConnectionState, DaemonState, DeviceState, version
+from daemon.served import ServedDevice
+from daemon.state import ConnectionState, DaemonState, DeviceState, FailedDevice, version
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
 from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
 from transports.qemu_doorbells.vms import QemuDoorbells
 from transports.vhost_user.endpoint import Listen, SocketFile
+from virtio.backend import START_SECONDS, Backend
+from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -52,45 +54,70 @@ class LogChoice:
 
 
 class App:
-    """One run of the daemon for ``config``; ``load`` reads the configuration anew for a reload."""
+    """One run of the daemon for ``config``; ``load`` reads the configuration again, for a reload.
 
-    def __init__(self, config: Config, load: Callable[[], Config], log_choice: LogChoice, notifier: Notifier) -> None:
+    ``strict``: a device that cannot be had ends the daemon. ``early_signals``: those that came before ``run``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        load: Callable[[], Config],
+        log_choice: LogChoice,
+        notifier: Notifier,
+        *,
+        strict: bool = False,
+        early_signals: Collection[int] = (),
+    ) -> None:
         self._config = config
         self._load = load
         self._log_choice = log_choice
         self._notifier = notifier
+        self._strict = strict
+        self._early_signals = early_signals
         self._log = structlog.get_logger()
-        self._assembly = Assembly({}, {}, {})
-        self._services: dict[str, Service] = {}
+        self._devices: dict[str, VirtioDevice] = {}  # those that are served now
+        self._backends: dict[str, Backend] = {}
+        self._assembly = Assembly({}, self._devices, self._backends)
+        names = [*config.devices, *config.unavailable]
+        self._served = {name: ServedDevice(name, self, strict=strict) for name in names}
         self._metrics_url = ""
-        self._policies = Policies({name: device.common.hypercall for name, device in config.devices.items()})
+        self._announced = False
+        policies = {
+            name: config.devices[name].common.hypercall if name in config.devices else "offer" for name in names
+        }
+        self._policies = Policies(policies)
         self._doorbells = QemuDoorbells()
         self._meter: DoorbellMeter | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or until every device's inherited connection ended.
 
-        Raises ``HostError`` (in groups) when something configured cannot be had.
+        Raises ``HostError`` (in groups) when something configured that is no device cannot be had, or a device in
+        strict mode.
         """
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
-            async with AsyncExitStack() as stack:
-                devices = make_devices(self._config.devices)
-                assembly = assemble(devices, self._config.devices, self._config.workers)
-                self._assembly = await stack.enter_async_context(assembly)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._obey, signals, nursery.cancel_scope)
-                    await self._serve(stack, nursery)
+            async with trio.open_nursery() as outer:
+                outer.start_soon(self._obey, signals, outer.cancel_scope)
+                async with AsyncExitStack() as stack:
+                    used = {name for device in self._config.devices.values() for name in device.workers}
+                    threads = await stack.enter_async_context(start_workers(self._config.workers, used))
+                    self._assembly = Assembly(threads, self._devices, self._backends)
+                    async with trio.open_nursery() as nursery:
+                        await self._serve(stack, nursery)
+                outer.cancel_scope.cancel()
 
     def snapshot(self) -> DaemonState:
         """The counters now. In the event loop only, so that nothing read here is being closed."""
         devices = tuple(
             DeviceState(
-                backend=self._assembly.backends[name].stats(),
-                connection=ConnectionState.of(service.connection),
+                backend=self._backends[name].stats(),
+                connection=ConnectionState.of(served.connection),
                 transport=self._config.devices[name].common.transport,
                 socket=self._config.devices[name].common.socket,
             )
-            for name, service in self._services.items()
+            for name, served in self._served.items()
+            if name in self._backends
         )
         return DaemonState(
             devices,
@@ -99,15 +126,66 @@ class App:
             policies=self._policies.current,
             refusals=dict(self._doorbells.refusals),
             doorbells=self._meter.state() if self._meter is not None else None,
+            failed=tuple(self._failed()),
+            failures={name: served.failures for name, served in self._served.items()},
         )
+
+    def _failed(self) -> Iterator[FailedDevice]:
+        for name, served in self._served.items():
+            if served.failure is not None:
+                type_name = self._config.devices[name].common.type if name in self._config.devices else ""
+                failure = served.failure
+                yield FailedDevice(name, type_name, failure.reason, failure.since, failure.next_attempt)
+
+    # What each served device asks of the daemon (``daemon.served.Surroundings``)
+
+    def configured(self, name: str) -> Device:
+        """Where its class could not be had, the configuration is read again: its file may work by now."""
+        if name not in self._config.devices:
+            try:
+                new = self._load()
+            except ConfigError as error:
+                raise HostError(f"the configuration has a mistake by now: {error.problems[0]}") from error
+            self._take_table(name, new)
+        if name in self._config.unavailable:
+            raise HostError(str(self._config.unavailable[name]))
+        if name not in self._config.devices:
+            raise HostError("it is no longer in the configuration")
+        return self._config.devices[name]
+
+    def backend_of(self, device: VirtioDevice, configured: Device) -> Backend:
+        return make_backend(device, configured, self._assembly.workers)
+
+    def came(self, name: str, device: VirtioDevice, backend: Backend) -> None:
+        self._devices[name] = device
+        self._backends[name] = backend
+        backend.kick_observer = partial(self._doorbells.kick_changed, name)
+
+    def went(self, name: str) -> None:
+        del self._devices[name], self._backends[name]
+
+    def changed(self) -> None:
+        if self._announced:
+            self._notifier.status(self._status())
+
+    def _take_table(self, name: str, new: Config) -> None:
+        """Of a device that is not served: its table as the file has it now."""
+        devices, unavailable = dict(self._config.devices), dict(self._config.unavailable)
+        before = devices.pop(name, None)
+        unavailable.pop(name, None)
+        if name in new.devices:
+            devices[name] = new.devices[name]
+            policy = devices[name].common.hypercall
+            if before is None or before.common.hypercall != policy:
+                self._policies.set(name, policy)
+        elif name in new.unavailable:
+            unavailable[name] = new.unavailable[name]
+        self._config = replace(self._config, devices=devices, unavailable=unavailable)
 
     # The servers
 
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         config = self._config
-        for name, backend in self._assembly.backends.items():
-            self._services[name] = Service(backend, config.devices[name].common)
-            backend.kick_observer = partial(self._doorbells.kick_changed, name)
         self._policies.tell(self._doorbells.set_policy)
         self._meter = open_meter(config.daemon.doorbell_costs)
         if self._meter is not None:
@@ -138,48 +216,62 @@ class App:
             file.close()
 
     async def _serve_devices(self, nursery: trio.Nursery) -> None:
-        """Start every device's server, say that all are ready, and stop the daemon when none is left."""
+        """Serve every device, say when all are served or failed, and stop the daemon when none is left."""
         async with trio.open_nursery() as servers:
-            for name, service in self._services.items():
-                await servers.start(self._serve_device, name, service)
+            for served in self._served.values():
+                servers.start_soon(served.run)
+            # A device that does not even let itself be cancelled is waited for no longer than the others.
+            with trio.move_on_after(START_SECONDS + 1):
+                for served in self._served.values():
+                    await served.decided.wait()
+            if self._strict and (failed := [*self._failed()]):
+                errors = [HostError(f"[devices.{device.device}] {device.reason}") for device in failed]
+                raise ExceptionGroup("devices cannot be had", errors)
             self._announce()
             if math.isfinite(watchdog_interval()):
                 nursery.start_soon(feed_watchdog, self._notifier, watchdog_interval())
         self._log.info("no device is left to serve")
         nursery.cancel_scope.cancel()
 
-    async def _serve_device(
-        self, name: str, service: Service, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        try:
-            await service.run(task_status=task_status)
-        except HostError as error:
-            raise HostError(f"[devices.{name}] {error}", errno=error.errno) from error
-
     def _announce(self) -> None:
+        failed = [device.device for device in self._failed()]
         self._log.info(
             "serving",
             version=version(),
             pid=os.getpid(),
-            devices=list(self._services),
+            devices=self._names(),
             metrics=self._metrics_url or "off",
+            **({"failed": failed} if failed else {}),
         )
+        self._announced = True
         self._notifier.ready(self._status())
 
+    def _names(self) -> list[str]:
+        """The devices that are served, in the order of the configuration."""
+        return [name for name in self._served if name in self._backends]
+
     def _status(self) -> str:
-        names = ", ".join(self._services)
-        return f"serving {names}; metrics at {self._metrics_url}" if self._metrics_url else f"serving {names}"
+        status = f"serving {', '.join(self._names()) or 'no device'}"
+        failed = ", ".join(device.device for device in self._failed())
+        if failed:
+            status += f"; failed: {failed}"
+        return f"{status}; metrics at {self._metrics_url}" if self._metrics_url else status
 
     # Signals
 
     async def _obey(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        for number in self._early_signals:
+            self._obey_one(number, scope)
         async for number in signals:
-            if number == signal.SIGHUP:
-                self._reload()
-            else:
-                self._log.info("stopping", signal=signal.Signals(number).name)
-                self._notifier.stopping()
-                scope.cancel()
+            self._obey_one(number, scope)
+
+    def _obey_one(self, number: int, scope: trio.CancelScope) -> None:
+        if number == signal.SIGHUP:
+            self._reload()
+        elif not scope.cancel_called:
+            self._log.info("stopping", signal=signal.Signals(number).name)
+            self._notifier.stopping()
+            scope.cancel()
 
     def _reload(self) -> None:
         """Put into effect what can be; a configuration with mistakes changes nothing."""
@@ -197,11 +289,16 @@ class App:
         else:
             refusal = ""
             self._log_choice.apply(new)
+            for name, served in self._served.items():
+                if served.failure is not None:
+                    self._take_table(name, new)
             for change in changes(self._config, new):
                 self._report(change)
             self._reload_policies(new)
             self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
             self._assembly.refresh_devices()
+            for served in self._served.values():
+                served.retry_now()
             self._log.info("reloaded")
         self._notifier.ready(refusal + self._status())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -52,24 +52,40 @@ async def assemble(
     """
     async with AsyncExitStack() as stack:
         stack.callback(close_all, devices.values())
+        used = {name for device in configured.values() for name in device.workers}
+        threads = await stack.enter_async_context(start_workers(workers, used))
+        backends: dict[str, Backend] = {}
+        for name, device in devices.items():
+            backends[name] = await stack.enter_async_context(make_backend(device, configured[name], threads))
+        yield Assembly(threads, devices, backends)
+
+
+@asynccontextmanager
+async def start_workers(workers: Mapping[str, WorkerConfig], used: Container[str]) -> AsyncIterator[dict[str, Worker]]:
+    """The threads of those ``workers`` that devices use, until the end. Raises ``HostError``."""
+    async with AsyncExitStack() as stack:
         threads: dict[str, Worker] = {}
         for name, settings in workers.items():
-            if not any(name in device.workers for device in configured.values()):
+            if name not in used:
                 structlog.get_logger().warning("no device uses this worker: it is not started", worker=name)
                 continue
             worker = Worker(name, settings.cpus or (), settings.poll_us, settings.reactor)
             threads[name] = await stack.enter_async_context(worker)
-        backends: dict[str, Backend] = {}
-        for name, device in devices.items():
-            without = features_left_out(configured[name])
-            if without:
-                log = structlog.get_logger()
-                log.info("not offered: requires what is turned off", device=name, features=sorted(without))
-            backend = Backend(
-                device,
-                workers=[threads[worker_name] for worker_name in configured[name].workers],
-                queue_size_max=configured[name].common.queue_size,
-                features_off=features_off(configured[name]),
-            )
-            backends[name] = await stack.enter_async_context(backend)
-        yield Assembly(threads, devices, backends)
+        yield threads
+
+
+def make_backend(device: Device, configured: Configured, threads: Mapping[str, Worker]) -> Backend:
+    """The back end of ``device``, to be entered. ``HostError``: one of its workers was not started."""
+    for name in configured.workers:
+        if name not in threads:
+            raise HostError(f'its worker "{name}" was not started with the daemon; restart the daemon')
+    without = features_left_out(configured)
+    if without:
+        log = structlog.get_logger()
+        log.info("not offered: requires what is turned off", device=device.name, features=sorted(without))
+    return Backend(
+        device,
+        workers=[threads[name] for name in configured.workers],
+        queue_size_max=configured.common.queue_size,
+        features_off=features_off(configured),
+    )

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Protocol, cast
 
 import trio
 from pydantic import BaseModel
@@ -52,27 +52,6 @@ class Transport(Protocol):
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until cancelled, or until the front-end of an inherited connection leaves."""
-
-
-class Service:
-    """One device behind its transport. ``connection`` has the counters of its front-ends."""
-
-    def __init__(self, backend: BackendLike, common: DeviceConfig) -> None:
-        self.connection: Final = ConnectionStats()
-        self._transport = cast(Transport, import_module(TRANSPORTS[common.transport]))
-        self._backend = backend
-        self._endpoint = _endpoint(common)
-        self._inband_notifications = common.inband_notifications
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled, or until the front-end of an inherited connection leaves. Started once it listens."""
-        await self._transport.serve(
-            self._backend,
-            self._endpoint,
-            stats=self.connection,
-            inband_notifications=self._inband_notifications,
-            task_status=task_status,
-        )
 
 
 class _Types(DeviceTypes):
@@ -156,14 +135,10 @@ def make_devices(
     devices: dict[str, VirtioDevice] = {}
     errors: list[HostError] = []
     for name, device in configured.items():
-        kind = device_class(device.common.type)
         try:
-            devices[name] = kind(name, device.options, device.queues, device.common.queue_size)
+            devices[name] = make_device(name, device)
         except HostError as error:
             errors.append(HostError(f"{place(name)} {error}", errno=error.errno))
-        except MISTAKES as error:
-            reason = f"{device.common.type} cannot be made: {one_line(error)}{_line_of(error, kind)}"
-            errors.append(HostError(f"{place(name)} {reason}"))
         except BaseException:
             close_all(devices.values())
             raise
@@ -173,6 +148,18 @@ def make_devices(
     return devices
 
 
+def make_device(name: str, device: Configured) -> VirtioDevice:
+    """One configured device, opened. ``HostError``: it cannot be had, also by a mistake of its class."""
+    kind = device_class(device.common.type)
+    try:
+        return kind(name, device.options, device.queues, device.common.queue_size)
+    except HostError:
+        raise
+    except MISTAKES as error:
+        reason = f"{device.common.type} cannot be made: {one_line(error)}{_line_of(error, kind)}"
+        raise HostError(reason) from error
+
+
 def _line_of(error: BaseException, kind: type[VirtioDevice]) -> str:
     """The last line of the class's file that ``error`` came by."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
@@ -180,7 +167,13 @@ def _line_of(error: BaseException, kind: type[VirtioDevice]) -> str:
     return f" (line {lines[-1]} of {file})" if lines else ""
 
 
-def _endpoint(common: DeviceConfig) -> Endpoint:
+def transport_of(common: DeviceConfig) -> Transport:
+    """The module that serves a device's transport."""
+    return cast(Transport, import_module(TRANSPORTS[common.transport]))
+
+
+def endpoint_of(common: DeviceConfig) -> Endpoint:
+    """Where the device meets its front-end. An inherited socket belongs to the endpoint from here on."""
     if common.socket_fd is not None:
         return Inherit(OwnedFd(common.socket_fd))
     if common.mode == "connect":

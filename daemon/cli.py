@@ -6,8 +6,10 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,7 @@ from config.json_schema import json_schema
 from config.loader import Config, load
 from config.problems import ConfigError
 from daemon import command_options as options
-from daemon.app import App, LogChoice
+from daemon.app import STOP_SIGNALS, App, LogChoice
 from daemon.attach import commands as attaching
 from daemon.catalogue import device_types
 from daemon.control import ask
@@ -99,9 +101,9 @@ def _forget_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, *, lenient: bool = False) -> Config:
     """The configuration at ``path``, checked against what this daemon has to offer."""
-    return load(path, device_types(), TRANSPORTS)
+    return load(path, device_types(), TRANSPORTS, lenient=lenient)
 
 
 # Commands
@@ -109,25 +111,32 @@ def load_config(path: Path) -> Config:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the daemon in the foreground."""
-    config = load_config(arguments.file)
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, frame: early.append(number))  # it would end the process
+    load = partial(load_config, arguments.file, lenient=not arguments.strict)
+    config = load()
     choice = LogChoice(arguments.log_level, arguments.log_format)
     choice.apply(config)
     check_inherited_sockets(config)
-    app = App(config, lambda: load_config(arguments.file), choice, Notifier.from_environment())
+    notifier = Notifier.from_environment()
+    app = App(config, load, choice, notifier, strict=arguments.strict, early_signals=early)
     logger = structlog.get_logger()
     status = EXIT_OK
+    # Nothing needs to be undone until now; from here on a signal is kept until the daemon can obey it.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: early.append(number))
     try:
         trio.run(app.run)
     except* HostError as group:
         status = EXIT_FAILURE
         for error in leaves(group):
             logger.error("cannot serve", reason=str(error))
-    except* KeyboardInterrupt:  # a second one, while the first was being obeyed
-        status = EXIT_FAILURE
-        logger.error("stopped before everything was closed")
     except* Exception as unforeseen:
         status = EXIT_FAILURE
         logger.error("stopped by a mistake in hyperbell", exc_info=unforeseen)
+    finally:
+        for number in (*STOP_SIGNALS, signal.SIGHUP):  # a second one changes nothing any more
+            signal.signal(number, signal.SIG_IGN)
     logger.info("stopped", status=status)
     return status
 
@@ -207,7 +216,7 @@ def _control_of(arguments: argparse.Namespace) -> Path:
     if arguments.control is not None:
         path: Path = arguments.control
         return path
-    config = load_config(arguments.file)
+    config = load_config(arguments.file, lenient=True)
     if config.daemon.control is None:
         raise HostError(
             f'{config.path} has no control socket; add to [daemon]: control = "/run/hyperbell/control.sock"'
@@ -252,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         options.add_log_options(command, default=argparse.SUPPRESS)
         return command
 
-    options.add_file(add("serve", serve, "run the daemon in the foreground", options.SERVE_EPILOG))
+    options.add_serve_options(add("serve", serve, "run the daemon in the foreground", options.SERVE_EPILOG))
     options.add_file(add("check", check, "print every mistake in a configuration", options.CHECK_EPILOG))
     _add_attaching(add)
     options.add_qemu_options(

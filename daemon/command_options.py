@@ -17,7 +17,11 @@ SERVE_EPILOG: Final = """\
 signals:
   SIGTERM, SIGINT  stop: in-flight requests are finished, sockets removed
   SIGHUP           reload: log level and format, each device's hypercall, and images that grew or shrank;
-                   what else changed is logged as "needs a restart"
+                   what else changed is logged as "needs a restart". Failed devices are tried again
+
+A device that cannot be had (its image is missing, its tap is gone, its Python file fails) is logged, shown by
+hyperbell show as failed, and tried again at SIGHUP and by itself, at first after a second and then ever more seldom,
+up to once a minute. All other devices are served meanwhile. With --strict the daemon ends instead.
 
 example:
   hyperbell --log-format human serve /etc/hyperbell/hyperbell.toml
@@ -90,6 +94,11 @@ def add_log_options(parser: argparse.ArgumentParser, default: str | None) -> Non
 
 def add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="configuration (TOML)")
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    add_file(parser)
+    parser.add_argument("--strict", action="store_true", help="end with status 1 when a device cannot be had")
 
 
 def add_vm_options(parser: argparse.ArgumentParser) -> None:

@@ -120,7 +120,8 @@ def respond(line: bytes, state: DaemonState, policies: Policies | None = None, l
         return {"ok": False, "error": 'a request is one line of JSON such as {"command": "list"}'}
     command = request.get("command")
     if command == "list":
-        return {"ok": True, "version": version(), "devices": [_summary(device) for device in state.devices]}
+        devices = [_summary(device) for device in state.devices]
+        return {"ok": True, "version": version(), "devices": devices, "failed": [asdict(one) for one in state.failed]}
     if command == "stats":
         return {"ok": True, "version": version(), **asdict(state)}
     if command == "hypercall" and policies is not None:

@@ -23,6 +23,10 @@ from virtio.devices import REGISTRY
 ENTRY_POINTS: Final = "hyperbell.devices"
 
 
+_in_use: set[str] = set()
+"""Modules of files from which a class was given out; they are not run again."""
+
+
 class DeviceClassError(Exception):
     """A device class that cannot be had; the text names the place and what is wrong there."""
 
@@ -92,10 +96,16 @@ def class_from_file(file: Path, class_name: str) -> type[Device]:
             if isinstance(error, FileNotFoundError) and error.filename == str(file):
                 raise DeviceClassError(f"{file} does not exist") from error
             raise DeviceClassError(f"{file} cannot be run: {_where(error, file)}") from error
-    found = getattr(module, class_name, None)
-    if found is None:
-        raise DeviceClassError(f"{file} has no class {class_name}")
-    return _checked(found, f"{class_name} in {file}")
+    try:
+        if not hasattr(module, class_name):
+            raise DeviceClassError(f"{file} has no class {class_name}")
+        found = _checked(getattr(module, class_name), f"{class_name} in {file}")
+    except DeviceClassError:
+        if name not in _in_use:
+            del sys.modules[name]  # the file may be mended: it is run again at the next attempt
+        raise
+    _in_use.add(name)
+    return found
 
 
 def _checked(found: object, what: str) -> type[Device]:

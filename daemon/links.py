@@ -35,7 +35,7 @@ class Links:
         """Whether it is another state than before. ``HostError``: there is no such interface."""
         device = self._devices.get(name)
         if device is None:
-            raise HostError(f"there is no device {name!r}; there are: {', '.join(self._devices)}")
+            raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
         return DeviceCalls(device).ask("set_link", lambda: device.set_link(up))
 
 

@@ -93,11 +93,27 @@ class StateCollector(Collector):
         yield from doorbell_metrics(state.doorbells)
         yield from _stray_metrics(state)
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
+        yield from _failure_metrics(state)
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
         )
         build.add_metric((version(), platform.python_version(), platform.machine()), 1)
         yield build
+
+
+def _failure_metrics(state: DaemonState) -> Iterator[Metric]:
+    names = {device.device for device in state.failed}
+    failed = GaugeMetricFamily(
+        "hyperbell_device_failed", "1 while the device cannot be had and is not served.", labels=("device",)
+    )
+    failures = CounterMetricFamily(
+        "hyperbell_device_failures", "Attempts to serve the device that failed.", labels=("device",)
+    )
+    for device, count in state.failures.items():
+        failed.add_metric((device,), device in names)
+        failures.add_metric((device,), count)
+    yield failed
+    yield failures
 
 
 def _op_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:

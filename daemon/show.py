@@ -16,6 +16,7 @@ _OWN: Final = "(own)"
 """For the name of a VM, of which ``hyperbell microvm`` has one."""
 _STRAY_COLUMNS: Final = ("DOORBELLS THAT RANG NOTHING", "TIMES")
 _BELL_COLUMNS: Final = ("DEVICE", "QUEUE", "VM", "BELL", "POLICY", "HYPERCALL")
+_FAILED_COLUMNS: Final = ("FAILED DEVICE", "TYPE", "FOR", "NEXT ATTEMPT", "BECAUSE")
 _DEVICE_COLUMNS: Final = ("DEVICE", "TYPE", "FRONT-END", "FOR", "CONNECTIONS", "REFUSED", "ERRORS", "SOCKET")
 
 
@@ -27,6 +28,9 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     now = time.time() if now is None else now
     devices = stats["devices"]
     text = table(_DEVICE_COLUMNS, [_device_row(device, now) for device in devices])
+    failed = [_failed_row(device, now) for device in stats.get("failed", ())]  # an earlier daemon has none
+    if failed:
+        text += "\n\n" + table(_FAILED_COLUMNS, failed)
     queues = [_queue_row(device["backend"]["device"], queue) for device in devices for queue in _queues(device)]
     if queues:
         text += "\n\n" + table(_QUEUE_COLUMNS, queues)
@@ -46,6 +50,17 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     if stats["doorbells"] is not None:
         text += "\n\n" + render_worth(stats["doorbells"])
     return text
+
+
+def _failed_row(device: Mapping[str, Any], now: float) -> Sequence[str]:
+    again = device["next_attempt"]
+    return (
+        device["device"],
+        device["type"] or "-",
+        duration(now - device["since"]),
+        "restart the daemon" if again is None else f"in {duration(again - now)}",
+        device["reason"],
+    )
 
 
 def _vm_row(vm: Mapping[str, Any], now: float) -> Sequence[str]:

@@ -62,12 +62,28 @@ class DeviceState:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedDevice:
+    """A configured device that cannot be had now.
+
+    ``type`` is "" where its class cannot be had. ``since``, ``next_attempt``: wall clock seconds; ``next_attempt`` is
+    ``None`` where only a restart helps.
+    """
+
+    device: str
+    type: str
+    reason: str
+    since: float
+    next_attempt: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonState:
     """Everything at this moment.
 
     ``vms`` are those of stock QEMU that report their doorbells; ``policies`` say by device who may ring by hypercall,
     ``refusals`` count by reason what was asked for and not to be had. ``doorbells`` are there where the costs of a ring
-    are known, ``machine`` where the guest is one of our own.
+    are known, ``machine`` where the guest is one of our own. ``failed`` are the devices that cannot be had now;
+    ``failures`` counts by device how often an attempt to serve it failed.
     """
 
     devices: tuple[DeviceState, ...]
@@ -77,6 +93,8 @@ class DaemonState:
     refusals: Mapping[str, int] = field(default_factory=dict)
     doorbells: DoorbellState | None = None
     machine: MachineState | None = None
+    failed: tuple[FailedDevice, ...] = ()
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 def version() -> str:

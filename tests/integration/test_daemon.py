@@ -152,28 +152,29 @@ async def test_a_daemon_that_is_killed_leaves_nothing_in_the_way_of_the_next(ins
     assert again.stop() == 0
 
 
-async def test_a_second_daemon_on_the_same_image_is_refused_and_the_first_goes_on(
-    installation: Installation,
-) -> None:
+async def test_a_second_daemon_on_the_same_image_waits_until_the_first_one_ends(installation: Installation) -> None:
     daemon = installation.start()
     guest = await installation.connect("disk")
     load = VerifiedLoad(guest.queues[0])
     other = installation.folder / "other.toml"
     text = CONFIGURATION.split("[devices.entropy]")[0].replace("disk.sock", "other.sock")
     await trio.Path(other).write_text(text)
+    log = LogBook()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(load.run)
-        log = LogBook()
         second = DaemonProcess(other, log)
-        assert await trio.to_thread.run_sync(second.wait) == 1
-        (entry,) = log.since(0, "cannot serve")
-        assert "[devices.disk]" in entry["reason"]
+        await trio.to_thread.run_sync(log.wait_for, 0, "serving")
+        (entry,) = log.since(0, "device failed")
+        assert entry["device"] == "disk"
         assert "the image is being used by another device or daemon" in entry["reason"]
         await load.progress()
+        assert "other.sock" not in installation.sockets()
         nursery.cancel_scope.cancel()
     guest.close()
-    assert "other.sock" not in installation.sockets()
     assert daemon.stop() == 0
+    await trio.to_thread.run_sync(log.wait_for, 0, "device is served again")
+    assert "other.sock" in installation.sockets()
+    assert second.stop() == 0
 
 
 async def test_a_reload_tells_the_guest_of_an_image_that_has_grown(installation: Installation) -> None:

@@ -200,7 +200,6 @@ def test_a_foreign_package_of_our_names_is_refused_by_name(monkeypatch: pytest.M
     ("error", "event"),
     [
         (ValueError("unforeseen"), "stopped by a mistake in hyperbell"),
-        (KeyboardInterrupt(), "stopped before everything was closed"),
         (ExceptionGroup("", [ExceptionGroup("", [HostError("one")]), HostError("two")]), "cannot serve"),
     ],
 )

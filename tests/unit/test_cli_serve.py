@@ -73,13 +73,17 @@ class Daemon:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, text: str, *, pass_fds: tuple[int, ...] = (), environment: dict[str, str] | None = None
+    folder: Path,
+    text: str,
+    *options: str,
+    pass_fds: tuple[int, ...] = (),
+    environment: dict[str, str] | None = None,
 ) -> AsyncIterator[Daemon]:
     file = folder / "hyperbell.toml"
     file.write_text(text)
     with trio.fail_after(LIMIT):
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "daemon.cli", "serve", str(file), "--log-format", "json"],
+            [sys.executable, "-m", "daemon.cli", "serve", str(file), "--log-format", "json", *options],
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
             pass_fds=pass_fds,
@@ -138,11 +142,11 @@ async def test_ready_is_said_only_after_every_socket_listens_and_stopping_at_the
             assert await daemon.process.wait() == 0
 
 
-async def test_every_device_that_cannot_be_had_is_named_and_the_status_is_1(tmp_path: Path) -> None:
+async def test_every_device_that_cannot_be_had_is_named_and_the_status_is_1_when_strict(tmp_path: Path) -> None:
     text = DEVICES.replace('backend = "null"\nsize = "1M"', 'path = "missing.img"') + (
         '[devices.other]\ntype = "blk"\npath = "also-missing.img"\nsocket = "other.sock"\n'
     )
-    async with serving(tmp_path, text) as daemon:
+    async with serving(tmp_path, text, "--strict") as daemon:
         lines = await daemon.rest()
         assert await daemon.process.wait() == 1
     reasons = [line["reason"] for line in lines if line["event"] == "cannot serve"]
@@ -165,11 +169,10 @@ async def test_a_taken_metrics_port_is_one_clear_line_and_status_1(tmp_path: Pat
 async def test_a_second_daemon_leaves_the_sockets_of_the_first_alone(tmp_path: Path) -> None:
     async with serving(tmp_path, DEVICES) as first:
         await first.until("serving")
-        async with serving(tmp_path, DEVICES.replace('control = "ctl.sock"\n', "")) as second:
-            errors = [line["reason"] for line in await second.rest() if line["level"] == "error"]
+        async with serving(tmp_path, DEVICES.replace('control = "ctl.sock"\n', ""), "--strict") as second:
+            errors = [line["reason"] for line in await second.rest() if line["event"] == "cannot serve"]
             assert await second.process.wait() == 1
-        assert len(errors) == 1
-        assert errors[0].startswith("[devices.disk] ")
+        assert [error.split("]")[0] for error in errors] == ["[devices.disk", "[devices.entropy"]
         assert "disk.sock" in errors[0]
         with socket.socket(socket.AF_UNIX) as front_end:
             front_end.connect(str(tmp_path / "disk.sock"))

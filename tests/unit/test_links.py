@@ -87,7 +87,7 @@ def test_a_guest_of_our_own_machine_is_always_told(lan: Net) -> None:
         ({"command": "link", "device": "lan"}, "a link is up or down"),
         ({"command": "link", "device": "lan", "state": True}, "a link is up or down"),
         ({"command": "link", "device": ["lan"], "state": "up"}, "a link is up or down"),
-        ({"command": "link", "device": "wan", "state": "up"}, "there is no device 'wan'; there are: lan, entropy"),
+        ({"command": "link", "device": "wan", "state": "up"}, "no device 'wan' is served; there are: lan, entropy"),
         ({"command": "link", "device": "entropy", "state": "up"}, "a rng device has no link"),
     ],
     ids=str,
@@ -118,7 +118,7 @@ async def test_the_command_tells_the_daemon_and_what_came_of_it(
         assert await link("lan", "down") == 0
         assert capsys.readouterr().out.splitlines()[-1] == "lan: down (as before)"
         assert await link("wan", "down") == 1
-        assert "there is no device 'wan'" in capsys.readouterr().err
+        assert "no device 'wan' is served" in capsys.readouterr().err
         nursery.cancel_scope.cancel()
 
 

@@ -57,6 +57,13 @@ def test_the_unit_waits_for_readiness_and_does_not_retry_a_wrong_configuration()
     assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
+def test_the_unit_cannot_restart_for_ever() -> None:
+    unit = settings()
+    (interval,), (burst,) = unit["StartLimitIntervalSec"], unit["StartLimitBurst"]
+    # A start that fails late, at TimeoutStartSec's 90 s, is rare; one that fails within ten seconds is not.
+    assert int(burst) * (10 + int(unit["RestartSec"][0])) < int(interval)
+
+
 def test_the_unit_allows_io_uring_and_no_keys_or_changes_of_user() -> None:
     allowed, forbidden = settings()["SystemCallFilter"]
     assert {"io_uring_setup", "io_uring_enter", "io_uring_register"} <= set(allowed.split())
