@@ -286,6 +286,28 @@ async def test_lies_on_a_disabled_queue_are_still_lies(setting: Setting) -> None
 
 
 @every_native_setting
+async def test_a_disabled_queue_that_is_not_kicked_is_not_looked_at(setting: Setting) -> None:
+    """The memory of its ring may be used for something else by now: User-mode Linux unbinds a driver like that."""
+    async with plugged(net("reflect"), setting) as p:
+        ring = p.guest.queues[TRANSMIT]
+        await send(p.guest, frame(60))
+        await p.guest.link.enable(TRANSMIT, False)
+        assert (await send(p.guest, frame(60))).written == 0
+        size = ring.driver.area_sizes[1]
+        kept = p.guest.memory.read(ring.driver.avail, size)
+        for content in (bytes(size), b"\xa5" * size):
+            p.guest.memory.write(ring.driver.avail, content)
+            p.guest.queues[RECEIVE].ring()  # its worker looks at what it has
+            await p.guest.link.share(p.guest.memory)
+            assert not await p.guest.link.status() & NEEDS_RESET
+        p.guest.memory.write(ring.driver.avail, kept)
+        await p.guest.link.enable(TRANSMIT, True)
+        p.guest.queues[RECEIVE].driver.add([], [1526])
+        await send(p.guest, frame(60, 5))
+        assert (await received(p.guest, 1))[-1] == frame(60, 5)
+
+
+@every_native_setting
 async def test_a_disabled_queue_stops_and_starts_like_any_other_and_waits_to_be_enabled(setting: Setting) -> None:
     async with plugged(net("reflect"), setting) as p:
         p.guest.queues[RECEIVE].driver.add([], [1526])

@@ -87,6 +87,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	struct net_header pending_header;
 	struct net_taken held;      /* buffers too few for it, which it keeps while it waits for more */
 	uint32_t muted;             /* atomic: the transmit queue is disabled, what comes on it has no effect */
+	uint32_t awake;             /* atomic: while it is, its ring is looked at: from a kick until there is nothing left */
 	bool listening;             /* the receive queue is driven; under net_device.selecting */
 	bool selected;              /* tap: the kernel spreads flows over this queue too; likewise */
 	struct net_counters counters;

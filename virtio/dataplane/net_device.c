@@ -155,8 +155,10 @@ void net_mute(struct native_device *device, uint32_t pair, uint32_t on)
 {
 	struct net_device *net = (struct net_device *)device;
 
-	if (pair < net->setup.pairs)
-		store_relaxed(&net->pairs[pair].muted, on);
+	if (pair >= net->setup.pairs)
+		return;
+	store_relaxed(&net->pairs[pair].awake, 1); /* once: what is there already has no effect either */
+	store_relaxed(&net->pairs[pair].muted, on);
 }
 
 void net_ask_to_announce(struct native_device *device)

@@ -5,6 +5,15 @@
 
 /* ---- from the guest ---- */
 
+/*
+ * A disabled queue's ring may be memory that is not a ring any more: some front-ends only disable the rings of a driver
+ * that has gone. So it is looked at when it is kicked, and not otherwise.
+ */
+static bool transmit_asleep(const struct net_pair *pair)
+{
+	return load_relaxed(&pair->muted) && !load_relaxed(&pair->awake);
+}
+
 static bool transmit_blocked(const struct net_pair *pair)
 {
 	return pair->net->backend->receive && !(pair->source.ready & POLLOUT) && !load_relaxed(&pair->muted);
@@ -19,6 +28,10 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 	struct net_frame frame;
 	uint32_t moved = 0;
 
+	if (vq->kicked)
+		store_relaxed(&pair->awake, 1);
+	if (transmit_asleep(pair))
+		return false;
 	while (moved < NET_TURN && !transmit_blocked(pair) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		bool honest = net_frame_read(net, &chain, iov, &frame);
 		uint32_t head = chain.head, slots = chain.slots;
@@ -214,7 +227,9 @@ static bool net_ready(struct native_device *device, struct virtqueue *vq)
 
 	if (!pair) /* a queue that no accepted feature gives a meaning is left alone */
 		return vq == load_relaxed(&net->control) && virtqueue_has_work(vq);
-	return is_receive(vq) ? receive_ready(pair) : !transmit_blocked(pair) && virtqueue_has_work(vq);
+	if (is_receive(vq))
+		return receive_ready(pair);
+	return !transmit_asleep(pair) && !transmit_blocked(pair) && virtqueue_has_work(vq);
 }
 
 static bool net_turn(struct native_device *device, struct worker *w, struct virtqueue *vq)
@@ -237,7 +252,12 @@ static bool net_arm(struct native_device *device, struct virtqueue *vq)
 	if (is_receive(vq))
 		/* New buffers are of interest only to a frame that waits for them; else kicks would be for nothing. */
 		return pair->pending ? virtqueue_arm(vq) : !receive_ready(pair);
-	return transmit_blocked(pair) || virtqueue_arm(vq);
+	if (transmit_asleep(pair) || transmit_blocked(pair))
+		return true;
+	if (!virtqueue_arm(vq))
+		return false;
+	store_relaxed(&pair->awake, 0);
+	return true;
 }
 
 const struct queue_ops net_queue_ops = {
