@@ -41,6 +41,7 @@ BURSTS: Final = 8  # that are on their way round
 FRAME_BYTES: Final = 64  # testpmd's default
 MBUFS: Final = 16384  # more do not fit into MEMORY_MIB
 MEMORY_MIB: Final = 512
+RECONNECTED: Final = "server mode virtio-user reconnection succeeds"
 START_SECONDS: Final = 30.0
 LOOK_SECONDS: Final = 0.02
 
@@ -115,8 +116,8 @@ def testpmd_command(folder: Path, prefix: str, cpu: int, device: str, *options: 
 class Driver:
     """testpmd as the driver of the device at ``path``; ``with`` ends it."""
 
-    def __init__(self, path: Path, folder: Path, cpu: int) -> None:
-        device = f"net_virtio_user0,path={path},queues=1,queue_size={QUEUE_SIZE}"
+    def __init__(self, path: Path, folder: Path, cpu: int, *, options: str = "") -> None:
+        device = f"net_virtio_user0,path={path},queues=1,queue_size={QUEUE_SIZE}{options}"
         command = testpmd_command(folder, "driver", cpu, device, "--forward-mode=io", "--interactive")
         self.cpu = cpu
         self._telemetry_path = folder / "dpdk" / "driver" / "dpdk_telemetry.v2"
@@ -162,6 +163,14 @@ class Driver:
                 raise ServerError(f"testpmd ended with status {self._process.returncode}: {self._last_words()}")
             if time.monotonic() > end:
                 raise ServerError(f"testpmd got less than {frames} frames in {START_SECONDS:g} s: {self._last_words()}")
+            time.sleep(LOOK_SECONDS)
+
+    def wait_for_reconnection(self, times: int) -> None:
+        """Of a driver that listens (``server=1``): until its back-end has come back so often."""
+        end = time.monotonic() + START_SECONDS
+        while self._read_log().count(RECONNECTED) < times:
+            if time.monotonic() > end:
+                raise ServerError(f"testpmd's back-end has not come back in {START_SECONDS:g} s: {self._last_words()}")
             time.sleep(LOOK_SECONDS)
 
     def stop(self) -> None:
@@ -212,9 +221,12 @@ class Driver:
         """Of all threads so far."""
         return process_cpu_seconds(self._process.pid)
 
-    def _last_words(self) -> str:
+    def _read_log(self) -> str:
         self._log.seek(0)
-        return self._log.read().decode(errors="replace").strip()[-1000:]
+        return self._log.read().decode(errors="replace")
+
+    def _last_words(self) -> str:
+        return self._read_log().strip()[-1000:]
 
 
 def measure_packets(server_cpu: int, driver_cpu: int, timing: Timing, log: Log) -> dict[str, PacketResult]:
