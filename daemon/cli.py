@@ -34,7 +34,7 @@ from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
 from daemon.new_device import add_arguments as add_new_device_arguments
 from daemon.new_device import new_device
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
-from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu
+from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu, without_kvm
 from daemon.show import render
 from daemon.state import version
 from daemon.systemd import Notifier
@@ -162,7 +162,11 @@ def qemu(arguments: argparse.Namespace) -> int:
     if socket is None:
         socket = hypercall_socket(load_config(arguments.config))
     key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
-    run_qemu(arguments.command, preload_environment(socket, key, arguments.name))
+    environment = preload_environment(socket, key, arguments.name)
+    reason = without_kvm(arguments.command)
+    if reason:
+        print(f"note: {reason}: the guest has no hypercall doorbell and rings by plain ones", file=sys.stderr)
+    run_qemu(arguments.command, environment)
 
 
 def hypercall(arguments: argparse.Namespace) -> int:

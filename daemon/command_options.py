@@ -34,7 +34,7 @@ and the exit status is 78. Notes are about this host and change nothing.
 QEMU_EPILOG: Final = """\
 The daemon must run with [daemon] hypercall_socket, and the guest needs -accel kvm, -cpu host,hv-relaxed and
 modern-pio-notify=on on its devices (hyperbell qemu-args --hypercall prints them) and a driver that rings by hypercall.
-Without any of them, or without the daemon, the guest rings as ever.
+Without any of them, or without the daemon, the guest rings as ever; without KVM a note says so, and QEMU starts.
 
 A VM that is migrated, saved or restored needs a key that stays the same: --secret and --uuid, or --key.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, lib
 from transports.qemu_doorbells.vms import is_vm_name
 from virtio.errors import HostError
 
+KVM: Final = Path("/dev/kvm")
 PRELOAD: Final = "LD_PRELOAD"
 SECRET_MIN: Final = 16  # bytes; a guess of a shorter one would be checked against the key that the guest sees
 
@@ -98,6 +100,36 @@ def _absolute(socket: Path) -> str:
             errno=errno.ENAMETOOLONG,
         )
     return str(path)
+
+
+def without_kvm(command: Sequence[str], kvm: Path = KVM) -> str:
+    """Why the guest of this QEMU runs without KVM, and so without the hypercall; "" where nothing says that."""
+    accelerators = _accelerators(command)
+    if not accelerators:
+        return "without -accel kvm QEMU emulates the guest (TCG)"
+    if "kvm" not in accelerators:
+        return f"QEMU emulates the guest ({', '.join(accelerators)})"
+    try:
+        os.close(os.open(kvm, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{kvm} cannot be opened ({error.strerror})"
+    return ""
+
+
+def _accelerators(command: Sequence[str]) -> list[str]:
+    """Those that QEMU's arguments name, in their order: -accel, -machine accel=A:B, -enable-kvm."""
+    found = ["kvm"] if "kvm" in Path(command[0]).name else []  # Debian's kvm is QEMU with -enable-kvm
+    for word, value in itertools.pairwise([*command[1:], ""]):
+        option = re.sub(r"^--?", "", word) if word.startswith("-") else ""
+        if option == "enable-kvm":
+            found.append("kvm")
+        elif option == "accel":
+            found.append(value.split(",")[0].removeprefix("accel="))
+        elif option in ("machine", "M"):
+            for part in value.split(","):
+                if part.startswith("accel="):
+                    found += part.removeprefix("accel=").split(":")
+    return found
 
 
 def run_qemu(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
