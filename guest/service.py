@@ -94,25 +94,20 @@ def free_port() -> int:
         return port
 
 
-async def qemu_arguments(config: Path, memory_mib: int, devices: Sequence[str] = ()) -> list[str]:
+async def qemu_arguments(
+    config: Path, memory_mib: int, devices: Sequence[str] = (), *, accel: str = "tcg"
+) -> list[str]:
     """What ``hyperbell qemu-args`` prints for ``config``: QEMU's options, shared memory included.
 
-    Only ``devices`` where some are named; they stand in the order of the configuration.
+    Only ``devices`` where some are named; they stand in the order of the configuration. With ``accel`` "tcg" a guest
+    that runs with KVM can have them too.
     """
-    command = [str(hyperbell_command()), "qemu-args", str(config), "--memory", f"{memory_mib}M"]
+    command = [str(hyperbell_command()), "qemu-args", str(config), *devices]
+    command += ["--memory", f"{memory_mib}M", "--accel", accel]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if done.returncode != 0:
         raise ServiceError(f"'{shlex.join(command)}' ended with status {done.returncode}: {done.stderr.decode()}")
-    # One option a line; those of a device begin with its "-chardev socket,id=char-NAME,path=...".
-    kept, wanted = [], True
-    for line in done.stdout.decode().replace("\\\n", "\n").splitlines():
-        option, argument = shlex.split(line)
-        if option == "-chardev":
-            name = argument.split(",")[1].removeprefix("id=char-")
-            wanted = not devices or name in devices
-        if wanted:
-            kept += [option, argument]
-    return kept
+    return shlex.split(done.stdout.decode().replace("\\\n", ""))
 
 
 @dataclass

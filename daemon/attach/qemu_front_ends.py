@@ -117,8 +117,8 @@ def notes(devices: Sequence[Device], version: QemuVersion, accel: str | None) ->
     if lost:
         yield (
             f"QEMU cannot reconnect {_names(lost)}: after a restart of the daemon each is dead until it is plugged in "
-            "again (in QEMU's monitor: device_del NAME, chardev-remove char-NAME, then chardev-add and device_add with "
-            "the words that are printed here), or until QEMU is started again"
+            "again (in QEMU's monitor: device_del NAME, then chardev-add and device_add with the words that are printed "
+            "here, but another id for the chardev), or until QEMU is started again"
         )
     small = [device for device in devices if device.common.queue_size < QUEUE_SIZE_MAX]
     if version[:2] == EVERY_QUEUE_1024 and small:

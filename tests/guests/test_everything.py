@@ -106,15 +106,6 @@ LEASE = b"""#!/bin/sh
 """
 
 
-async def attached(config: Path, devices: tuple[str, ...]) -> list[str]:
-    """As ``hyperbell qemu-args`` says, but for the interrupts of the network interfaces.
-
-    Under TCG, QEMU 7.2 follows a null pointer when the guest unmasks a vector of a vhost-user network interface.
-    """
-    options = await qemu_arguments(config, MEMORY_MIB, devices)
-    return [f"{word},vectors=0" if word.startswith("virtio-net-pci") else word for word in options]
-
-
 @pytest.fixture
 async def world(testbed: Testbed, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
     """The daemon, the guest that has everything, and the other one."""
@@ -132,8 +123,12 @@ async def world(testbed: Testbed, folder: Path) -> AsyncIterator[tuple[Daemon, G
     ann_root = prepare_initramfs(kernel, print, MODULES, everything)
     bob_root = prepare_initramfs(testbed.kernel, print, NETWORK_AND_SOCKETS, programs)
     async with serve(config, folder, port) as daemon:
-        ann_machine = Machine(kernel.image, ann_root, await attached(config, ANN), memory_mib=MEMORY_MIB)
-        bob_machine = Machine(testbed.kernel.image, bob_root, await attached(config, BOB), memory_mib=MEMORY_MIB)
+        ann_machine = Machine(
+            kernel.image, ann_root, await qemu_arguments(config, MEMORY_MIB, ANN), memory_mib=MEMORY_MIB
+        )
+        bob_machine = Machine(
+            testbed.kernel.image, bob_root, await qemu_arguments(config, MEMORY_MIB, BOB), memory_mib=MEMORY_MIB
+        )
         async with testbed.hypervisor.boot(ann_machine) as ann, testbed.hypervisor.boot(bob_machine) as bob:
             await ann.run(" && ".join(f"insmod /{name}.ko" for name in drivers))
             yield daemon, ann, bob

@@ -145,7 +145,7 @@ def test_a_guest_of_stock_qemu_uses_every_kind_of_device_at_once(pins: Laborator
 
     async def scenario(host: Level) -> None:
         machine = NestedMachine()
-        words = await qemu_arguments(config, machine.memory_mib)
+        words = await qemu_arguments(config, machine.memory_mib, accel="kvm")
         words = words[words.index("-chardev") :]  # its memory it has already
         machine = replace(machine, devices=[re.sub("^virtio-net-pci", r"\g<0>,romfile=", word) for word in words])
         async with (
