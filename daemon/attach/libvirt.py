@@ -54,6 +54,10 @@ def libvirt_xml(request: Request, devices: Sequence[Device], environment: Mappin
             parts.append(_disk(disk, index, alias=hypercall))
         for interface in interfaces:
             parts.append(_interface(interface, alias=hypercall or silent))
+    if any(device.common.iommu for device in devices):
+        iommu = ElementTree.SubElement(_child(domain, "devices"), "iommu", {"model": "intel"})
+        remapping = {"intremap": "off"} if request.accel == "tcg" else {}
+        ElementTree.SubElement(iommu, "driver", {**remapping, "iotlb": "on"})
     others = [device for device in devices if device not in disks and device not in interfaces]
     if others or environment or (silent and interfaces):
         domain.set("xmlns:qemu", _QEMU_NAMESPACE)
@@ -75,6 +79,11 @@ def libvirt_xml(request: Request, devices: Sequence[Device], environment: Mappin
                 ElementTree.SubElement(command_line, "qemu:arg", {"value": argument})
     ElementTree.indent(domain)
     return ElementTree.tostring(domain, encoding="unicode")
+
+
+def _child(parent: ElementTree.Element, tag: str) -> ElementTree.Element:
+    found = parent.find(tag)
+    return ElementTree.SubElement(parent, tag) if found is None else found
 
 
 def _comment(parent: ElementTree.Element, text: str) -> None:

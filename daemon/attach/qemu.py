@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,7 @@ from config.loader import Device
 from daemon.attach import qemu_front_ends
 from daemon.attach.qemu_front_ends import (
     ANY_TYPE,
+    NO_REMAPPING_SINCE,
     QUEUE_SIZE_MAX,
     RECONNECT_MS_SINCE,
     VECTORS_UNMASKED_SINCE,
@@ -73,7 +74,7 @@ def possible(request: Request) -> tuple[list[Device], Answer]:
     version, answer = request.qemu(), Answer()
     devices = []
     for device in request.devices:
-        fault = why_not(device, version, request.accel)
+        fault = why_not(device, version, request.accel, request.machine)
         if fault:
             answer.refused.append(fault)
         else:
@@ -82,22 +83,36 @@ def possible(request: Request) -> tuple[list[Device], Answer]:
     return devices, answer
 
 
-def qemu_arguments(request: Request, devices: Iterable[Device], *, hypercall: bool) -> list[list[str]]:
+def qemu_arguments(request: Request, devices: Sequence[Device], *, hypercall: bool) -> list[list[str]]:
     """QEMU's options for ``devices``, which it can have, each an option and its argument.
 
     ``hypercall``: with what the guest needs in order to ring by hypercall.
     The guest's memory has to be shared memory, for the daemon maps it.
     """
+    translated = [device for device in devices if device.common.iommu]
+    machine = "q35" if translated else request.machine
     options = [
         ["-m", request.memory],
         ["-object", f"memory-backend-memfd,id=mem,size={request.memory},share=on"],
-        ["-machine", ",".join(filter(None, (request.machine, "memory-backend=mem")))],
+        ["-machine", ",".join(filter(None, (machine, "memory-backend=mem")))],
     ]
     if hypercall:
         options.append(["-cpu", HYPERCALL_CPU])
+    if translated:  # it stands before the devices behind it
+        options.append(["-device", f"intel-iommu,device-iotlb=on{_remapping(request)}"])
     for device in devices:
-        options += attached(device, request.qemu(), request.accel, hypercall=hypercall).options()
+        told = attached(device, request.qemu(), request.accel, hypercall=hypercall)
+        if device in translated:
+            # ATS is a capability of PCI Express, so each device has a port of its own.
+            port = f"port-{device.name}"
+            options.append(["-device", f"pcie-root-port,id={port},chassis={translated.index(device) + 1}"])
+            told.properties["bus"] = port
+        options += told.options()
     return options
+
+
+def _remapping(request: Request) -> str:
+    return ",intremap=off" if request.accel == "tcg" and request.qemu() >= NO_REMAPPING_SINCE else ""
 
 
 def pasteable(options: Iterable[list[str]]) -> str:

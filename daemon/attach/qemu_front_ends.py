@@ -22,6 +22,8 @@ VECTORS_UNMASKED_SINCE: Final = QemuVersion(10, 0)
 """Older ones (seen: 7.2) follow a null pointer under TCG when a guest unmasks a vector of a vhost-user interface."""
 GENERIC_SINCE: Final = QemuVersion(9, 0)
 """Since then rng, gpio, i2c and input are made of one generic front-end, which needs no KVM."""
+NO_REMAPPING_SINCE: Final = QemuVersion(11, 0)
+"""Since then intel-iommu remaps interrupts by default, which is not to be had without KVM."""
 EVERY_QUEUE_1024: Final = (10, 0)
 """QEMU 10.0.13, as in Debian 13, gives every virtqueue 1,024 entries, whatever is asked for."""
 
@@ -75,12 +77,14 @@ def front_end(device: Device, version: QemuVersion) -> FrontEnd | None:
     return ANY_TYPE if version >= ANY_TYPE.since and number in TEST_DEVICE_IDS else None
 
 
-def why_not(device: Device, version: QemuVersion, accel: str | None) -> str:
+def why_not(device: Device, version: QemuVersion, accel: str | None, machine: str = "") -> str:
     """Why QEMU cannot have ``device``; "" when it can."""
     found = front_end(device, version)
     size = device.common.queue_size
     if found is None:
         return f'device "{device.name}": {_missing(device, version)}'
+    if device.common.iommu and machine == "pc":
+        return f'device "{device.name}": iommu = true takes a virtual IOMMU, which QEMU has on q35 and not on pc'
     if found is FRONT_ENDS[spec.VIRTIO_ID_NET] and size < NET_QUEUE_SIZE_MIN:
         return (
             f'device "{device.name}": the queues of QEMU\'s network interface have {NET_QUEUE_SIZE_MIN} to '
@@ -117,9 +121,12 @@ def notes(devices: Sequence[Device], version: QemuVersion, accel: str | None) ->
     if lost:
         yield (
             f"QEMU cannot reconnect {_names(lost)}: after a restart of the daemon each is dead until it is plugged in "
-            "again (in QEMU's monitor: device_del NAME, then chardev-add and device_add with the words that are printed "
-            "here, but another id for the chardev), or until QEMU is started again"
+            "again (in QEMU's monitor: device_del NAME, then chardev-add and device_add as printed, with another id for "
+            "the chardev), or until QEMU is started again"
         )
+    behind = [device for device in devices if device.common.iommu]
+    if behind and version >= NO_REMAPPING_SINCE and accel is None:
+        yield f"without KVM (TCG), intel-iommu of QEMU {version} needs intremap=off; --accel tcg prints it"
     small = [device for device in devices if device.common.queue_size < QUEUE_SIZE_MAX]
     if version[:2] == EVERY_QUEUE_1024 and small:
         yield (

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.guest
 
 NEW_DRIVER = "another driver begins"
 SPAN = f"0 {2 * MIB}"
+DRAWN = "[ $(head -c 16 /dev/hwrng | wc -c) = 16 ]"
 
 
 async def machine(testbed: Testbed, site: Site, *, reboots: bool = False) -> Machine:
@@ -34,10 +35,11 @@ async def test_disk_survives_a_reboot_of_the_guest_and_a_crash_and_a_restart_of_
     async with site.serve() as daemon, testbed.hypervisor.boot(attached) as guest:
         await guest.run(f"diskcheck first write /dev/vda {SPAN} 1 && diskcheck first flush /dev/vda")
 
-        await guest.run("head -c 16 /dev/hwrng | od -An -tu1")
+        await guest.run(DRAWN)
         log = site.folder / "daemon.log"
         assert NEW_DRIVER not in log.read_text()
         await guest.reboot()
+        await guest.run(DRAWN)  # the new driver has begun
         # QEMU 7.2 tells a Python device of no reset.
         assert [line for line in log.read_text().splitlines() if NEW_DRIVER in line and "entropy" in line]
         await guest.run(f"diskcheck rebooted verify /dev/vda {SPAN} 1")
@@ -68,10 +70,9 @@ async def test_a_device_that_qemu_cannot_reconnect_works_again_once_it_is_plugge
     words = list(attached.devices)
     (chardev,) = [word for word in words if word.startswith("socket,id=char-entropy,")]
     (device,) = [word for word in words if word.startswith("vhost-user-rng-pci,")]
-    drawn = "[ $(head -c 16 /dev/hwrng | wc -c) = 16 ]"
     attached = replace(attached, devices=[*words, *monitor_options(folder)])
     async with site.serve() as daemon, testbed.hypervisor.boot(attached) as guest, monitor(folder) as qemu:
-        await guest.run(drawn)
+        await guest.run(DRAWN)
         await daemon.kill()
         async with site.serve() as second:
             assert (await second.metrics()).total("hyperbell_frontend_connected", device="entropy") == 0
@@ -80,6 +81,6 @@ async def test_a_device_that_qemu_cannot_reconnect_works_again_once_it_is_plugge
             # The old name is taken for as long as QEMU runs, also when it has removed the chardev.
             assert await qemu.type("chardev-add " + chardev.replace("=char-entropy", "=new-entropy")) == ""
             assert await qemu.type("device_add " + device.replace("=char-entropy", "=new-entropy")) == ""
-            await guest.run(f"until {drawn} 2>/dev/null; do :; done")
+            await guest.run(f"until {DRAWN} 2>/dev/null; do :; done")
             assert (await second.metrics()).total("hyperbell_requests_total", device="entropy") > 0
             await guest.power_off()

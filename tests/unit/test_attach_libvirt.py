@@ -156,7 +156,8 @@ def test_the_domain_is_valid_by_libvirts_own_schema(
     validator = shutil.which("virt-xml-validate")
     if validator is None:
         pytest.skip("virt-xml-validate is not installed (Debian: libvirt-clients)")
-    file.write_text('[daemon]\nhypercall_socket = "h.sock"\n' + TWO + NET)
+    text = TWO.replace("queues = 4", "queues = 4\niommu = true")
+    file.write_text('[daemon]\nhypercall_socket = "h.sock"\n' + text + NET)
     domain = xml(capsys, file, "--accel", accel, *more, qemu=qemu)
     (tmp_path / "domain.xml").write_text(completed(domain))
     checked = subprocess.run(

@@ -216,6 +216,43 @@ def test_the_advised_queue_size_is_moderate_where_the_file_says_nothing(
         assert f"rx_queue_size={advised}" in Printed(capsys, file, "lan", "--qemu", "11.1").devices[0]
 
 
+def test_devices_behind_an_iommu_have_it_before_them_and_a_port_each(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = LISTENING.replace('type = "blk"', 'type = "blk"\niommu = true')
+    file.write_text(text.replace('type = "net"', 'type = "net"\niommu = true'))
+    printed = Printed(capsys, file, "disk", "entropy", "lan", "--qemu", "7.2", "--accel", "tcg")
+    assert dict(printed.options)["-machine"] == "q35,memory-backend=mem"
+    iommu, *others = printed.devices
+    assert iommu == "intel-iommu,device-iotlb=on"
+    kinds = [device.split(",")[0] for device in others]
+    assert kinds == ["pcie-root-port", "vhost-user-blk-pci", "pcie-root-port", "virtio-net-pci", "vhost-user-rng-pci"]
+    assert (others[0], others[2]) == ("pcie-root-port,id=port-disk,chassis=1", "pcie-root-port,id=port-lan,chassis=2")
+    assert others[1].endswith(",iommu_platform=on,ats=on,bus=port-disk")
+    assert others[3].endswith(",iommu_platform=on,ats=on,bus=port-lan")
+    assert "iommu" not in others[4]
+    assert "port-" not in others[4]
+
+
+def test_an_iommu_without_kvm_remaps_no_interrupts_where_qemu_would_by_default(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(LISTENING.replace('type = "blk"', 'type = "blk"\niommu = true'))
+    assert Printed(capsys, file, "disk", "--qemu", "11.1", "--accel", "tcg").devices[0].endswith(",intremap=off")
+    plain = Printed(capsys, file, "disk", "--qemu", "11.1")
+    assert "intremap" not in plain.devices[0]
+    assert "needs intremap=off; --accel tcg prints it" in plain.said
+    assert "intremap" not in Printed(capsys, file, "disk", "--qemu", "10.0").said
+
+
+def test_an_iommu_is_not_to_be_had_on_a_machine_without_pci_express(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(LISTENING.replace('type = "blk"', 'type = "blk"\niommu = true'))
+    said = Printed(capsys, file, "disk", "--qemu", "11.1", "--machine", "pc", status=1).said
+    assert 'device "disk": iommu = true takes a virtual IOMMU' in said
+
+
 # Which QEMU
 
 
