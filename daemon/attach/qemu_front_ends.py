@@ -121,7 +121,7 @@ def notes(devices: Sequence[Device], version: QemuVersion, accel: str | None) ->
     if lost:
         yield (
             f"QEMU cannot reconnect {_names(lost)}: after a restart of the daemon each is dead until it is plugged in "
-            "again (in QEMU's monitor: device_del NAME, then chardev-add and device_add as printed, with another id for "
+            "again (in QEMU's monitor: device_del NAME, then chardev-add and device_add as printed, another id for "
             "the chardev), or until QEMU is started again"
         )
     behind = [device for device in devices if device.common.iommu]
