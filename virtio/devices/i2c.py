@@ -92,6 +92,7 @@ class I2c(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_I2C_ADAPTER
     type_name = "i2c"
+    answers_in_order = True
     ops = ("write", "read")
     Options = I2cOptions
     feature_bits = {"VIRTIO_I2C_F_ZERO_LENGTH_REQUEST": VIRTIO_I2C_F_ZERO_LENGTH_REQUEST}

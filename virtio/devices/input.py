@@ -39,6 +39,7 @@ class Input(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_INPUT
     type_name = "input"
+    answers_in_order = True
     ops = ("event", "status")
     Options = InputOptions
     queue_counts = (2, 2)

@@ -17,6 +17,7 @@ class Rng(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_RNG
     type_name = "rng"
+    answers_in_order = True
     ops = ("read",)
     request_max = spec.CHAIN_LENGTH_MAX  # no harm in a large buffer: it gets MAX_BYTES
 
