@@ -56,7 +56,7 @@ def shared_memory(mib: int) -> list[str]:
 
 
 class Guest(Console):
-    """A booted guest on the standard streams of its QEMU."""
+    """A booted guest on the standard streams of its QEMU, or of another program that is its machine (``kind``)."""
 
     def __init__(self, process: trio.Process, listen: Listener) -> None:
         super().__init__(listen)
@@ -69,16 +69,16 @@ class Guest(Console):
         await self.expect_ready()
 
     async def power_off(self, timeout_seconds: float = 20) -> None:
-        """Shut the guest down and wait for QEMU to end by itself."""
+        """Shut the guest down and wait for its machine to end by itself."""
         await self._transmit(b"0 poweroff -f\n")
         with trio.move_on_after(timeout_seconds):
             while await self._read():
                 pass
             status = await self._process.wait()
             if status != 0:
-                raise MachineError(f"QEMU ended with status {status} at power-off", self.tail())
+                raise MachineError(f"{self.kind} ended with status {status} at power-off", self.tail())
             return
-        raise MachineError(f"QEMU did not end within {timeout_seconds:.0f} s of the guest's power-off", self.tail())
+        raise MachineError(f"{self.kind} did not end within {timeout_seconds:.0f} s of the power-off", self.tail())
 
     async def _receive(self) -> bytes:
         assert self._process.stdout is not None
@@ -89,17 +89,17 @@ class Guest(Console):
         try:
             await self._process.stdin.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise MachineError("QEMU is gone", self.tail()) from error
+            raise MachineError(f"{self.kind} is gone", self.tail()) from error
 
     async def _why_ended(self) -> str:
-        return f"QEMU ended (status {await self._process.wait()})"
+        return f"{self.kind} ended (status {await self._process.wait()})"
 
     async def end(self) -> None:
-        """End QEMU, whatever it does. Safe to call twice."""
+        """End the machine, whatever it does. Safe to call twice."""
         with trio.CancelScope(shield=True):
             with trio.move_on_after(END_SECONDS):
                 if self._process.returncode is None:
-                    self._process.terminate()  # timeout(1) hands it on to QEMU, and waits for it
+                    self._process.terminate()  # timeout(1) hands it on, and waits for it
                 await self._process.wait()
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -107,6 +107,17 @@ class Guest(Console):
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
                     await stream.aclose()
+
+
+async def start_machine(command: Sequence[str]) -> trio.Process:
+    """The program that is a machine, its console on its standard streams."""
+    return await trio.lowlevel.open_process(
+        ["timeout", "--signal=KILL", str(LIFETIME_SECONDS), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a group of its own, which end() ends as a whole
+    )
 
 
 class Hypervisor:
@@ -147,11 +158,4 @@ class Hypervisor:
             await guest.end()
 
     async def _start(self, machine: Machine) -> Guest:
-        process = await trio.lowlevel.open_process(
-            ["timeout", "--signal=KILL", str(LIFETIME_SECONDS), *machine.command(self.acceleration)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, which end() ends as a whole
-        )
-        return Guest(process, self._listen)
+        return Guest(await start_machine(machine.command(self.acceleration)), self._listen)

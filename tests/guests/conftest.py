@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from guests.testbed import Testbed
 
+from guest.kernel import Kernel
+from guest.uml import prepare_uml
+
 
 @pytest.fixture(scope="session")
 def testbed() -> Testbed:
@@ -28,3 +31,9 @@ def folder() -> Iterator[Path]:
     """A folder with a name short enough for Unix sockets."""
     with tempfile.TemporaryDirectory(prefix="hyperbell-") as name:
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def uml() -> Kernel:
+    """User-mode Linux. On a machine that cannot have it these tests fail, saying what is missing."""
+    return prepare_uml(print)

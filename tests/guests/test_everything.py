@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blk_driver import pattern
 from guests.simulated import GPIO, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
 from guests.testbed import MIB, Testbed
 from guests.vsock_conversations import guest_to_guest, guest_to_host, host_to_guest
+from guests.web import PAGE, web_server
 from line_client import talking
 
 from guest.initramfs import compiled_program, prepare_initramfs, program_files
@@ -33,7 +29,6 @@ MODULES = (*NETWORK_AND_SOCKETS, "virtio_blk", "virtio-rng", "i2c-dev")
 SEED = 11
 WRITTEN = 4 * MIB
 SENT = 16 * MIB
-PAGE = pattern(3 * MIB + 5, 7)
 
 # An input device is missing: QEMU 7.2 attaches one only to guests that run with KVM (see tests/nested/test_pins.py).
 ANN = ("disk", "entropy", "dice", "pins", "bus", "ann-lan", "ann-vsock", "outside")
@@ -182,26 +177,6 @@ async def guests_meet_on_the_switch(ann: Guest, bob: Guest) -> None:
         end: dict[str, Any] = json.loads("\n".join(answer.lines))["end"]
         assert end["sum_sent"]["bytes"] >= SENT
         assert end["sum_received"]["bytes"] >= SENT * 0.9  # the last ones arrive when it has counted
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files and logs nothing."""
-
-    def log_message(self, format: str, *args: Any) -> None:  # the name is the base class's
-        pass
-
-
-@contextmanager
-def web_server(folder: Path) -> Iterator[int]:
-    """The port of 127.0.0.1 at which the files of ``folder`` are to be had."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 async def file_comes_from_the_host(ann: Guest, folder: Path) -> None:

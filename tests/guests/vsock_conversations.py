@@ -13,12 +13,12 @@ from pathlib import Path
 import trio
 from blk_driver import pattern
 
-from guest.machine import Guest
+from guest.console import Console
 
 MIB = 1024 * 1024
 
 
-async def listening(guest: Guest, command: str) -> None:
+async def listening(guest: Console, command: str) -> None:
     """Run a ``vsockcat listen`` in the background, and wait until it listens."""
     await guest.run(f"{command} 2>/tmp/said & until grep -q ready /tmp/said; do usleep 10000; done")
 
@@ -42,7 +42,7 @@ def digest(data: bytes) -> list[str]:
     return [f"{hashlib.sha256(data).hexdigest()}  -"]
 
 
-async def guest_to_host(ann: Guest, folder: Path) -> None:
+async def guest_to_host(ann: Console, folder: Path) -> None:
     """The guest connects to port 5000 of the host; a program there answers with other bytes."""
     answer = pattern(5 * MIB + 1, 1)
     received: list[bytes] = []
@@ -62,7 +62,7 @@ async def guest_to_host(ann: Guest, folder: Path) -> None:
     assert len(received[0]) == 8 * MIB
 
 
-async def host_to_guest(ann: Guest, folder: Path) -> None:
+async def host_to_guest(ann: Console, folder: Path) -> None:
     """A program of the host says CONNECT; the guest answers with the bytes it has."""
     question = pattern(8 * MIB + 3, 2)
     await listening(ann, "vsockcat listen 1234 </tmp/up >/tmp/down")
@@ -78,7 +78,7 @@ async def host_to_guest(ann: Guest, folder: Path) -> None:
     assert (await ann.run("wait; sha256sum </tmp/down")).lines == digest(question)
 
 
-async def guest_to_guest(ann: Guest, bob: Guest) -> None:
+async def guest_to_guest(ann: Console, bob: Console) -> None:
     """Both send and receive at once."""
     await bob.run(f"head -c {4 * MIB} /dev/urandom >/tmp/up")
     await listening(bob, "vsockcat listen 80 </tmp/up >/tmp/down")

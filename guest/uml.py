@@ -1,0 +1,75 @@
+"""User-mode Linux: a real Linux kernel that is a process of this machine, up in a second without QEMU and without KVM.
+
+Its devices are vhost-user sockets on its command line, its console speaks as ``guest/init`` has it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest.cache import PrepareError, Progress
+from guest.console import Listener
+from guest.kernel import Kernel
+from guest.machine import Guest, start_machine
+from guest.suites import open_suite
+
+SUITE = "bookworm"  # 6.1; trixie has none
+PACKAGE = "user-mode-linux"
+PROGRAM = "usr/bin/linux.uml"
+BOOT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class UmlDevice:
+    """A device at ``socket``; ``virtio_id`` is the number of its type (virtio 1.3, section 5)."""
+
+    socket: Path
+    virtio_id: int
+
+
+def prepare_uml(progress: Progress, suite: str = SUITE) -> Kernel:
+    """User-mode Linux of a Debian suite, downloaded and unpacked. Raises ``PrepareError`` with advice."""
+    found = open_suite(suite, progress)
+    tree = found.unpack([PACKAGE])
+    modules = list(tree.folder.glob("usr/lib/uml/modules/*/kernel"))
+    if len(modules) != 1 or not (tree.folder / PROGRAM).exists():
+        raise PrepareError(f"{PACKAGE} of Debian {suite} has no {PROGRAM} with one folder of modules")
+    return Kernel(f"{PACKAGE} {found.version(PACKAGE)}", tree.folder / PROGRAM, modules[0])
+
+
+class UmlGuest(Guest):
+    """A booted User-mode Linux."""
+
+    kind = "User-mode Linux"
+
+
+@asynccontextmanager
+async def boot_uml(
+    kernel: Kernel,
+    initramfs: Path,
+    devices: Sequence[UmlDevice],
+    *,
+    memory_mib: int = 128,
+    append: str = "",
+    listen: Listener | None = None,
+) -> AsyncIterator[UmlGuest]:
+    """A guest that takes commands; it is ended when the block is left. ``MachineError`` if it does not boot."""
+    # Its control socket and process id are there; without the word they would be in the home folder.
+    with tempfile.TemporaryDirectory(prefix="hyperbell-uml-") as folder:
+        command = [
+            *(str(kernel.image), f"mem={memory_mib}M", f"initrd={initramfs}", "quiet", "panic=-1"),
+            *("con=null", "con0=fd:0,fd:1", "ssl=null", f"uml_dir={folder}"),
+            *(f"virtio_uml.device={device.socket}:{device.virtio_id}" for device in devices),
+            *append.split(),
+        ]
+        guest = UmlGuest(await start_machine(command), listen or (lambda line: None))
+        try:
+            await guest.expect_userspace(BOOT_SECONDS)
+            await guest.expect_ready()
+            yield guest
+        finally:
+            await guest.end()
