@@ -1,4 +1,7 @@
-"""Two real Linux guests on one switch: they reach each other, and TCP with all its offloads arrives whole."""
+"""Two real Linux guests on one switch: they reach each other, and TCP with all its offloads arrives whole.
+
+They are User-mode Linux, up in a second each; test_everything.py has this under QEMU.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from guests.testbed import Testbed
 
 from guest.initramfs import prepare_initramfs, program_files
-from guest.machine import Guest, Machine, shared_memory
+from guest.kernel import Kernel
+from guest.machine import Guest
 from guest.service import Daemon, free_port, serve
+from guest.uml import UmlDevice, boot_uml
 
 pytestmark = pytest.mark.guest
 
 MIB = 1024 * 1024
 NAMES = ("ann", "bob")
 ADDRESSES = {"ann": "10.9.0.1", "bob": "10.9.0.2"}
-MACS = {"ann": "52:54:00:00:00:0a", "bob": "52:54:00:00:00:0b"}
 SENT = 64 * MIB
 FILE = 8 * MIB
 CONFIG = "\n".join(
@@ -37,30 +40,17 @@ async def up(guest: Guest, name: str) -> None:
     await guest.run(f"ip link set lo up; ip link set eth0 up && ip addr add {ADDRESSES[name]}/24 dev eth0")
 
 
-def machine(testbed: Testbed, initramfs: Path, folder: Path, name: str) -> Machine:
-    devices = [
-        *shared_memory(256),
-        *("-chardev", f"socket,id=net,path={folder / name}.sock", "-netdev", "vhost-user,id=net0,chardev=net"),
-        # Without MSI-X: under TCG, QEMU 7.2 follows a null pointer when the guest unmasks a vector of a vhost-user
-        # network interface (it wants KVM's irqfd, which there is none of).
-        *("-device", f"virtio-net-pci,netdev=net0,mac={MACS[name]},disable-legacy=on,vectors=0"),
-    ]
-    return Machine(testbed.kernel.image, initramfs, devices)
-
-
 @pytest.fixture
-async def pair(testbed: Testbed, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
+async def pair(uml: Kernel, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
     """The daemon, and the two guests with their interfaces up."""
-    initramfs = prepare_initramfs(
-        testbed.kernel, print, ("virtio_pci", "virtio_net"), program_files("iperf3", "iperf3")
-    )
+    initramfs = prepare_initramfs(uml, print, ("virtio_net",), program_files("iperf3", "iperf3"))
     port = free_port()
     config = folder / "net.toml"
     config.write_text(f'[daemon]\nmetrics = "127.0.0.1:{port}"\n{CONFIG}')
     async with (
         serve(config, folder, port) as daemon,
-        testbed.hypervisor.boot(machine(testbed, initramfs, folder, "ann")) as ann,
-        testbed.hypervisor.boot(machine(testbed, initramfs, folder, "bob")) as bob,
+        boot_uml(uml, initramfs, [UmlDevice(folder / "ann.sock", 1)]) as ann,
+        boot_uml(uml, initramfs, [UmlDevice(folder / "bob.sock", 1)]) as bob,
     ):
         await up(ann, "ann")
         await up(bob, "bob")

@@ -1,4 +1,7 @@
-"""Two real Linux guests with AF_VSOCK sockets: to the host, from the host, and to each other through one daemon."""
+"""Two real Linux guests with AF_VSOCK sockets: to the host, from the host, and to each other through one daemon.
+
+They are User-mode Linux, up in a second each; test_everything.py has streams under QEMU.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from pathlib import Path
 import pytest
 import trio
 from blk_driver import pattern
-from guests.testbed import Testbed
 from guests.vsock_conversations import MIB, digest, guest_to_guest, guest_to_host, host_to_guest, listening
 
 from guest.initramfs import compiled_program, prepare_initramfs
-from guest.machine import Guest, Machine, shared_memory
-from guest.service import Daemon, free_port, qemu_arguments, serve
+from guest.kernel import Kernel
+from guest.machine import Guest
+from guest.service import Daemon, free_port, serve
+from guest.uml import UmlDevice, boot_uml
 
 pytestmark = pytest.mark.guest
 
@@ -32,25 +36,17 @@ group = "lab"
 )
 
 
-async def machine(testbed: Testbed, initramfs: Path, config: Path, name: str) -> Machine:
-    """As ``hyperbell qemu-args`` says, but for the memory, which every machine of the tests has alike."""
-    options = await qemu_arguments(config, 256, [name])
-    start = options.index("-chardev")
-    return Machine(testbed.kernel.image, initramfs, [*shared_memory(256), *options[start:]])
-
-
 @pytest.fixture
-async def guests(testbed: Testbed, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
+async def guests(uml: Kernel, folder: Path) -> AsyncIterator[tuple[Daemon, Guest, Guest]]:
     program = compiled_program("vsockcat", ["vsockcat.c"], print)
-    modules = ("virtio_pci", "vmw_vsock_virtio_transport")
-    initramfs = prepare_initramfs(testbed.kernel, print, modules, {"/bin/vsockcat": program})
+    initramfs = prepare_initramfs(uml, print, ("vmw_vsock_virtio_transport",), {"/bin/vsockcat": program})
     port = free_port()
     config = folder / "vsock.toml"
     config.write_text(f'[daemon]\nmetrics = "127.0.0.1:{port}"\n{CONFIG}')
     async with (
         serve(config, folder, port) as daemon,
-        testbed.hypervisor.boot(await machine(testbed, initramfs, config, "ann")) as ann,
-        testbed.hypervisor.boot(await machine(testbed, initramfs, config, "bob")) as bob,
+        boot_uml(uml, initramfs, [UmlDevice(folder / "ann.sock", 19)]) as ann,
+        boot_uml(uml, initramfs, [UmlDevice(folder / "bob.sock", 19)]) as bob,
     ):
         yield daemon, ann, bob
         await ann.power_off()
