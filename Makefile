@@ -11,7 +11,7 @@ DESTDIR ?=
 C_FOLDERS := virtio/dataplane virtio/usernet transports/kvm/native transports/preload
 C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
 
-.PHONY: help setup demo test test-nested check lint types c-check bench build stub install clean
+.PHONY: help setup demo test test-nested test-ground check lint types c-check bench build stub install clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,17 +44,21 @@ test-nested: setup ## the whole matrix of guests in guests: real KVM, emulated (
 	  $(BIN)/python -m pytest $$f -m "nested or nested_full" || failed="$$failed $$f"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
+# ARGS chooses among the cells: ARGS="--qemu 11.1 --kernel 7.3". A cell takes minutes.
+test-ground: setup ## the guest tests over QEMU 7.2 to 11.1 and Linux 6.1 to 7.3, none installed; writes docs/works-with.md
+	@$(BIN)/python -m tests.ground $(ARGS)
+
 check: lint types c-check ## lint, strict types, C warnings
 
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# The tests import each other by their paths from tests/, the benchmark is a package of its own.
+# The tests import each other by their paths from tests/, the benchmark and the matrix are packages of their own.
 types: setup
 	@$(BIN)/mypy
-	@MYPYPATH=tests $(BIN)/mypy --explicit-package-bases $$(find tests -name '*.py' -not -path 'tests/bench/*')
-	@$(BIN)/mypy --explicit-package-bases tests/bench
+	@MYPYPATH=tests $(BIN)/mypy --explicit-package-bases $$(find tests -name '*.py' -not -path 'tests/bench/*' -not -path 'tests/ground/*')
+	@$(BIN)/mypy --explicit-package-bases tests/bench tests/ground
 
 c-check: setup
 	@for f in $(C_FOLDERS:%=%/*.c); do \

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import trio
 
+from daemon.attach.qemu_front_ends import RECONNECT_MS_SINCE
+from daemon.attach.qemu_version import installed_version
 from guest.accel import Acceleration, choose_acceleration
 from guest.cache import PrepareError, Progress
 from guest.console import Console, Listener, MachineError
@@ -48,6 +50,14 @@ class Machine:
             *("-append", f"console=ttyS0 quiet panic=-1 {self.append}".strip()),
             *self.devices,
         ]
+
+
+def reconnecting() -> str:
+    """What a chardev's options end with for QEMU to connect again after its back-end was restarted."""
+    version = installed_version(QEMU)
+    if version is None:
+        raise PrepareError(f"{QEMU} is not installed; install the Debian package 'qemu-system-x86'")
+    return ",reconnect-ms=1000" if version >= RECONNECT_MS_SINCE else ",reconnect=1"
 
 
 def shared_memory(mib: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from guest.initramfs import prepare_initramfs
 from guest.kernel import Kernel, prepare_kernel
-from guest.machine import Guest, Hypervisor, Machine, shared_memory
+from guest.machine import Guest, Hypervisor, Machine, reconnecting, shared_memory
 from guest.pattern import SECTOR_SIZE, sector_content
 from guest.service import Daemon, free_port, serve
 
@@ -86,10 +86,11 @@ PACKED = Variant("packed", options=",packed=on")
 # Device-IOTLB and ATS: without them QEMU 7.2 does not tell a vhost-user back-end of the guest's domain-wide
 # invalidations, and the back-end would write to pages that have long been somebody else's.
 # ATS is a capability of PCI Express: each device needs a port of its own.
+# QEMU 11 has no interrupt remapping without KVM, and does not start if it is left to choose.
 VIOMMU = Variant(
     "viommu",
     board="q35",
-    before=("-device", "intel-iommu,device-iotlb=on"),
+    before=("-device", "intel-iommu,device-iotlb=on,intremap=off"),
     options=",iommu_platform=on,ats=on",
     disk_options=",queue-size=1024",  # seven pages a ring, which the guest takes from anywhere
     append="intel_iommu=on pci=lastbus=3",
@@ -108,6 +109,7 @@ class Testbed:
         self.kernel: Kernel = prepare_kernel(print)
         self.initramfs: Path = prepare_initramfs(self.kernel, print)
         self.hypervisor = Hypervisor(print)
+        self.reconnecting = reconnecting()
 
     @asynccontextmanager
     async def boot(
@@ -121,7 +123,7 @@ class Testbed:
             ("entropy", "vhost-user-rng-pci"),
         ):
             # A test may restart the daemon. QEMU 7.2's rng does not know how to reconnect, and ends when told to.
-            reconnect = ",reconnect=1" if name != "entropy" else ""
+            reconnect = self.reconnecting if name != "entropy" else ""
             devices += ["-chardev", f"socket,id={name},path={folder / name}.sock{reconnect}"]
             bus = ""
             if variant.ports:

@@ -31,6 +31,7 @@ from nested.laboratory import Laboratory
 from nested.qmp import prepare_qmp, qmp
 
 from guest.level import Guest, Level, LevelDaemon, NestedMachine
+from guest.machine import reconnecting
 from guest.tracing import Counts, Trace, watch_doorbells
 from transports.hypercall import connection_id
 
@@ -142,7 +143,7 @@ async def begin(host: Level, stack: AsyncExitStack) -> tuple[Scenario, LevelDaem
     """The daemon and a G1 of two vCPUs in the sandbox, which has used its disk from either."""
     devices = [
         *("-smp", "cpus=2,maxcpus=3", "-sandbox", SANDBOX, "-qmp", f"unix:{QMP},server=on,wait=off"),
-        *("-chardev", "socket,id=disk,path=/run/disk.sock,reconnect=1"),
+        *("-chardev", f"socket,id=disk,path=/run/disk.sock{reconnecting()}"),
         *("-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,modern-pio-notify=on"),
     ]
     machine = NestedMachine(devices, cpu=HYPERV_CPU, launcher=by_hypercall())

@@ -1,0 +1,115 @@
+"""Run the guest tests over the matrix of Debian's QEMUs and kernels, none of them installed; ``make test-ground``.
+
+Words that are no option of ours go to pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from guest.cache import PrepareError
+from guest.kernel import SUITE_VARIABLE, prepare_kernel
+from guest.suite_qemu import PROGRAM, prepare_qemu
+from guest.suites import open_suite
+from tests.ground.page import Row, renew, table
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGE = PROJECT / "docs" / "works-with.md"
+QEMUS = {"7.2": "bookworm", "10.0": "trixie", "11.1": "trixie-backports"}
+KERNELS = {"6.1": "bookworm", "6.12": "trixie", "7.3": "trixie-backports"}
+# Beside the matrix: guests in guests, each kernel once, under the QEMU of its own suite.
+NESTED = {"6.12": "10.0", "7.3": "11.1"}
+FOLDERS = {"guests": "tests/guests", "nested": "tests/nested"}
+# DKMS and the compiler that it calls are this machine's own, for this machine's own kernel: `make test` has that.
+NOT_HERE = ("tests/guests/test_guest_module_dkms.py",)
+CELL_SECONDS = 3600
+CANNOT_BE_HAD = 2
+
+
+def run_cell(qemu: str, kernel: str, tests: str, further: Sequence[str]) -> Row:
+    """One cell: its row. Raises ``PrepareError`` where its programs cannot be had, or pytest ran no test."""
+    place = prepare_qemu(open_suite(QEMUS[qemu], print))
+    release = prepare_kernel(print, suite=KERNELS[kernel]).release
+    print(f"== {tests} with QEMU {qemu} and Linux {release}", flush=True)
+    environment = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", SUITE_VARIABLE: KERNELS[kernel]}
+    said = subprocess.run([place / PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hyperbell-ground-") as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", FOLDERS[tests]]
+        command += [f"--ignore={path}" for path in NOT_HERE]
+        run = subprocess.Popen(
+            [*command, *further], cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert run.stdout is not None
+        with run, run.stdout:
+            lines = [line for line in run.stdout if not print(line, end="", flush=True)]
+        if not report.exists():
+            raise PrepareError(f"pytest ended with status {run.returncode} and left no report")
+        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    booted = re.search(r"^guests booted: (\d+)", "".join(lines), re.MULTILINE)
+    version = re.search(r"version (\S+)", said)
+    return Row(
+        qemu=version.group(1) if version else qemu,
+        linux=re.split(r"[+-]", release)[0] if kernel != "6.1" else release.removesuffix("-cloud-amd64"),
+        tests=tests,
+        passed=counts["tests"] - failed - counts["skipped"],
+        failed=failed,
+        skipped=counts["skipped"],
+        booted=int(booted.group(1)) if booted else 0,
+        seconds=round(time.monotonic() - begin),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make test-ground", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--qemu", action="append", choices=QEMUS, help="only with this QEMU (may be repeated)")
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="only with this Linux (may be repeated)")
+    parser.add_argument("--tests", action="append", choices=FOLDERS, help="only these tests (may be repeated)")
+    parser.add_argument("--no-page", action="store_true", help=f"leave {PAGE.relative_to(PROJECT)} as it is")
+    options, further = parser.parse_known_args()
+    cells = [(qemu, kernel, "guests") for qemu in QEMUS for kernel in KERNELS]
+    cells += [(qemu, kernel, "nested") for kernel, qemu in NESTED.items()]
+    chosen = [
+        (qemu, kernel, tests)
+        for qemu, kernel, tests in cells
+        if qemu in (options.qemu or QEMUS)
+        and kernel in (options.kernel or KERNELS)
+        and tests in (options.tests or FOLDERS)
+    ]
+    if not chosen:
+        parser.error("no cell of the matrix is all of that")
+    rows: list[Row] = []
+    missing: list[str] = []
+    for cell in chosen:
+        try:
+            rows.append(run_cell(*cell, further))
+        except PrepareError as error:
+            missing.append(f"{' '.join(cell)}: {error}")
+    print(f"\n{table(rows)}\n")
+    for line in missing:
+        print(f"not run: {line}")
+    # What was chosen among the tests says nothing of a cell.
+    if not options.no_page and not further:
+        renew(PAGE, rows)
+        print(f"written to {PAGE.relative_to(PROJECT)}")
+    if missing:
+        return CANNOT_BE_HAD
+    return 1 if any(row.failed or not row.booted for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
