@@ -5,6 +5,7 @@
  */
 #include "load.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -274,18 +275,40 @@ static void test_a_full_blocking_err_fd_does_not_hold_the_worker(uint32_t reacto
 	bed_close(&b);
 }
 
-static void test_what_is_no_eventfd_stays_with_whoever_gave_it(uint32_t reactor)
+static void test_what_cannot_notify_stays_with_whoever_gave_it(uint32_t reactor)
 {
 	int fds[2];
 	struct bed b;
 
 	bed_open(&b, reactor, DISK_MEMORY, false, false);
 	CHECK(pipe(fds) == 0);
-	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, fds[1]) == DP_E_NOT_EVENTFD);
-	CHECK(rig_command(&b.rig, WORKER_SET_ERR, b.vq, NULL, NULL, fds[1]) == DP_E_NOT_EVENTFD);
+	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, fds[0]) == DP_E_NOT_NOTIFIER);
+	CHECK(rig_command(&b.rig, WORKER_SET_ERR, b.vq, NULL, NULL, fds[0]) == DP_E_NOT_NOTIFIER);
 	CHECK(virtqueue_set_doorbell(b.vq, DOORBELL_KICK, b.disk_fd >= 0 ? b.disk_fd : fds[0]) == DP_E_NOT_EVENTFD);
 	CHECK(close(fds[0]) == 0 && close(fds[1]) == 0);
 	load_run(&b.load, 20); /* and the call fd that was there still works */
+	bed_close(&b);
+}
+
+/* Neither the queue nor its worker is held, and the peer that has gone is no fault of the driver's. */
+static void test_a_call_pipe_that_is_full_or_has_no_reader_harms_nobody(uint32_t reactor)
+{
+	uint64_t one = 0;
+	struct bed b;
+	int fds[2];
+
+	bed_open(&b, reactor, DISK_MEMORY, false, false);
+	CHECK(pipe(fds) == 0);
+	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, dup(fds[1])) == 0);
+	CHECK(read(fds[0], &one, sizeof(one)) == sizeof(one) && one == 1);
+	CHECK(fcntl(fds[1], F_SETPIPE_SZ, 4096) >= 4096);
+	for (int i = 0; i < 2000; i++) /* more than fits in */
+		CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, dup(fds[1])) == 0);
+	CHECK(close(fds[0]) == 0);
+	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, fds[1]) == 0);
+	CHECK(rig_command(&b.rig, WORKER_SET_CALL, b.vq, NULL, NULL, load_call_fd(&b.load)) == 0);
+	load_run(&b.load, 20);
+	CHECK(virtqueue_stats(b.vq)->notifications_lost == 1);
 	bed_close(&b);
 }
 
@@ -371,7 +394,8 @@ static void run(uint32_t reactor)
 	test_a_call_fd_that_fills_up_breaks_its_queue_with_the_next_notification(reactor);
 	test_a_full_call_fd_that_does_not_block_is_harmless(reactor);
 	test_a_full_blocking_err_fd_does_not_hold_the_worker(reactor);
-	test_what_is_no_eventfd_stays_with_whoever_gave_it(reactor);
+	test_what_cannot_notify_stays_with_whoever_gave_it(reactor);
+	test_a_call_pipe_that_is_full_or_has_no_reader_harms_nobody(reactor);
 	test_a_kick_fd_that_never_runs_dry_does_not_hold_the_worker(reactor);
 }
 
