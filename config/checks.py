@@ -84,7 +84,8 @@ def check_against_type(
         possible = f"{least}" if least == most else f"from {least} to {most}"
         message = f"must be {possible} for a {common.type} device, not {queues}"
         yield Finding((*path, "queues"), message, f"for example: queues = {device_type.queues_default}")
-    if size > device_type.queue_size_max and "queue_size" not in faulty:
+    said = size != type(common).model_fields["queue_size"].default  # else it is what the device can do
+    if size > device_type.queue_size_max and said and "queue_size" not in faulty:
         message = f"must be at most {device_type.queue_size_max} for a {common.type} device, not {size}"
         yield Finding((*path, "queue_size"), message, f"for example: queue_size = {device_type.queue_size_max}")
 

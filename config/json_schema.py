@@ -102,7 +102,10 @@ def _device(name: str, device_type: DeviceType, transports: Collection[str]) -> 
         "default": device_type.queues_default,
     }
     sizes = [1 << bit for bit in range(1, 16)]
-    properties["queue_size"] |= {"enum": [size for size in sizes if size <= device_type.queue_size_max]}
+    properties["queue_size"] |= {
+        "enum": [size for size in sizes if size <= device_type.queue_size_max],
+        "default": device_type.queue_size_max,
+    }
     properties["features"] |= {
         "propertyNames": {"enum": sorted(device_type.features)},
         "additionalProperties": {"type": "boolean"},

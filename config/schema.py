@@ -25,6 +25,8 @@ DEFAULT_WORKER: Final = "default"
 QUEUE_SIZE_MAX: Final = 32768  # virtio 1.3, 2.7: the largest queue size
 NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 NAME_RULE: Final = "a name begins with a letter and has at most 63 letters, digits, '-', '_' and '.'"
+OWN_QUEUE_SIZE: Final = 256
+"""The largest queue of a machine of our own, where nothing is said: its driver takes the largest that it may."""
 SOCKET_PATH_MAX: Final = 107  # struct sockaddr_un: 108 bytes with the terminating zero
 SHORTER_FOLDER: Final = "put the socket into a folder with a shorter name, such as /run/hyperbell"
 METRICS_OFF: Final = "off"
@@ -225,8 +227,8 @@ class DeviceTable(Table):
         examples=[1],
     )
     queue_size: int = Field(
-        default=256,
-        description="The largest size of a queue the driver may choose, a power of two.",
+        default=OWN_QUEUE_SIZE,
+        description="The largest size of a queue the driver may choose, a power of two. Linux chooses the largest.",
     )
     hypercall: Literal["offer", "withhold", "auto"] = Field(
         default="offer",
@@ -278,6 +280,11 @@ class DeviceConfig(DeviceTable):
     """``[devices.NAME]``: the keys every device has; the options of its type stand in the same table."""
 
     transport: str = Field(default="vhost-user", description="How the device reaches its guest.")
+    queue_size: int = Field(
+        default=QUEUE_SIZE_MAX,
+        description="The largest size of a queue the front-end may choose, a power of two; what the type can do when "
+        "left out. A front-end that chooses more is refused.",
+    )
     socket: FilePath = Field(
         description="Path of the Unix socket the front-end (QEMU) and the device meet at.",
         examples=["/run/hyperbell/disk.sock"],

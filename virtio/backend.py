@@ -50,7 +50,7 @@ class Backend:
         device: Device,
         *,
         workers: Sequence[Worker] = (),
-        queue_size_max: int = 1024,
+        queue_size_max: int = spec.VIRTQUEUE_SIZE_MAX,
         features_off: Collection[int] = (),
     ) -> None:
         if device.native and not workers:

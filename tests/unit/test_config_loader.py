@@ -66,7 +66,7 @@ def test_smallest_configuration_has_the_documented_defaults(tmp_path: Path) -> N
     device = config.devices["a"]
     common = device.common
     assert (common.transport, common.mode, common.socket_permissions) == ("vhost-user", "listen", 0o660)
-    assert (device.queues, common.queue_size, common.features) == (1, 256, {})
+    assert (device.queues, common.queue_size, common.features) == (1, 32768, {})
     assert device.workers == (DEFAULT_WORKER,)
     worker = config.workers[DEFAULT_WORKER]
     assert (worker.cpus, worker.poll_us, worker.reactor) == (None, 32, "auto")

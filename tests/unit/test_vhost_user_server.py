@@ -145,7 +145,7 @@ async def test_a_broken_protocol_ends_one_connection_with_one_line(backend: Reco
         async with serving(backend, Listen(path)) as server:
             with await FrontEnd.connect(path) as front_end:
                 await front_end.negotiate()
-                await front_end.send(wire.message(8, wire.vring_state(9, 64)), wire.eventfds(0))
+                await front_end.send(wire.message(8, wire.vring_state(300, 64)), wire.eventfds(0))
                 assert await front_end.ended()
             with await FrontEnd.connect(path) as front_end:
                 await front_end.negotiate()
@@ -153,6 +153,27 @@ async def test_a_broken_protocol_ends_one_connection_with_one_line(backend: Reco
     (line,) = [line for line in logs if line["log_level"] == "warning"]
     assert line["device"] == "disk0"
     assert line["request"] == "VHOST_USER_SET_VRING_NUM"
+    assert "queue 300 does not exist" in line["error"]
+
+
+async def test_queues_that_the_device_has_not_are_told_once_however_often_they_are_prepared(
+    backend: RecordingBackend, path: Path
+) -> None:
+    """DPDK's virtio-user with more queues than are offered."""
+    with wire.no_fd_leaks(), capture_logs() as logs:
+        async with serving(backend, Listen(path)) as server:
+            with await FrontEnd.connect(path) as front_end:
+                await front_end.negotiate()
+                for index in (9, 10):
+                    await front_end.send(wire.message(13, u64(index)), [wire.eventfd()])
+                    await front_end.send(wire.message(8, wire.vring_state(index, 64)))
+                    await front_end.send(wire.message(18, wire.vring_state(index, 1)))
+                    await front_end.send(wire.message(12, u64(index)), [wire.eventfd()])
+                    assert await front_end.do(10, wire.vring_state(index, 0)) == 1
+                    assert await front_end.ask(11, wire.vring_state(index, 0)) == wire.vring_state(index, 0)
+                await front_end.start_ring()
+            assert server.stats.protocol_errors["VHOST_USER_SET_VRING_NUM"] == 2
+    (line,) = [line for line in logs if line["log_level"] == "warning"]
     assert "queue 9 does not exist" in line["error"]
 
 

@@ -21,6 +21,7 @@ from transports.vhost_user.messages import (
 from transports.vhost_user.operations import (
     ConfigureQueue,
     KickQueue,
+    Refuse,
     Request,
     ResetDevice,
     SetBackendChannel,
@@ -78,7 +79,7 @@ class Connection:
             inband_notifications=inband_notifications,
         )
         self._current: str = ""  # the request being carried out
-        self._refused: set[str] = set()  # requests whose refusal was logged already
+        self._refused: set[str] = set()  # what was refused and logged already: requests, by name
         self._channel: BackendChannel | None = None
         self._config_changed = False
         self._misses: dict[IotlbMiss, None] = {}  # an ordered set
@@ -159,8 +160,9 @@ class Connection:
             value = await self._carry_out(request)
         except HyperbellError as error:
             reply = self.session.reject(request, error)  # raises when the front-end cannot be told
-            if request.name not in self._refused:
-                self._refused.add(request.name)
+            what = "a missing queue" if _is_about_a_missing_queue(request) else request.name
+            if what not in self._refused:
+                self._refused.add(what)
                 self._log.warning("request refused", request=request.name, error=str(error))
             if isinstance(error, PeerError):
                 self._stats.protocol_errors[request.name] += 1
@@ -316,6 +318,10 @@ class Connection:
         if self._channel is channel:
             self._channel = None
         channel.close()
+
+
+def _is_about_a_missing_queue(request: Request) -> bool:
+    return isinstance(request.operation, Refuse) and request.operation.missing_queue is not None
 
 
 def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

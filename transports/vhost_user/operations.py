@@ -21,9 +21,16 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """A well-formed request that cannot be granted; refused without ending the connection, if the wire can say so."""
+    """A well-formed request that cannot be granted; refused without ending the connection, if the wire can say so.
+
+    ``missing_queue``: it is about a queue that the device does not have. That ends no connection where the wire cannot
+    say so either: front-ends prepare every queue of their machine (DPDK's virtio-user does not ask how many there are),
+    and as long as the guest uses none of these nothing is missed. qemu-storage-daemon ends there, DPDK's back-end makes
+    the queue; here it is just not served.
+    """
 
     reason: str
+    missing_queue: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

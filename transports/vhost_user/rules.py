@@ -61,7 +61,10 @@ def plan(state: ConnectionState, frame: Frame) -> Operation:
         return Refuse(why_unserved(row))
     if row.feature is not None and not state.offered_protocol_features >> row.feature & 1:
         raise PeerError(f"belongs to {_PROTOCOL_FEATURE_NAMES[row.feature]}, which this device does not offer")
-    return _PLANS[row.number](state, frame)
+    try:
+        return _PLANS[row.number](state, frame)
+    except _NoSuchQueueError as error:
+        return Refuse(str(error), missing_queue=error.index)
 
 
 # --- negotiation ---
@@ -172,9 +175,19 @@ def _iotlb_msg(state: ConnectionState, frame: Frame) -> Operation:
 # --- rings ---
 
 
+class _NoSuchQueueError(Exception):
+    """One that a device of this protocol may have, and this device has not."""
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(f"queue {index} does not exist; the device has {count}")
+        self.index = index
+
+
 def _ring(state: ConnectionState, index: int) -> Vring:
+    if index > messages.VHOST_USER_VRING_IDX_MASK:
+        raise PeerError(f"queue {index} does not exist; a device has {messages.VHOST_USER_VRING_IDX_MASK + 1} at most")
     if index >= len(state.rings):
-        raise PeerError(f"queue {index} does not exist; the device has {len(state.rings)}")
+        raise _NoSuchQueueError(index, len(state.rings))
     return state.rings[index]
 
 
@@ -212,9 +225,9 @@ def _set_vring_enable(state: ConnectionState, frame: Frame) -> Operation:
 
 def _ring_and_fd(state: ConnectionState, frame: Frame) -> tuple[Vring, OwnedFd | None]:
     vring_fd = payloads.parse_vring_fd(frame.payload)
-    ring = _ring(state, vring_fd.index)
     if vring_fd.reserved:
         raise PeerError(f"reserved bits {vring_fd.reserved:#x} are set")
+    ring = _ring(state, vring_fd.index)
     if vring_fd.has_fd and not frame.fds:
         raise PeerError("announces a file descriptor and brings none")
     return ring, frame.fds[0] if vring_fd.has_fd else None

@@ -115,7 +115,10 @@ class Session:
             # "back-end uses zero length of payload to indicate an error" (VHOST_USER_GET_CONFIG)
             return payloads.build_reply(request.message.number, b"")
         told = _status(request, _FAILURE)
-        if not told:
+        missing = request.operation.missing_queue if isinstance(request.operation, Refuse) else None
+        if missing is not None and request.message.answer is Payload.VRING_STATE:
+            return payloads.build_reply(request.message.number, payloads.build_vring_state(missing, 0))
+        if not told and missing is None:
             self.close()
             raise error
         return told

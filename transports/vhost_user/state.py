@@ -37,6 +37,9 @@ class ConnectionState:
 
     ``offered_features`` includes VHOST_USER_F_PROTOCOL_FEATURES; ``features`` and
     ``protocol_features`` are None until they were set; ``queue_size_max`` counts entries;
+    ``offered_to_owner``: protocol features for a front-end that becomes owner before it negotiates any. QEMU negotiates
+    first, and warns of a network interface with CONFIG, for it shows its guest a config space of its own. User-mode
+    Linux, cloud-hypervisor, crosvm and DPDK become owner first; the first two need it.
     ``has_used_iotlb``: addresses were translated at some time on this connection. ``repeats_memory``:
     the front-end may add and remove each memory region once for every pair of queues, as QEMU before 8.0 does with a
     network interface; only the first time counts.
@@ -47,6 +50,7 @@ class ConnectionState:
     queue_size_max: int
     rings: list[Vring]
     repeats_memory: bool = False
+    offered_to_owner: int = 0
     features: int | None = None
     protocol_features: int | None = None
     has_used_iotlb: bool = False
@@ -115,6 +119,9 @@ class ConnectionState:
     def commit(self, operation: Operation, value: Value) -> None:
         """The operation is done with ``value``; operations without a trace in the state change nothing."""
         match operation:
+            case SetOwner():
+                if self.protocol_features is None:
+                    self.offered_protocol_features |= self.offered_to_owner
             case SetProtocolFeatures(bits=bits):
                 self.protocol_features = bits
                 self.has_used_iotlb |= self.translates

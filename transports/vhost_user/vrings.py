@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from transports.vhost_user.operations import SetRingAddresses, SetRingBase, SetRingSize
+from transports.vhost_user.operations import Refuse, SetRingAddresses, SetRingBase, SetRingSize
 from transports.vhost_user.payloads import VringAddr, VringState
 from virtio.errors import PeerError
 from virtio.spec import VIRTQUEUE_SIZE_MAX
@@ -60,15 +60,17 @@ class Vring:
 
     # --- what the front-end says ---
 
-    def plan_size(self, state: VringState, *, size_max: int) -> SetRingSize:
+    def plan_size(self, state: VringState, *, size_max: int) -> SetRingSize | Refuse:
         """SET_VRING_NUM; which sizes the ring's format can have is asked when it starts."""
         size = state.num
         if size == 0:
             raise PeerError(f"queue {self.index} cannot have the size 0")
-        limit = min(size_max, VIRTQUEUE_SIZE_MAX)
-        if size > limit:
-            raise PeerError(
-                f"queue {self.index}: size {size} is above this device's limit of {limit}; "
+        if size > VIRTQUEUE_SIZE_MAX:
+            raise PeerError(f"queue {self.index}: size {size} is above {VIRTQUEUE_SIZE_MAX} (virtio 1.3, section 2.7)")
+        if size > size_max:
+            # Without NEED_REPLY this ends the connection: the guest is about to use this ring, and would wait for ever.
+            return Refuse(
+                f"queue {self.index}: size {size} is above this device's limit of {size_max}; "
                 f"lower the queue size in the virtual machine or raise the device's queue_size"
             )
         return SetRingSize(self.index, size, suspend=self.configured and size != self.size)

@@ -87,7 +87,6 @@ class Blk(Device):
     type_name = "blk"
     native = True
     queue_counts = (1, 256)
-    queue_size_limit = 1024
     ops = OPS
     Options = BlkOptions
     feature_bits = {
