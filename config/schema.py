@@ -321,6 +321,12 @@ class DeviceConfig(DeviceTable):
         "the program which starts it. The path in socket is then not opened; it only says where front-ends connect.",
         examples=[3],
     )
+    offer_config: bool = Field(
+        default=False,
+        description="Of a network interface: let every front-end read its config space (VHOST_USER_PROTOCOL_F_CONFIG), "
+        "as libkrun and alioth must. QEMU has one of its own and prints a warning, so by itself a front-end may that "
+        "becomes the owner before it negotiates, which QEMU does not. Other types offer it in any case.",
+    )
     inband_notifications: bool = Field(
         default=False,
         description="Offer the front-end to kick the rings and to be interrupted by messages instead of descriptors "

@@ -49,6 +49,7 @@ class Transport(Protocol):
         *,
         stats: ConnectionStats | None = None,
         inband_notifications: bool = False,
+        offers_config: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until cancelled, or until the front-end of an inherited connection leaves."""

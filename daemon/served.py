@@ -119,6 +119,7 @@ class ServedDevice:
             transport_of(common).serve,
             stats=self.connection,
             inband_notifications=common.inband_notifications,
+            offers_config=common.offer_config,
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(serve, backend, endpoint_of(common))

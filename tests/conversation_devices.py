@@ -58,6 +58,7 @@ socket = "input.sock"
 
 [devices.net]
 type = "net"
+offer_config = true
 backend = "socket"
 local = "unixgram:FOLDER/net.local"
 remote = "unixgram:FOLDER/net.remote"

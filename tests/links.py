@@ -155,7 +155,8 @@ class SocketLink(Link):
         await self.front_end.negotiate(features | wire.F_PROTOCOL_FEATURES, await self._agree_on_protocol())
 
     async def _agree_on_protocol(self) -> int:
-        """Accept every protocol feature that is offered."""
+        """Accept every protocol feature that is offered; as owner, as front-ends do that are not QEMU."""
+        await self.front_end.send(wire.message(3))
         offered = int.from_bytes(await self.front_end.ask(15), "little")
         await self.front_end.send(wire.message(16, wire.u64(offered)))
         return offered

@@ -163,6 +163,7 @@ class Dialogue:
     queue_size_max: int = 256
     is_network_interface: bool = False
     inband_notifications: bool = False
+    offers_config: bool = True
     session: Session = field(init=False)
     starts: list[ConfigureQueue] = field(default_factory=list)
 
@@ -173,6 +174,7 @@ class Dialogue:
             queue_size_max=self.queue_size_max,
             is_network_interface=self.is_network_interface,
             inband_notifications=self.inband_notifications,
+            offers_config=self.offers_config,
         )
 
     def feed(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -369,6 +371,7 @@ class FrontEnd:
     async def negotiate(
         self, features: int = F_VERSION_1 | F_PROTOCOL_FEATURES, protocol: int = ALL_PROTOCOL_FEATURES
     ) -> None:
+        await self.send(message(3))  # the owner is offered all there is
         await self.send(message(16, u64(protocol)))
         assert await self.do(3) == 0
         assert await self.do(2, u64(features)) == 0

@@ -7,6 +7,7 @@ from typing import Final
 
 from config.loader import Device
 from daemon.attach.request import Answer, Request, cannot_listen, connects, queue_size, virtio_id, virtqueues
+from virtio import spec
 
 QUEUE_SIZE_MAX: Final = 32768
 TYPES: Final = {3: "CONSOLE", 4: "RNG", 17: "RTC", 18: "INPUT", 19: "VSOCK", 25: "SND", 36: "CAN"}
@@ -22,6 +23,10 @@ def attach(request: Request) -> Answer:
             answer.refused.append(cannot_listen(device, "libkrun"))
         else:
             calls.append(_call(device))
+            if virtio_id(device) == spec.VIRTIO_ID_NET and not device.common.offer_config:
+                answer.notes.append(
+                    f'device "{device.name}": libkrun reads its address from the device; set offer_config = true'
+                )
     if calls:
         answer.text = "\n".join(calls)
         answer.notes.append("ctx is of krun_create_ctx(); a call gives 0, or -ENOTSUP where vhost-user is not built in")

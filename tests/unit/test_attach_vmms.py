@@ -301,3 +301,13 @@ def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str], command: s
         main([command, "--help"])
     assert caught.value.code == 0
     assert word in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_libkrun_is_noted_to_need_the_config_space_of_a_network_interface(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], offered: bool
+) -> None:
+    path = tmp_path / "net.toml"
+    path.write_text(f'[devices.lan]\ntype = "net"\nsocket = "lan.sock"\noffer_config = {str(offered).lower()}\n')
+    main(["attach", "--vmm", "libkrun", str(path)])
+    assert ("set offer_config = true" in capsys.readouterr().err) is not offered

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
 import trio
+import vhost_user_wire as wire
 from vhost_user_wire import FrontEnd
 
 from config.loader import load
@@ -16,6 +18,7 @@ from config.problems import ConfigError
 from config.schema import DEFAULT_WORKER, WorkerConfig
 from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Configured, device_types, make_devices
+from guest.service import free_port, serve
 from transports import TRANSPORTS
 from transports.vhost_user.endpoint import Inherit
 from transports.vhost_user.server import VhostUserServer
@@ -66,15 +69,22 @@ def ring_features(bits: int) -> set[str]:
     return {name for name, bit in spec.RING_FEATURES.items() if bits >> bit & 1}
 
 
-async def told_to_a_front_end(folder: Path, kind: str, more: str = "") -> set[str]:
-    """The ring features that a device of that type offers to a front-end which asks over its socket."""
+@asynccontextmanager
+async def front_end_of(folder: Path, kind: str, more: str = "") -> AsyncIterator[FrontEnd]:
+    """A front-end that is connected to a device of that type."""
     configured = configure(folder, kind, more)
     async with assembled(configured) as assembly, trio.open_nursery() as nursery:
         ours, theirs = trio.socket.socketpair()
         server = VhostUserServer(assembly.backends["mine"], Inherit(OwnedFd(ours.detach())))
         nursery.start_soon(server.run)
         with FrontEnd(theirs) as front_end:
-            return ring_features(int.from_bytes(await front_end.ask(1), "little"))
+            yield front_end
+
+
+async def told_to_a_front_end(folder: Path, kind: str, more: str = "") -> set[str]:
+    """The ring features that a device of that type offers to a front-end which asks over its socket."""
+    async with front_end_of(folder, kind, more) as front_end:
+        return ring_features(int.from_bytes(await front_end.ask(1), "little"))
 
 
 def test_every_type_that_there_is_is_asked() -> None:
@@ -155,3 +165,42 @@ async def test_a_machine_of_our_own_offers_packed_rings_and_their_reset_and_obey
             registers.write(0x14, 4, word)  # DeviceFeaturesSel
             words.append(registers.read(0x10, 4))
     assert ring_features(words[0] | words[1] << 32) == offered
+
+
+@every_type
+async def test_a_config_space_is_read_in_any_length_and_written_over_what_may_only_be_read(
+    kind: str, tmp_path: Path
+) -> None:
+    """QEMU 11's generic devices write all of it for one byte of the guest's, as it was last read."""
+    async with front_end_of(tmp_path, kind) as front_end:
+        await front_end.send(wire.message(3))
+        offered = int.from_bytes(await front_end.ask(15), "little")
+        if not offered & wire.CONFIG:
+            assert kind in ("rng", "i2c", OF_A_FILE), "only what has no config space keeps it to itself"
+            return
+        await front_end.send(wire.message(16, wire.u64(offered)))
+        whole = (await front_end.ask(24, wire.config(0, bytes(256))))[12:]
+        assert len(whole) == 256
+        for offset, size in ((0, 1), (0, 136), (4, 60), (255, 1)):
+            part = await front_end.ask(24, wire.config(offset, bytes(size)))
+            assert part[12:] == whole[offset : offset + size]
+        for size in (1, 60, 136, 256):
+            assert await front_end.do(25, wire.config(0, whole[:size])) == 0
+            assert (await front_end.ask(24, wire.config(0, bytes(256))))[12:] == whole
+        other = bytes(byte ^ 0xFF for byte in whole)
+        assert await front_end.do(25, wire.config(0, other)) == 0
+        after = (await front_end.ask(24, wire.config(0, bytes(256))))[12:]
+        writable = {"input": range(256), "net": range(6)}.get(kind, range(0))  # input: what is asked for is answered
+        assert [at for at in range(256) if after[at] != whole[at] and at not in writable] == []
+
+
+@pytest.mark.parametrize("offered", [False, True])
+async def test_the_operator_may_offer_a_network_interfaces_config_space_to_every_front_end(
+    offered: bool, tmp_path: Path
+) -> None:
+    """libkrun negotiates as QEMU does, and reads the guest's address there."""
+    port = free_port()
+    configure(tmp_path, "net", f'offer_config = {str(offered).lower()}\n[daemon]\nmetrics = "127.0.0.1:{port}"')
+    async with serve(tmp_path / "mine.toml", tmp_path, port):
+        with await FrontEnd.connect(tmp_path / "mine.sock") as front_end:
+            assert bool(int.from_bytes(await front_end.ask(15), "little") & wire.CONFIG) is offered

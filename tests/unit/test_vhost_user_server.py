@@ -58,7 +58,7 @@ async def test_a_front_end_is_served_and_its_wishes_reach_the_back_end_in_order(
                 assert ("set_driver_features", wire.F_VERSION_1) in backend.calls  # without bit 30
                 assert server.stats.connected
                 assert server.stats.memory_regions == 1
-                assert server.stats.messages == 12
+                assert server.stats.messages == 13
             await backend.called("reset")
         backend.close()
         assert not is_there(path)

@@ -343,3 +343,31 @@ def test_a_translation_that_comes_after_the_device_was_stopped_is_acknowledged_a
     d.ask(2, u64(wire.F_VERSION_1 | wire.F_PROTOCOL_FEATURES))  # the next driver does without an IOMMU
     assert d.ask(22, late) == reply_to(22, u64(0))
     d.close()
+
+
+@pytest.mark.parametrize(
+    ("order", "offers_config", "offered"),
+    [
+        ([15, 3, 15], False, [False, True]),  # asked first, owner, and no features agreed on: not QEMU
+        ([15, 16, 3, 15], False, [False, False]),  # QEMU, with a second pair of queues
+        ([3, 15], False, [True]),  # User-mode Linux, cloud-hypervisor, DPDK
+        ([15, 16], True, [True]),  # libkrun, told by the configuration
+    ],
+    ids=["asks_twice", "qemu", "owner_first", "by_configuration"],
+)
+def test_the_config_space_of_a_network_interface_is_not_offered_to_qemu(
+    order: list[int], offers_config: bool, offered: list[bool]
+) -> None:
+    """QEMU would warn of it for each pair of queues; a front-end that has no config space of its own needs it."""
+    d = Dialogue(is_network_interface=True, offers_config=offers_config)
+    answers = [d.ask(number, u64(wire.MQ) if number == 16 else b"") for number in order]
+    protocol = [
+        int.from_bytes(answer[12:], "little") for number, answer in zip(order, answers, strict=True) if number == 15
+    ]
+    assert [bool(bits & wire.CONFIG) for bits in protocol] == offered
+    d.close()
+
+
+def test_a_device_that_is_no_network_interface_offers_its_config_space_to_qemu_too() -> None:
+    d = Dialogue()
+    assert int.from_bytes(d.ask(15)[12:], "little") & wire.CONFIG

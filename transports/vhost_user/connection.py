@@ -65,6 +65,7 @@ class Connection:
         log: FilteringBoundLogger,
         *,
         inband_notifications: bool = False,
+        offers_config: bool = False,
     ) -> None:
         self._backend = backend
         self._socket = sock
@@ -77,6 +78,7 @@ class Connection:
             has_config_space=backend.has_config_space,
             is_network_interface=backend.device_id == VIRTIO_ID_NET,
             inband_notifications=inband_notifications,
+            offers_config=offers_config,
         )
         self._current: str = ""  # the request being carried out
         self._refused: set[str] = set()  # what was refused and logged already: requests, by name

@@ -43,7 +43,7 @@ _RETRY_ACCEPT: Final = {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.EN
 class VhostUserServer:
     """Serves ``backend`` at ``endpoint``. ``stats`` may be read at any time.
 
-    ``inband_notifications``: offer that rings are kicked and called by messages.
+    ``inband_notifications``: offer that rings are kicked and called by messages. ``offers_config``: see ``Session``.
     """
 
     def __init__(
@@ -53,10 +53,12 @@ class VhostUserServer:
         *,
         stats: ConnectionStats | None = None,
         inband_notifications: bool = False,
+        offers_config: bool = False,
     ) -> None:
         self._backend = backend
         self._endpoint = endpoint
         self._inband_notifications = inband_notifications
+        self._offers_config = offers_config
         self.stats: Final = stats if stats is not None else ConnectionStats()
         self._log: FilteringBoundLogger = structlog.get_logger().bind(device=backend.name)
         self._connection: Connection | None = None
@@ -166,7 +168,12 @@ class VhostUserServer:
         self._refused_in_a_row = 0
         try:
             connection = Connection(
-                self._backend, sock, self.stats, self._log, inband_notifications=self._inband_notifications
+                self._backend,
+                sock,
+                self.stats,
+                self._log,
+                inband_notifications=self._inband_notifications,
+                offers_config=self._offers_config,
             )
         except Exception as error:  # the device's mistake must not take the other guests' devices along
             sock.close()
@@ -225,8 +232,11 @@ async def serve(
     *,
     stats: ConnectionStats | None = None,
     inband_notifications: bool = False,
+    offers_config: bool = False,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``backend`` to vhost-user front-ends at ``endpoint`` (see ``VhostUserServer.run``)."""
-    server = VhostUserServer(backend, endpoint, stats=stats, inband_notifications=inband_notifications)
+    server = VhostUserServer(
+        backend, endpoint, stats=stats, inband_notifications=inband_notifications, offers_config=offers_config
+    )
     await server.run(task_status=task_status)

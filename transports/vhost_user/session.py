@@ -17,6 +17,7 @@ from transports.vhost_user.framing import Frame, Framer
 from transports.vhost_user.messages import (
     NEVER_OFFERED,
     VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_USER_PROTOCOL_F_CONFIG,
     Payload,
     Reply,
     offered_protocol_features,
@@ -28,6 +29,7 @@ from transports.vhost_user.vrings import Vring
 from virtio.errors import HyperbellError, PeerError
 from virtio.fd import OwnedFd
 
+_CONFIG: Final = 1 << VHOST_USER_PROTOCOL_F_CONFIG
 _FAILURE: Final = 1  # any value but zero ("VHOST_USER_PROTOCOL_F_REPLY_ACK")
 
 
@@ -35,6 +37,7 @@ class Session:
     """The protocol of one connection.
 
     ``device_features`` are the 64 feature bits of device and rings; ``queue_size_max`` counts entries.
+    ``offers_config``: CONFIG is offered to every front-end, also of a network interface.
     ``state`` is for reading: it changes only through ``accept``.
     """
 
@@ -47,14 +50,18 @@ class Session:
         has_config_space: bool = True,
         is_network_interface: bool = False,
         inband_notifications: bool = False,
+        offers_config: bool = False,
     ) -> None:
+        offered = offered_protocol_features(
+            has_config_space=has_config_space,
+            is_network_interface=is_network_interface,
+            inband_notifications=inband_notifications,
+        )
+        to_owner = _CONFIG if is_network_interface and not offers_config else 0
         self.state: Final = ConnectionState(
             offered_features=device_features & ~NEVER_OFFERED | 1 << VHOST_USER_F_PROTOCOL_FEATURES,
-            offered_protocol_features=offered_protocol_features(
-                has_config_space=has_config_space,
-                is_network_interface=is_network_interface,
-                inband_notifications=inband_notifications,
-            ),
+            offered_protocol_features=offered & ~to_owner,
+            offered_to_owner=offered & to_owner,
             queue_size_max=queue_size_max,
             rings=[Vring(index) for index in range(queue_count)],
             repeats_memory=is_network_interface,

@@ -16,6 +16,7 @@ from transports.vhost_user.operations import (
     SetFeatures,
     SetKick,
     SetMemory,
+    SetOwner,
     SetProtocolFeatures,
     SetRingAddresses,
     SetRingBase,
