@@ -1,8 +1,9 @@
 """Whether the driver that starts a device's queues is the one that stopped them, or another, without a reset between.
 
-QEMU 7.2 tells a vhost-user back-end of no reset: when a guest reboots it asks for the rings' bases, as at a mere pause,
-and sets the rings up again. What differs is where they begin: a driver that goes on does so where it stopped. To take a
-pause for a reboot would cost a guest its connections, so whatever is in doubt is the same driver.
+QEMU (7.2 to 11.1) tells the back-end of a generic device, and up to 7.2 of any, of no reset: when a guest reboots it
+disables the rings, asks for their bases, as at a mere pause, and sets them up again. User-mode Linux only disables
+them. What differs is where they begin: the same driver continues where its rings stopped. To take a pause for a reboot
+would cost a guest its connections, so whatever is in doubt is the same driver.
 """
 
 from __future__ import annotations

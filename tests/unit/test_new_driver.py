@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import pytest
 import trio
+import vhost_user_wire as wire
 from driven import Scripted
+from front_end_steps import Teller, prepare
 from frontend import PACKED_START, Guest, Plugged, Setting, every_python_setting, every_ring, plugged
 
 from virtio.testing.driver import PackedDriver, SplitDriver
@@ -207,3 +209,56 @@ async def test_a_device_that_fails_while_it_is_reset_for_a_new_driver_has_broken
         await p.guest.queues[0].broken()
         await trio.testing.wait_all_tasks_blocked()
         assert device.resets == 1
+
+
+# --- as QEMU really does it, for what it calls a generic device (rng, gpio, i2c, input) and for vsock ---
+
+
+async def stop_as_qemu(tellers: list[Teller]) -> list[int]:
+    """A pause, a reboot, system_reset: there is no status and no RESET_DEVICE, and the same is said for each."""
+    bases = []
+    for teller in tellers:
+        await teller.enable(on=False)
+    for teller in tellers:
+        bases.append(await teller.guest.link.stop(teller.queue.index))
+        await teller.call()  # of a queue that is stopped
+    return bases
+
+
+async def start_as_qemu(tellers: list[Teller], bases: list[int]) -> None:
+    for teller in tellers:
+        await teller.call()
+    await tellers[0].features()
+    for teller, base in zip(tellers, bases, strict=True):
+        await teller.num()
+        await teller.base(base)
+        await teller.addr()
+        await teller.err()
+        await teller.kick()
+    for teller in tellers:
+        await teller.enable()
+        await teller.call()
+
+
+@every_ring
+@pytest.mark.parametrize("queues", [1, 3])
+async def test_a_generic_device_of_qemus_is_reset_by_a_reboot_and_by_no_pause(ring: str, queues: int) -> None:
+    """QEMU 7.2 to 11.1 say one status, 8, in the device's whole life: where the rings begin is all there is."""
+    device = Watched(queues)
+    async with plugged(device, Setting("socket", ring), start=False) as p:
+        tellers = [await prepare(p)]
+        tellers += [Teller(p.guest, p.guest.add_queue(16)) for _ in range(queues - 1)]
+        await tellers[0].do(39, wire.u64(8))
+        await tellers[0].memory()  # once a connection
+        await start_as_qemu(tellers, [teller.queue.driver.base for teller in tellers])
+        for reboots in range(3):
+            assert device.resets == reboots
+            for used in ([], [0], [queues - 1], [], list(range(queues))):
+                await use(*(tellers[index].queue for index in used))
+                await start_as_qemu(tellers, await stop_as_qemu(tellers))
+            assert device.resets == reboots
+            await stop_as_qemu(tellers)
+            p.guest.forget_queues()
+            tellers = [Teller(p.guest, p.guest.add_queue(16)) for _ in range(queues)]
+            await start_as_qemu(tellers, [teller.queue.driver.base for teller in tellers])
+        assert await p.guest.link.status() == 8
