@@ -284,6 +284,7 @@ type = "blk"
 backend = "memory"
 size = {DISK_SIZE}
 socket = "honest.sock"
+packed = true
 worker = "one"
 
 [devices.victim]
@@ -291,6 +292,8 @@ type = "blk"
 backend = "memory"
 size = {DISK_SIZE}
 socket = "victim.sock"
+packed = true
+iommu = true
 queues = {VICTIM_QUEUES}
 workers = ["one", "two"]
 """

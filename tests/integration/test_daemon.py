@@ -30,16 +30,19 @@ path = "disk.img"
 socket = "disk.sock"
 queues = 2
 workers = ["first", "second"]
+packed = true
 
 [devices.entropy]
 type = "rng"
 socket = "entropy.sock"
+packed = true
 
 [devices.terminal]
 type = "console"
 backend = "socket"
 path = "terminal"
 socket = "terminal.sock"
+packed = true
 """
 
 

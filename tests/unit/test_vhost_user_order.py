@@ -263,7 +263,8 @@ def test_a_ring_whose_kick_came_first_and_whose_base_never_comes_starts_when_it_
     d.close()
 
 
-def test_a_ring_waits_for_the_memory_at_its_addresses() -> None:
+def test_a_ring_waits_for_memory_and_no_longer() -> None:
+    """A ring outside of what is shared is the driver's mistake, which breaks its queue where it can be told."""
     d = Dialogue()
     d.negotiate()
     d.set_up_ring(base=7)
@@ -271,9 +272,6 @@ def test_a_ring_waits_for_the_memory_at_its_addresses() -> None:
     state = d.session.state
     assert state.waits_for(state.rings[0]) == "memory"
     d.ask(37, wire.single_region(MIB, MIB, UVA + MIB), [wire.memfd()])
-    assert d.starts == []
-    assert state.waits_for(state.rings[0]) == "memory at its addresses"
-    d.ask(37, wire.single_region(0, MIB, UVA), [wire.memfd()])
     assert starts(d) == [WHOLE]
     d.close()
 

@@ -113,8 +113,6 @@ class ConnectionState:
             return "the features"
         if not self.memory.regions:
             return "memory"
-        if self.ring_space is AddressSpace.UVA and not all(self.memory.holds(each, 1) for each in ring.addresses):
-            return "memory at its addresses"
         return None
 
     def commit(self, operation: Operation, value: Value) -> None:
