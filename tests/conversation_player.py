@@ -357,7 +357,7 @@ class Player:
         await self._send(step, wire.vring_addr(queue.index, *queue.areas))
 
     async def _set_vring_base(self, step: Step, ring: int | None) -> None:
-        """0; ``new``: where a new ring begins; ``kept``: what GET_VRING_BASE said; ``avail``: where the driver is; ``used``."""
+        """The words as the README of the conversations has them."""
         queue = self._queue(ring)
         new = 0 if isinstance(queue.driver, SplitDriver) else PACKED_START
         kinds = {"0": 0, "new": new, "kept": self.bases.get(queue.index, new), "avail": queue.driver.base}
