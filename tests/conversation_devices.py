@@ -64,6 +64,14 @@ local = "unixgram:FOLDER/net.local"
 remote = "unixgram:FOLDER/net.remote"
 socket = "net.sock"
 
+[devices.net-config]
+type = "net"
+backend = "socket"
+local = "unixgram:FOLDER/net-config.local"
+remote = "unixgram:FOLDER/net-config.remote"
+offer_config = true
+socket = "net-config.sock"
+
 [devices.own]
 type = "./echo.py:Echo"
 socket = "own.sock"
@@ -220,12 +228,13 @@ class Keyboard(Proof):
 
 class Network(Proof):
     queues = 3
-    config = mac_from_name("net")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "net") -> None:
         super().__init__(folder)
+        self.name = name
+        self.config = mac_from_name(name)
         self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._peer.bind(str(folder / "net.remote"))
+        self._peer.bind(str(folder / f"{name}.remote"))
         self._peer.setblocking(False)
 
     def close(self) -> None:
@@ -234,12 +243,12 @@ class Network(Proof):
     async def _serves(self, machine: Machine) -> None:
         if machine.first_time():
             machine.post(0, 2048)
-        sent = b"\xff" * 6 + mac_from_name("net") + b"\x88\xb5" + pattern(100, self.turn)
+        sent = b"\xff" * 6 + self.config + b"\x88\xb5" + pattern(100, self.turn)
         assert (await machine.queues[1].request([NET_HEADER, sent], [])).written == 0
         await trio.lowlevel.wait_readable(self._peer)
         assert self._peer.recv(2048) == sent
-        answer = mac_from_name("net") + sent[6:]
-        self._peer.sendto(answer, str(self.folder / "net.local"))
+        answer = self.config + sent[6:]
+        self._peer.sendto(answer, str(self.folder / f"{self.name}.local"))
         (used,) = await machine.queues[0].used()
         assert used.buffers[0][12 : used.written] == answer
         machine.post(0, 2048, 1)

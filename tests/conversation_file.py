@@ -17,6 +17,7 @@ TYPES: Final = ("blk", "console", "gpio", "i2c", "input", "net", "own", "rng", "
 KEYS: Final = (
     "front-end",
     "attaches",
+    "device",
     "passes",
     "protocol",
     "need-reply",

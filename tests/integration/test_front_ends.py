@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conversation_devices import PROOFS, Proof, write_configuration
+from conversation_devices import PROOFS, Network, Proof, write_configuration
 from conversation_file import CONVERSATIONS, TYPES, Conversation, load
 from conversation_player import Player
 from scene import DaemonProcess, LogBook
@@ -29,6 +29,7 @@ class House:
         self.folder = folder
         self.log = LogBook()
         self.proofs: dict[str, Proof] = {name: kind(folder) for name, kind in PROOFS.items()}
+        self.proofs["net-config"] = Network(folder, "net-config")
         self.daemon = DaemonProcess(write_configuration(folder), self.log)
         self.log.wait_for(0, "serving")
 
@@ -52,13 +53,14 @@ async def test_a_front_end_uses_a_device_and_leaves_and_comes_again(
     house: House, conversation: Conversation, device_type: str
 ) -> None:
     mark = house.log.mark
+    device = conversation.key("device", device_type, device_type)
 
     def complaints() -> list[str]:
         """What the daemon had against the front-end, less what it takes notice of and mends."""
-        entries = [entry for entry in house.log.since(mark) if entry.get("device") == device_type]
+        entries = [entry for entry in house.log.since(mark) if entry.get("device") == device]
         return [str(entry) for entry in entries if entry["level"] != "info" and not entry["event"].startswith(MENDED)]
 
-    player = Player(conversation, device_type, house.folder / f"{device_type}.sock", house.proofs[device_type])
+    player = Player(conversation, device_type, house.folder / f"{device}.sock", house.proofs[device])
     try:
         await player.live()
     except AssertionError as error:
