@@ -14,16 +14,18 @@ from guest.suites import open_suite
 from guest.tools import run_tool
 from guest.tree import Tree
 
-# What a build calls beside what Debian's headers depend on, where all of it comes from a suite's tree.
+# What a build calls beside what Debian's headers depend on, where all of it comes from a suite's tree. DKMS is for its
+# tests; it brings perl along, with which Linux 6.12 looks at comments where all warnings are wanted.
 BUILD_PACKAGES = (
+    "dkms",
     *("make", "binutils", "kmod", "bash", "dash", "coreutils", "dpkg", "findutils", "diffutils"),
     *("grep", "gzip", "mawk", "perl-base", "sed", "tar", "xz-utils"),
 )
 TREE_LINKS = {"usr/bin/awk": "mawk", "usr/bin/sh": "dash"}  # made by scripts of packages, which do not run in a tree
 BUILD_PLACE = "/mnt"
-# A mount namespace of its own: nothing of it is left afterwards, however it ends.
+# A mount namespace of its own: nothing of it is left afterwards, however it ends. Linux 7.3's objtool reads /proc.
 ENTER = """\
-mount --rbind /dev "$1/dev" && mount --bind "$2" "$1$3" || exit
+mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1$3" || exit
 cd / && tree=$1 && shift 3 && exec chroot "$tree" "$@"
 """
 
@@ -37,12 +39,24 @@ class Headers:
 
     def make(self, build: Path, *words: str) -> list[str]:
         """The command that makes ``words`` of the modules in the folder ``build``."""
+        return self.run(build, "make", "-C", str(self.inside), f"M={self.place(build)}", *words)
+
+    def run(self, build: Path, *command: str) -> list[str]:
+        """The command that runs ``command`` where the headers are ``inside`` and the folder ``build`` its ``place``."""
         if self.tree is None:
-            return ["make", "-C", str(self.folder), f"M={build}", *words]
-        inside = f"/{self.folder.relative_to(self.tree.folder)}"
+            return list(command)
         space = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() != 0 else [])]
-        command = ["env", "PATH=/usr/sbin:/usr/bin", "make", "-C", inside, f"M={BUILD_PLACE}", *words]
-        return [*space, "sh", "-c", ENTER, "enter", str(self.tree.folder), str(build), BUILD_PLACE, *command]
+        words = ["env", "PATH=/usr/sbin:/usr/bin", *command]
+        return [*space, "sh", "-c", ENTER, "enter", str(self.tree.folder), str(build), BUILD_PLACE, *words]
+
+    @property
+    def inside(self) -> Path:
+        """The headers' folder as ``run`` sees it."""
+        return self.folder if self.tree is None else Path("/") / self.folder.relative_to(self.tree.folder)
+
+    def place(self, build: Path) -> Path:
+        """The folder ``build`` as ``run`` sees it."""
+        return build if self.tree is None else Path(BUILD_PLACE)
 
     @property
     def compiler(self) -> str:
@@ -67,7 +81,7 @@ def _suite_headers(kernel: Kernel, progress: Progress) -> Headers:
     for name, target in TREE_LINKS.items():
         if not (tree.folder / name).exists():
             (tree.folder / name).symlink_to(target)
-    for name in ("dev", "mnt", "tmp"):
+    for name in ("dev", "mnt", "proc", "tmp"):
         (tree.folder / name).mkdir(exist_ok=True)
     return Headers(tree.folder / "usr" / "src" / f"linux-headers-{kernel.release}", tree)
 

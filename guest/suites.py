@@ -103,7 +103,7 @@ class Suite:
         """
         with self._locked():
             self._need_lists()
-            versions = [f"{package}_{self.version(package).replace(':', '%3a')}" for package in packages]
+            versions = [f"{package}_{version.replace(':', '%3a')}" for package, version in self._versions(packages)]
             further = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:8]
             target = self.folder / "trees" / f"{versions[0]}-{further}"
             if target.exists():
@@ -123,11 +123,18 @@ class Suite:
                 (scratch / "tree").rename(target)
         return Tree(target)
 
-    def _shown(self, package: str) -> str:
+    def _versions(self, packages: Sequence[str]) -> list[tuple[str, str]]:
+        """The versions of all ``packages``, by one look into the lists, which takes a while."""
+        records = self._shown(*packages).split("\n\n")
+        found = {field_of(record, "Package"): field_of(record, "Version") for record in records}
+        return [(package, found.get(package) or self.version(package)) for package in packages]
+
+    def _shown(self, *packages: str) -> str:
         try:
-            return self._apt("apt-cache", "show", "--no-all-versions", package)
+            return self._apt("apt-cache", "show", "--no-all-versions", *packages)
         except PrepareError as error:
-            raise PrepareError(f"Debian {self.name} has no package {package} on this machine's mirror") from error
+            missing = " or ".join(packages)
+            raise PrepareError(f"Debian {self.name} has no package {missing} on this machine's mirror") from error
 
     def _apt(self, *words: str, cwd: Path | None = None) -> str:
         program, *further = words

@@ -16,7 +16,7 @@ import pytest
 from guests.testbed import Testbed
 
 from guest.cache import cache_folder, scratch_folder
-from guest.headers import prepare_headers
+from guest.headers import Headers, prepare_headers
 from guest.module import SOURCES
 from guest.packages import packages_of
 
@@ -29,7 +29,7 @@ NOT_FOR_THIS_KERNEL = 77  # as DKMS says that BUILD_EXCLUSIVE rules a kernel out
 
 @pytest.fixture(scope="session")
 def dkms() -> Path:
-    """Debian's dkms, from the cache."""
+    """This machine's Debian's dkms, from the cache. That of another suite is in its kernel's headers' tree."""
     target = cache_folder() / "dkms"
     if not target.exists():
         with scratch_folder(cache_folder()) as scratch:
@@ -61,18 +61,20 @@ class Dkms:
 
     script: Path
     folder: Path
-    headers: Path
+    headers: Headers
 
     def run(self, action: str, kernel: str) -> subprocess.CompletedProcess[str]:
         trees = {"sourcetree": "src", "dkmstree": "tree", "installtree": "installed"}
         for name in trees.values():
             (self.folder / name).mkdir(exist_ok=True)
+        place = self.headers.place(self.folder)
+        script = self.script if self.headers.tree is None else Path("/usr/sbin/dkms")
+        words = ["bash", str(script), action, f"hyperbell/{VERSION}", "-k", kernel, "-a", "x86_64"]
+        words += ["--kernelsourcedir", str(self.headers.inside)]
+        for option, name in trees.items():
+            words += [f"--{option}", str(place / name)]
         return subprocess.run(
-            [
-                *("bash", self.script, action, f"hyperbell/{VERSION}", "-k", kernel, "-a", "x86_64"),
-                *("--kernelsourcedir", self.headers),
-                *(word for option, name in trees.items() for word in (f"--{option}", self.folder / name)),
-            ],
+            self.headers.run(self.folder, *words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +85,7 @@ class Dkms:
 @pytest.fixture
 def added(dkms: Path, sources: Path, testbed: Testbed, tmp_path: Path) -> Dkms:
     """The module's sources known to DKMS."""
-    tool = Dkms(dkms, tmp_path, prepare_headers(testbed.kernel, print).folder)
+    tool = Dkms(dkms, tmp_path, prepare_headers(testbed.kernel, print))
     done = tool.run("add", release(testbed))
     assert done.returncode == 0, done.stdout
     return tool
@@ -97,7 +99,7 @@ def test_dkms_builds_the_module_for_the_kernel_that_guests_boot(added: Dkms, tes
     kernel = release(testbed)
     done = added.run("build", kernel)
     assert done.returncode == 0, done.stdout
-    (module,) = tmp_path.glob(f"tree/hyperbell/{VERSION}/{kernel}/x86_64/module/*")
+    (module,) = tmp_path.glob(f"tree/hyperbell/{VERSION}/{kernel}/x86_64/module/*.ko*")
     assert module.name == "hyperbell.ko"
     facts = modinfo(module)
     assert (facts["vermagic"].split()[0], facts["version"], facts["name"]) == (kernel, VERSION, "hyperbell")
@@ -123,12 +125,11 @@ def test_dkms_takes_the_kernels_that_the_page_names() -> None:
 def test_makefile_builds_the_module_against_the_headers_it_is_given_and_cleans_up(
     sources: Path, testbed: Testbed
 ) -> None:
-    headers = prepare_headers(testbed.kernel, print).folder
+    headers = prepare_headers(testbed.kernel, print)
     before = {path.name for path in sources.iterdir()}
     for target in ("modules", "clean"):
-        done = subprocess.run(
-            ["make", "-C", sources, f"KDIR={headers}", target], capture_output=True, text=True, timeout=300
-        )
+        command = headers.run(sources, "make", "-C", str(headers.place(sources)), f"KDIR={headers.inside}", target)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         if target == "modules":
             assert modinfo(sources / "hyperbell.ko")["vermagic"].split()[0] == release(testbed)
