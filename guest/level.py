@@ -28,7 +28,8 @@ PROJECT_SERIAL = "hyperbell-project"
 GUEST_CPU = "host,-xsave,-avx,-avx2"
 BOOT_SECONDS = 60.0
 LIFETIME_SECONDS = 900  # no guest outlives this, even when nobody looks any more
-SERVE_SECONDS = 30.0
+SERVE_SECONDS = 60.0
+LOOK_US = 250_000  # no oftener: to look is two programs, on the one CPU that the daemon starts on
 CONSOLE_CHUNK = 2400  # of base64: a terminal takes no longer lines than 4,095 characters
 
 
@@ -159,7 +160,7 @@ class Level(LineConsole):
         async with self.job(name, f"hyperbell --log-format json serve /run/{name}.toml") as job:
             await self.run(
                 f"""until grep -q '"event": *"serving"' {job.log_path}; do"""
-                f" kill -0 {job.pid} || {{ cat {job.log_path}; break; }}; usleep 20000; done; kill -0 {job.pid}",
+                f" kill -0 {job.pid} || {{ cat {job.log_path}; break; }}; usleep {LOOK_US}; done; kill -0 {job.pid}",
                 timeout_seconds=SERVE_SECONDS,
             )
             port = [line.rpartition(":")[2].strip(' "') for line in config.splitlines() if line.startswith("metrics")]
