@@ -53,6 +53,10 @@ class Root:
             raise PrepareError(f"this machine has not the libraries {', '.join(sorted(set(missing)))}")
         for name in re.findall(r"(/\S+) \(0x", listed.stdout):
             self.add(Path(name))
+            # glibc loads this one itself when a thread is cancelled, and ends the program where it is not there.
+            unwinder = Path(name).with_name("libgcc_s.so.1")
+            if Path(name).name == "libc.so.6" and unwinder.exists():
+                self.add(unwinder)
 
     def add_tree(self, source: Path, place: str | Path = "", keep: Callable[[Path], bool] = lambda path: True) -> None:
         """Copy the files under ``source`` that ``keep`` wants, by their path within it; libraries too."""

@@ -14,7 +14,7 @@ import pytest
 from guest import accel, initramfs
 from guest.cache import PrepareError
 from guest.console import MachineError, results_of
-from guest.initramfs import Entry, module_order, newc
+from guest.initramfs import Entry, module_order, newc, program_files
 from guest.kernel import read_module
 from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sector_content, sum_generations
 from guest.report import Report, feature_names, human
@@ -106,6 +106,11 @@ def test_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     assert [line.split()[0] for line in listed] == ["drwxr-xr-x", "-rwxr-xr-x", "crw-------"]
     assert listed[1].endswith("bin/odd")
     assert "5,   1" in listed[2]
+
+
+def test_a_program_in_a_guest_has_what_its_libraries_load_later() -> None:
+    names = {Path(path).name for path in program_files("iperf3", "iperf3")}
+    assert {"iperf3", "libc.so.6", "libgcc_s.so.1"} <= names
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["ko", "ko.xz"])
