@@ -47,6 +47,17 @@ class UmlGuest(Guest):
     kind = "User-mode Linux"
 
 
+def linux_command(kernel: Kernel, initramfs: Path, folder: Path) -> list[str]:
+    """User-mode Linux with its console on its standard streams, but without memory and devices.
+
+    Its control socket and process id go to ``folder``; without the word they would be in the home folder.
+    """
+    return [
+        *(str(kernel.image), f"initrd={initramfs}", "quiet", "panic=-1"),
+        *("con=null", "con0=fd:0,fd:1", "ssl=null", f"uml_dir={folder}"),
+    ]
+
+
 @asynccontextmanager
 async def boot_uml(
     kernel: Kernel,
@@ -58,18 +69,24 @@ async def boot_uml(
     listen: Listener | None = None,
 ) -> AsyncIterator[UmlGuest]:
     """A guest that takes commands; it is ended when the block is left. ``MachineError`` if it does not boot."""
-    # Its control socket and process id are there; without the word they would be in the home folder.
     with tempfile.TemporaryDirectory(prefix="hyperbell-uml-") as folder:
         command = [
-            *(str(kernel.image), f"mem={memory_mib}M", f"initrd={initramfs}", "quiet", "panic=-1"),
-            *("con=null", "con0=fd:0,fd:1", "ssl=null", f"uml_dir={folder}"),
+            *linux_command(kernel, initramfs, Path(folder)),
+            f"mem={memory_mib}M",
             *(f"virtio_uml.device={device.socket}:{device.virtio_id}" for device in devices),
             *append.split(),
         ]
-        guest = UmlGuest(await start_machine(command), listen or (lambda line: None))
-        try:
-            await guest.expect_userspace(BOOT_SECONDS)
-            await guest.expect_ready()
+        async with boot_command(command, listen) as guest:
             yield guest
-        finally:
-            await guest.end()
+
+
+@asynccontextmanager
+async def boot_command(command: Sequence[str], listen: Listener | None = None) -> AsyncIterator[UmlGuest]:
+    """The guest that is the program ``command``, otherwise as ``boot_uml``."""
+    guest = UmlGuest(await start_machine(command), listen or (lambda line: None))
+    try:
+        await guest.expect_userspace(BOOT_SECONDS)
+        await guest.expect_ready()
+        yield guest
+    finally:
+        await guest.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from guest.console import Console
 from guest.initramfs import compiled_program, prepare_initramfs
 from guest.kernel import Kernel
 from guest.pattern import check_pattern
-from guest.service import Daemon, free_port, serve
-from guest.uml import UmlDevice, UmlGuest, boot_uml
+from guest.service import Daemon, free_port, hyperbell_command, serve
+from guest.uml import UmlDevice, UmlGuest, boot_command, boot_uml, linux_command
 
 pytestmark = pytest.mark.guest
 
@@ -116,6 +117,27 @@ async def test_a_real_kernel_uses_each_device_with_default_keys(house: House) ->
         await page_comes_from_the_host(guest, house)
         await guest_to_host(guest, house.folder)
         await host_to_guest(guest, house.folder)
+        await terminal_speaks_both_ways(guest, house)
+        await nothing_broke(daemon)
+        await guest.power_off()
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+async def test_hyperbell_uml_boots_a_guest_with_every_device_of_the_file(house: House, printed: bool) -> None:
+    """What it becomes, and the command line that it prints."""
+    command = [str(hyperbell_command()), "uml", str(house.config), "--memory", "96M"]
+    linux = linux_command(house.kernel, house.initramfs, house.folder)
+    if printed:
+        told = await trio.run_process([*command, "--print", "--", *linux], capture_stdout=True)
+        command = shlex.split(told.stdout.decode())
+    else:
+        command += ["--", *linux]
+    async with house.serve() as daemon, boot_command(command) as guest:
+        kib = int((await guest.run("result kib $(awk '/MemTotal/ {print $2}' /proc/meminfo)")).results["kib"])
+        assert 64 * 1024 < kib < 96 * 1024
+        await disk_keeps(guest, house, 1)
+        await page_comes_from_the_host(guest, house)
+        await guest_to_host(guest, house.folder)
         await terminal_speaks_both_ways(guest, house)
         await nothing_broke(daemon)
         await guest.power_off()
