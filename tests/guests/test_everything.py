@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests.simulated import GPIO, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
+from guests.simulated import LINES, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
 from guests.testbed import MIB, Testbed
 from guests.vsock_conversations import guest_to_guest, guest_to_host, host_to_guest
 from guests.web import PAGE, web_server
@@ -198,7 +198,7 @@ async def lines_are_driven_and_watched(ann: Guest, folder: Path) -> None:
         while await watcher.line() != "line 1 output 1 none led":
             pass
         assert await pins.command("set button 1") == ["ok"]
-        answer = await ann.run(f"result button $(cat {GPIO}/button/value); echo 0 >{GPIO}/led/value")
+        answer = await ann.run(f"result button $(cat {LINES}/button/value); echo 0 >{LINES}/led/value")
         assert answer.results["button"] == "1"
         while await watcher.line() != "line 1 output 0 none led":
             pass

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from guests.simulated import (
-    GPIO,
     I2C,
     KEYBOARD_LABEL,
+    LINES,
     PINS_AND_BUS,
     kernel_and_drivers,
     keys_arrive_and_a_light_is_told,
@@ -71,7 +71,7 @@ async def test_a_guest_drives_simulated_lines_and_talks_to_simulated_chips(testb
         await lines_are_driven_and_read(guest)
         assert (await pins.command("list"))[1] == "line 1 output 1 none led"
         await pins.command("set button 1")
-        answer = await guest.run(f"result button $(cat {GPIO}/button/value)")
+        answer = await guest.run(f"result button $(cat {LINES}/button/value)")
         assert answer.results["button"] == "1"
 
         # The kernel's own drivers of a sensor and a memory.
