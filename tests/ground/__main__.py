@@ -41,7 +41,10 @@ TESTS = {
         "tests/nested/test_plain_doorbells.py",
         "tests/nested/test_guests_of_guests.py",
     ),
+    "libvirt": ("-m", "ground", "tests/guests"),
 }
+# Of libvirt one cell: it and its QEMU are those of one suite (tests/guests/test_libvirt.py).
+LIBVIRT = ("11.1", "7.3", "libvirt")
 CELL_SECONDS = 3600
 CANNOT_BE_HAD = 2
 
@@ -93,6 +96,7 @@ def main() -> int:
     cells = [(qemu, kernel, "guests") for qemu in QEMUS for kernel in KERNELS]
     cells += [(qemu, kernel, "nested") for kernel, qemu in NESTED.items()]
     cells += [(qemu, kernel, "levels") for kernel, qemu in LEVELS.items()]
+    cells.append(LIBVIRT)
     chosen = [
         (qemu, kernel, tests)
         for qemu, kernel, tests in cells

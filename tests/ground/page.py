@@ -11,8 +11,8 @@ HEAD = """\
 
 Written by `make test-ground`, which boots Debian's kernels under Debian's QEMUs, fetched and not installed, and runs
 the tests that need them: `guests` is tests/guests, `nested` tests/nested, `levels` a guest of a guest of a guest. In
-the last two the kernel is that of all levels. A row is as old as its date. `make test-ground ARGS="--qemu 11.1 --kernel
-7.3"` renews one.
+these two the kernel is that of all levels. `libvirt` is a domain with a device of every type that a real libvirtd
+starts. A row is as old as its date. `make test-ground ARGS="--qemu 11.1 --kernel 7.3"` renews one.
 
 """
 COLUMNS = ("QEMU", "Linux", "tests", "passed", "failed", "skipped", "guests booted", "seconds", "date")
