@@ -86,7 +86,7 @@ class Connection:
         self._config_changed = False
         self._misses: dict[IotlbMiss, None] = {}  # an ordered set
         self._calls: dict[RingCall | RingError, None] = {}  # likewise, at most two for each ring
-        self._inband: InbandNotifications
+        self._inband: InbandNotifications | None = None
         self._undone: set[type[BackendEvent]] = set()  # what the front-end could not do was logged already
         self._wake = trio.Event()
         self._warned_of_missing_channel = False
@@ -102,6 +102,7 @@ class Connection:
                 await self._converse()
                 nursery.cancel_scope.cancel()
         finally:
+            self._inband = None  # it refers to this connection: the circle would keep the device until it is collected
             self._stats.end()
             self.session.close()
             self._socket.close()
@@ -214,10 +215,12 @@ class Connection:
     async def _carry_out(self, request: Request) -> Value:
         operation = request.operation
         if isinstance(operation, KickQueue):
+            assert self._inband is not None
             self._inband.kick(operation.index)
             return 0
         if not isinstance(operation, SetBackendChannel):
             if self._is_inband and isinstance(operation, SetKick | SetCall | SetErr):
+                assert self._inband is not None
                 operation = await self._inband.prepare(operation, self.session.state.rings[operation.index])
             return await perform(self._backend, replace(request, operation=operation))
         channel = BackendChannel(
