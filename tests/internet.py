@@ -118,10 +118,10 @@ class Host:
         """Get an address, all the options that come with it in ``lease``, and what to boot."""
         offer = await self._dhcp(1, b"")
         wanted = offer[16:20]
-        server = _options(offer)[54]
+        server = dhcp_options(offer)[54]
         ack = await self._dhcp(3, bytes([50, 4]) + wanted + bytes([54, 4]) + server)
         assert ack[16:20] == wanted
-        self.lease = _options(ack)
+        self.lease = dhcp_options(ack)
         self.boot_server, self.bootfile = IPv4Address(ack[20:24]), ack[108:236].rstrip(b"\0").decode()
         self.address = IPv4Address(wanted)
 
@@ -155,7 +155,8 @@ class Host:
                 return connection
 
 
-def _options(message: bytes) -> dict[int, bytes]:
+def dhcp_options(message: bytes) -> dict[int, bytes]:
+    """What a DHCP message carries, by the numbers of RFC 2132."""
     assert message[236:240] == _DHCP_MAGIC
     found, at = {}, 240
     while message[at] != 255:

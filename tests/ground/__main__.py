@@ -33,7 +33,7 @@ NESTED = {"6.12": "10.0", "7.3": "11.1"}
 # QEMU 10.0 and 11.1 at all levels a G2 did not come up within four minutes on a busy machine.
 LEVELS = {"6.12": "7.2", "7.3": "7.2"}
 TESTS = {
-    "guests": ("tests/guests",),
+    "guests": ("-m", "not nested_full and not ground", "tests/guests"),  # with the cases marked guest_full
     "nested": ("tests/nested",),
     "levels": (
         "-m",

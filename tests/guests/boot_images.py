@@ -1,4 +1,4 @@
-"""What firmware boots: a disk with GRUB for BIOS and for UEFI on it, and a script for U-Boot."""
+"""What firmware boots: a disk with GRUB for BIOS and for UEFI on it, and the files of a boot server."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ echo "GRUB runs: $grub_platform"
 """
 SERIAL_MODULES = ("serial", "terminal", "echo")
 PAYLOAD_SIZE = 400_000
-"""Of a file that is summed: several requests of a disk."""
+"""Of a file that GRUB sums: several hundred packets, or several requests of a disk."""
+
+
+def need(tool: str | Path, package: str) -> None:
+    """``PrepareError`` names the Debian ``package`` of a program or a file that is missing."""
+    if not (Path(tool).exists() if "/" in str(tool) else shutil.which(tool)):
+        raise PrepareError(f"{tool} is not installed; install the Debian package '{package}'")
 
 
 def check_tools() -> None:
-    """``PrepareError`` names the Debian package of the first tool that is missing."""
     for tool, package in PACKAGES.items():
-        if not (Path(tool).exists() if "/" in tool else shutil.which(tool)):
-            raise PrepareError(f"{tool} is not installed; install the Debian package '{package}'")
+        need(tool, package)
 
 
 def _run(*command: str | Path) -> None:
@@ -59,12 +63,11 @@ def grub_image(target: Path, platform: str, prefix: str, script: str, modules: S
     return target
 
 
-def payload(folder: Path) -> bytes:
-    """A file ``payload`` in ``folder``, and its sum in ``sums``; what is in it."""
+def payload(folder: Path) -> None:
+    """A file ``payload`` in ``folder``, and its sum in ``sums``."""
     data = random.Random(5).randbytes(PAYLOAD_SIZE)
     (folder / "payload").write_bytes(data)
     (folder / "sums").write_text(f"{hashlib.sha256(data).hexdigest()}  payload\n")
-    return data
 
 
 def _check_payload(folder: str) -> str:
@@ -74,6 +77,15 @@ def _check_payload(folder: str) -> str:
 CHECK_MODULES = ("hashsum", "gcry_sha256")
 CHECKED = "payload: OK"
 """What GRUB says then."""
+
+
+def boot_server_files(folder: Path) -> None:
+    """``grub.0`` for BIOS and ``grub.efi``, which get the payload from where they came from."""
+    payload(folder)
+    modules = (*CHECK_MODULES, "net", "tftp")
+    grub_image(folder / "grub.0", "i386-pc-pxe", "(pxe)/", _check_payload("(tftp)"), (*modules, "pxe"))
+    grub_image(folder / "grub.efi", "x86_64-efi", "(tftp)/", _check_payload("(tftp)"), (*modules, "efinet"))
+    folder.chmod(0o755)  # a user network that root started serves it as somebody else
 
 
 def u_boot_script(lines: Sequence[str]) -> bytes:
@@ -89,10 +101,7 @@ def u_boot_script(lines: Sequence[str]) -> bytes:
 
 U_BOOT_ADDRESS = "1000000"  # where it puts a file, in hexadecimal
 U_BOOT_STARTED = "U-Boot runs a script"
-
-
-def _u_boot_check(load: str) -> bytes:
-    return u_boot_script([f"echo {U_BOOT_STARTED}", load, f"crc32 {U_BOOT_ADDRESS} ${{filesize}}"])
+U_BOOT_CHECK = f"crc32 {U_BOOT_ADDRESS} ${{filesize}}"
 
 
 def u_boot_checked(data: bytes) -> str:
@@ -106,7 +115,7 @@ def boot_disk(folder: Path, kernel: Path, initramfs: Path) -> Path:
     disk = folder / "boot.img"
     payload(folder)
     load = f"load ${{devtype}} ${{devnum}}:${{distro_bootpart}} {U_BOOT_ADDRESS} payload"
-    (folder / "boot.scr").write_bytes(_u_boot_check(load))
+    (folder / "boot.scr").write_bytes(u_boot_script([f"echo {U_BOOT_STARTED}", load, U_BOOT_CHECK]))
     script = f"set root=(hd0,msdos1)\n{_check_payload('(hd0,msdos1)')}"
     script += "linux /vmlinuz console=ttyS0 quiet panic=-1\ninitrd /initrd\nboot\n"
     modules = (*CHECK_MODULES, "part_msdos", "fat", "linux", "boot")
