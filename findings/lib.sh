@@ -4,7 +4,23 @@
 [ "$(dpkg --print-architecture)" = amd64 ] || { echo "needs an amd64 Debian" >&2; exit 2; }
 T=$(mktemp -d)
 children=() failed=0
-trap 'for child in "${children[@]}"; do kill "$child" 2>/dev/null || true; done; wait; rm -rf "$T"' EXIT
+
+# `timeout` and User-mode Linux lead process groups of their own.
+stop() {
+  local child
+  for child in "${children[@]}"; do
+    disown "$child" 2> /dev/null || true  # the shell would report that the child was killed
+    kill -KILL -- "-$child" 2> /dev/null || kill -KILL "$child" 2> /dev/null || true
+  done
+  for child in "${children[@]}"; do
+    for _ in {1..50}; do
+      kill -0 "$child" 2> /dev/null || break
+      sleep 0.1
+    done
+  done
+  rm -rf "$T" || { sleep 1; rm -rf "$T"; }
+}
+trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

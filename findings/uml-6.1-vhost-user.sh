@@ -38,7 +38,8 @@ PYTHON
 # VERSION_1 and protocol features; of those CONFIG, REPLY_ACK and BACKEND_REQ, which this kernel knows.
 record "$T/disk" 0x140000000 0x228
 mkdir "$T/home"
-HOME=$T/home TMPDIR=$T timeout 60 "$T/uml/usr/bin/linux.uml" mem=64M initrd="$T/initrd" rdinit=/init \
+# No `timeout` before it: it makes a session of its own, which the script ends by its number, within 30 s.
+HOME=$T/home TMPDIR=$T "$T/uml/usr/bin/linux.uml" mem=64M initrd="$T/initrd" rdinit=/init \
   virtio_uml.device="$T/disk:2" con=null con0=null,fd:1 < /dev/null > "$T/console" 2>&1 &
 children+=($!)
 await "$T/disk" '^SET_VRING_KICK'
