@@ -6,7 +6,8 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import MIB, Dialogue, reply_to, u64
 
-from transports.vhost_user.operations import Refuse
+from transports.vhost_user.operations import Refuse, SetFeatures
+from virtio.spec import VIRTIO_F_RING_RESET
 
 UVA = 0x7F00_0000_0000
 
@@ -25,9 +26,16 @@ def test_a_request_of_a_feature_that_the_device_does_not_offer_is_refused(number
     assert d.reject() == reply_to(number, u64(1))
 
 
-@pytest.mark.parametrize("bit", [0, 26, 27, 40, 63])
+@pytest.mark.parametrize("bit", [0, 26, 27, 41, 63])
 def test_features_that_were_not_offered_end_the_connection(bit: int) -> None:
     assert f"feature bits {bit} were not offered" in ready().violate(2, u64(wire.F_VERSION_1 | 1 << bit))
+
+
+def test_ring_reset_is_ignored_where_a_front_end_accepts_what_it_offered_itself() -> None:
+    d = ready()
+    operation = d.plan(2, u64(wire.F_VERSION_1 | 1 << VIRTIO_F_RING_RESET))  # QEMU 7.2's vhost-user-input
+    assert isinstance(operation, SetFeatures)
+    assert operation.bits == wire.F_VERSION_1
 
 
 @pytest.mark.parametrize("bit", [1, 2, 8, 10, 12, 14, 17, 19, 20, 63])

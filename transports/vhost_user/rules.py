@@ -75,7 +75,8 @@ def _get_features(state: ConnectionState, frame: Frame) -> Operation:
 
 
 def _set_features(state: ConnectionState, frame: Frame) -> Operation:
-    bits = payloads.parse_u64(frame.payload)
+    # QEMU 7.2's vhost-user-input passes on what the guest accepted of QEMU's own offer, also what we never offer.
+    bits = payloads.parse_u64(frame.payload) & ~messages.NEVER_OFFERED
     if extra := bits & ~state.offered_features:
         raise PeerError(f"feature bits {_bit_list(extra)} were not offered")
     # The same again changes nothing: QEMU repeats it for each queue pair of a network device.
