@@ -260,6 +260,16 @@ static bool net_arm(struct native_device *device, struct virtqueue *vq)
 	return true;
 }
 
+static void net_disarm(struct native_device *device, struct virtqueue *vq)
+{
+	struct net_pair *pair = pair_of((struct net_device *)device, vq);
+
+	/* A disabled queue that is not looked at keeps asking for kicks, for they alone wake it; nor is it written to. */
+	if (pair && !is_receive(vq) && transmit_asleep(pair))
+		return;
+	virtqueue_disarm(vq);
+}
+
 const struct queue_ops net_queue_ops = {
 	.attached = net_attached,
 	.detaching = net_detaching,
@@ -267,4 +277,5 @@ const struct queue_ops net_queue_ops = {
 	.ready = net_ready,
 	.turn = net_turn,
 	.arm = net_arm,
+	.disarm = net_disarm,
 };

@@ -252,6 +252,14 @@ static bool queue_arm(struct virtqueue *vq)
 	return queue_ops(vq) ? queue_ops(vq)->arm(vq->device, vq) : virtqueue_arm(vq);
 }
 
+static void queue_disarm(struct virtqueue *vq)
+{
+	if (queue_ops(vq))
+		queue_ops(vq)->disarm(vq->device, vq);
+	else
+		virtqueue_disarm(vq);
+}
+
 static void worker_sleep(struct worker *w)
 {
 	uint64_t start = now_ns(), slept;
@@ -268,7 +276,7 @@ static void worker_sleep(struct worker *w)
 	}
 	store_relaxed(&w->sleeping, 0);
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
-		virtqueue_disarm(vq);
+		queue_disarm(vq);
 	publish_touched(w);
 	detach_drained(w);
 	/* Would polling have caught it? Then poll longer the next time; if it would have taken too long, less. */

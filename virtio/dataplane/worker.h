@@ -91,6 +91,8 @@ struct queue_ops {
 	bool (*turn)(struct native_device *device, struct worker *w, struct virtqueue *vq);
 	/* The worker is about to sleep: ask for the kicks that are of interest. False: there is work after all. */
 	bool (*arm)(struct native_device *device, struct virtqueue *vq);
+	/* The worker is awake again: no kicks until it sleeps. */
+	void (*disarm)(struct native_device *device, struct virtqueue *vq);
 };
 
 struct native_ops {
