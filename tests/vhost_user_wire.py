@@ -60,6 +60,9 @@ chunked = pytest.mark.parametrize("chunk", [0, 1, 5], ids=["whole", "byte_by_byt
 # --- bytes ---
 
 
+ENDED_SECONDS = 20.0  # a connection that is not ended by then is not ended at all
+
+
 def message(request: int, payload: bytes = b"", *, flags: int = VERSION, need_reply: bool = False) -> bytes:
     return struct.pack("=III", request, flags | (NEED_REPLY if need_reply else 0), len(payload)) + payload
 
@@ -350,7 +353,8 @@ class FrontEnd:
     async def ended(self) -> bool:
         """Wait for the other side to close; True if it did so without another word."""
         try:
-            return await self.socket.recv(1) == b""
+            with trio.fail_after(ENDED_SECONDS):
+                return await self.socket.recv(1) == b""
         except ConnectionResetError:
             return True
 
