@@ -141,7 +141,7 @@ class App:
 
     def configured(self, name: str) -> Device:
         """Where its class could not be had, the configuration is read again: its file may work by now."""
-        if name not in self._config.devices:
+        if name not in self._config.devices and self._served[name].failures:
             try:
                 new = self._load()
             except ConfigError as error:

@@ -34,6 +34,7 @@ from transports.vhost_user.server import VhostUserServer
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
 from virtio.errors import HyperbellError, PeerError
+from virtio.testing.queue import GUARD
 
 F_PROTOCOL_FEATURES = 1 << 30
 F_VERSION_1 = 1 << 32
@@ -58,9 +59,6 @@ chunked = pytest.mark.parametrize("chunk", [0, 1, 5], ids=["whole", "byte_by_byt
 
 
 # --- bytes ---
-
-
-ENDED_SECONDS = 20.0  # a connection that is not ended by then is not ended at all
 
 
 def message(request: int, payload: bytes = b"", *, flags: int = VERSION, need_reply: bool = False) -> bytes:
@@ -353,7 +351,7 @@ class FrontEnd:
     async def ended(self) -> bool:
         """Wait for the other side to close; True if it did so without another word."""
         try:
-            with trio.fail_after(ENDED_SECONDS):
+            with trio.fail_after(GUARD):
                 return await self.socket.recv(1) == b""
         except ConnectionResetError:
             return True

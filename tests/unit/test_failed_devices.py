@@ -239,17 +239,22 @@ class Scene:
     def changed(self) -> None: ...
 
 
+async def log_until_served(scene: Scene, device: ServedDevice) -> list[Any]:
+    with capture_logs() as logs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.run)
+            await scene.served.wait()
+            nursery.cancel_scope.cancel()
+    return [*logs]
+
+
 async def test_attempts_grow_rarer_up_to_a_minute_and_each_reason_is_logged_once(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     scene = Scene(tmp_path)
     scene.errors = [*(HostError("no tap") for _ in range(9)), HostError("no bridge")]
     device = ServedDevice("e", scene, strict=False)
-    with capture_logs() as logs:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(device.run)
-            await scene.served.wait()
-            nursery.cancel_scope.cancel()
+    logs = await log_until_served(scene, device)
     waits = [round(later - earlier) for earlier, later in zip(scene.attempts, scene.attempts[1:], strict=False)]
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
     assert max(waits) == RETRY_SECONDS_MAX
@@ -263,11 +268,7 @@ async def test_a_mistake_of_ours_in_one_device_is_logged_with_its_traceback_and_
     scene = Scene(tmp_path)
     scene.errors = [ZeroDivisionError("ours")]
     device = ServedDevice("e", scene, strict=False)
-    with capture_logs() as logs:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(device.run)
-            await scene.served.wait()
-            nursery.cancel_scope.cancel()
+    logs = await log_until_served(scene, device)
     assert [line["event"] for line in logs[:2]] == ["device failed by a mistake", "device failed"]
     assert logs[0]["exc_info"].subgroup(ZeroDivisionError) is not None
     assert "ZeroDivisionError: ours" in logs[1]["reason"]
