@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from guests.iperf import tcp_goes_both_ways
 from guests.simulated import LINES, PINS_AND_BUS, kernel_and_drivers, lines_are_driven_and_read
 from guests.testbed import MIB, Testbed
 from guests.vsock_conversations import guest_to_guest, guest_to_host, host_to_guest
@@ -171,12 +170,7 @@ async def guests_meet_on_the_switch(ann: Guest, bob: Guest) -> None:
         await guest.run(f"ip link set lo up; ip link set eth0 up && ip addr add {address}/24 dev eth0")
     pinged = await ann.run("ping -c 3 -W 5 10.9.0.2")
     assert "3 packets received" in "\n".join(pinged.lines)
-    await bob.run("iperf3 --server --daemon")
-    for direction in ("", "--reverse"):
-        answer = await ann.run(f"iperf3 --client 10.9.0.2 --bytes {SENT} {direction} --json", timeout_seconds=120)
-        end: dict[str, Any] = json.loads("\n".join(answer.lines))["end"]
-        assert end["sum_sent"]["bytes"] >= SENT
-        assert end["sum_received"]["bytes"] >= SENT * 0.9  # the last ones arrive when it has counted
+    await tcp_goes_both_ways(ann, bob, "10.9.0.2", SENT)
 
 
 async def file_comes_from_the_host(ann: Guest, folder: Path) -> None:
