@@ -120,14 +120,18 @@ async def edges_arrive_as_they_are_asked_for(guest: Guest, pins: Talker) -> None
             if ("rising" if level == "1" else "falling") in come:
                 seen += 1
                 await guest.run(f"until [ $(wc -l </tmp/edges) -ge {seen} ]; do usleep 10000; done")
+        # Found by the name of the program that asked for it: the chip's name there differs between 6.1 and 7.3, and
+        # 6.12 lists an interrupt only while a program asks for it.
+        asked_for = await guest.run("result irq $(sed -n 's/^ *\\([0-9]*\\):.* edges$/\\1/p' /proc/interrupts)")
         await guest.run("kill $!; wait $! 2>/dev/null; true")
         # Nobody asks for any now: not an interrupt more, and none left over for the next one who asks.
         assert await pins.command("get button") == ["line 0 none 0 none button", "ok"]
         assert await pins.command("pulse button") == ["ok"]
         interrupts += len(come)
-        answer = await guest.run("cat /tmp/edges; result count $(grep virtio-gpio /proc/interrupts)")
+        counts = f"/sys/kernel/irq/{asked_for.results['irq']}/per_cpu_count"
+        answer = await guest.run(f"cat /tmp/edges; result count $(cat {counts})")
         assert answer.lines[:-1] == ["watching", *come]
-        assert answer.results["count"].split()[1] == str(interrupts), answer.results["count"]
+        assert sum(map(int, answer.results["count"].split(","))) == interrupts
 
 
 async def a_chip_is_read_and_written(guest: Guest, bus: Talker) -> None:
