@@ -242,10 +242,7 @@ class Backend:
         self._table = after
         async with trio.open_nursery() as nursery:
             for queue in self._queues:
-                if queue.running:
-                    nursery.start_soon(queue.driver.set_memory, after)
-                else:
-                    queue.vq.set_memory_at_rest(after)
+                nursery.start_soon(queue.set_memory, after)
         before.close_dropped(after)
 
     async def iotlb_update(self, iova: int, size: int, uva: int, perm: int) -> None:

@@ -20,6 +20,7 @@ from virtio.device import Device
 from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd, eventfd_id
+from virtio.memory import MemoryTable
 from virtio.running import QueueDriver
 from virtio.virtqueue import Virtqueue
 from virtio.waist import Doorbell, QueueSetup
@@ -42,7 +43,7 @@ class BackendQueue:
         self.miss_told = 0  # the last miss that became an event
         self.call_told = 0  # why its call fd was given up, as it was logged
         self.moved_told = False
-        self._changing = trio.Lock()  # held while it starts, stops, or gets another doorbell
+        self._changing = trio.Lock()  # held while the queue starts, stops, or gets another memory table or descriptor
         self._device = device
         self._calls = calls
         self._log = log.bind(device=device.name, queue=vq.index)
@@ -60,11 +61,11 @@ class BackendQueue:
         self._log.debug("queue runs")
 
     async def halt(self) -> None:
-        """Stop and drain. Nothing of the queue touches guest memory after this."""
-        if not self.running:
-            return
+        """Stop and drain. Nothing of the queue touches guest memory after this, whoever stopped the queue."""
         with trio.CancelScope(shield=True):
             async with self._changing:
+                if not self.running:
+                    return
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._warn_while_draining)
                     await self.driver.stop()
@@ -101,10 +102,20 @@ class BackendQueue:
 
     async def resume(self) -> None:
         """The translation that it waited for is there."""
-        if self.running:
-            await self.driver.resume()
-        else:
-            self.vq.resume()
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                if self.running:
+                    await self.driver.resume()
+                else:
+                    self.vq.resume()
+
+    async def set_memory(self, table: MemoryTable) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._changing:
+                if self.running:
+                    await self.driver.set_memory(table)
+                else:
+                    self.vq.set_memory_at_rest(table)
 
     # ---- its descriptors: each passes to the queue; ``PeerError``: it is nothing that can ring, or be signalled ----
 
@@ -119,9 +130,7 @@ class BackendQueue:
             self.vq.set_kick(fd)
 
     async def set_doorbell(self, kind: Doorbell, fd: OwnedFd | None) -> None:
-        with trio.CancelScope(shield=True):
-            async with self._changing:
-                await self._give(fd, partial(self.vq.set_doorbell, kind), partial(self.driver.set_doorbell, kind))
+        await self._give(fd, partial(self.vq.set_doorbell, kind), partial(self.driver.set_doorbell, kind))
 
     async def set_call(self, fd: OwnedFd | None) -> None:
         self.call_told = 0
@@ -136,11 +145,12 @@ class BackendQueue:
         while_it_stands: Callable[[OwnedFd | None], None],
         while_it_runs: Callable[[OwnedFd | None], Awaitable[None]],
     ) -> None:
-        with _refusals():
-            if self.running:
-                await while_it_runs(fd)
-            else:
-                while_it_stands(fd)
+        with _refusals(), trio.CancelScope(shield=True):
+            async with self._changing:
+                if self.running:
+                    await while_it_runs(fd)
+                else:
+                    while_it_stands(fd)
 
     def look_at_call(self, error: int) -> None:
         """``error``: why the call fd was given up (errno), 0 while it works. Logged once a descriptor."""

@@ -146,10 +146,43 @@ static int attach(struct worker *w, struct virtqueue *vq, struct native_device *
 	return 0;
 }
 
+static bool drives(const struct worker *w, const struct virtqueue *vq)
+{
+	for (const struct virtqueue *mine = w->queues; mine; mine = mine->worker_next)
+		if (mine == vq)
+			return true;
+	return false;
+}
+
+/* A queue is attached once, detached once, and changed by the worker that drives it alone. */
+static bool makes_sense(const struct worker *w, const struct worker_command *command)
+{
+	switch (command->op) {
+	case WORKER_ATTACH:
+		return command->vq && command->device && !command->vq->device;
+	case WORKER_DETACH:
+		return drives(w, command->vq) && !command->vq->detaching;
+	case WORKER_SET_MEMORY:
+	case WORKER_SET_CALL:
+	case WORKER_SET_ERR:
+	case WORKER_SET_DOORBELL:
+	case WORKER_RESUME:
+		return drives(w, command->vq);
+	case WORKER_NUDGE:
+		return command->device;
+	default:
+		return command->op == WORKER_QUIT;
+	}
+}
+
 static void obey(struct worker *w, struct worker_command *command)
 {
 	struct virtqueue *vq = command->vq;
 
+	if (!makes_sense(w, command)) {
+		worker_acknowledge(w, command, -EINVAL);
+		return;
+	}
 	switch (command->op) {
 	case WORKER_ATTACH:
 		worker_acknowledge(w, command, attach(w, vq, command->device));
@@ -185,8 +218,6 @@ static void obey(struct worker *w, struct worker_command *command)
 	case WORKER_QUIT:
 		w->quit = command;
 		break;
-	default:
-		worker_acknowledge(w, command, -EINVAL);
 	}
 }
 
