@@ -139,10 +139,11 @@ class PumpedQueue:
         self._vq.set_err(fd)
 
     async def resume(self) -> None:
-        # The task may be waiting for a kick that will not come: start it anew, it looks at the ring first.
-        await self.stop()
+        # Only the ring was parked: what the device has taken, and what it spawned, runs on. The task may be waiting for
+        # a kick that will not come, so it looks at the ring once.
         self._vq.resume()
-        await self.start()
+        if self._queue is not None:  # None: it has just stopped
+            self._queue.leave_doorbells()
 
 
 def _first(group: BaseExceptionGroup[E]) -> E:
