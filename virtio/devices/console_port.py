@@ -19,6 +19,7 @@ from typing import Final, Protocol
 import structlog
 import trio
 
+from virtio.devices.pty_link import claim, remove_stale_link
 from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, Outbox, file_identity, listen
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -175,31 +176,6 @@ class SocketEnd:
             self._path.unlink(missing_ok=True)
 
 
-def _remove_stale_link(path: Path) -> None:
-    """Remove the link to a pseudo terminal that a daemon left behind when it was killed.
-
-    Its number may be another terminal's by now; only that of a daemon that runs is locked. ``HostError``: it is, or the
-    link leads elsewhere.
-    """
-    if not path.is_symlink():
-        return
-    target = str(path.readlink())
-    if not target.startswith("/dev/pts/"):
-        raise HostError(f"console pty {path}: it is a link to {target}; remove it or choose another path")
-    try:
-        terminal = OwnedFd(os.open(target, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError:
-        pass  # gone, or somebody else's terminal
-    else:
-        try:
-            fcntl.flock(terminal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HostError(f"console pty {path}: another device or daemon is using it") from None
-        finally:
-            terminal.close()
-    path.unlink()
-
-
 class PtyEnd:
     """A pseudo terminal; ``path`` is a symbolic link to it (``screen PATH``)."""
 
@@ -209,6 +185,7 @@ class PtyEnd:
         self._path = path
         self._pending = pending
         self._outbox = Outbox()
+        remove_stale_link(path)
         ours, theirs = os.openpty()
         # The other side stays open here, so that the pty does not hang up between two readers.
         self._ours, self._theirs = OwnedFd(ours), OwnedFd(theirs)
@@ -217,8 +194,7 @@ class PtyEnd:
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._target = os.ttyname(theirs)
         try:
-            fcntl.flock(theirs, fcntl.LOCK_EX)  # says to another daemon that this one is not left behind
-            _remove_stale_link(path)
+            claim(theirs, path)
             path.symlink_to(self._target)
         except OSError as error:
             self._ours.close()

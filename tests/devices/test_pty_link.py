@@ -1,0 +1,121 @@
+"""After a daemon was killed its pty consoles start again, whoever has the old number by now."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+from vhost_user_wire import no_fd_leaks
+
+from virtio.devices.console import Console, ConsoleOptions
+from virtio.errors import HostError
+
+_DAEMON: Final = """
+import signal, sys
+from pathlib import Path
+from virtio.devices.console import Console, ConsoleOptions
+consoles = [Console("c", ConsoleOptions(backend="pty", path=Path(path)), 1, 64) for path in sys.argv[1:]]
+print(*(console._options.path.readlink() for console in consoles), flush=True)
+signal.pause()
+"""
+
+
+def console(path: Path) -> Console:
+    return Console("console", ConsoleOptions(backend="pty", path=path), 1, 64)
+
+
+@contextmanager
+def another_daemon(*paths: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A process with a pty console at each of ``paths``, and the terminals behind them; killed at the end."""
+    command = [sys.executable, "-c", _DAEMON, *map(str, paths)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().split()
+        finally:
+            process.kill()
+
+
+@contextmanager
+def terminals_up_to(target: str) -> Iterator[None]:
+    """Terminals of nobody's take every free number below that of ``target``, so the next one that opens gets it."""
+    with ExitStack() as stack:
+        while True:
+            ours, theirs = os.openpty()
+            if os.ttyname(theirs) == target:
+                os.close(ours)
+                os.close(theirs)
+                break
+            stack.callback(os.close, ours)
+            stack.callback(os.close, theirs)
+        yield
+
+
+def test_the_new_terminal_may_have_the_number_of_the_killed_daemons(tmp_path: Path) -> None:
+    path = tmp_path / "tty"
+    with another_daemon(path) as (process, (target,)):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with terminals_up_to(target), no_fd_leaks():
+        device = console(path)
+        assert str(path.readlink()) == target, "the test has made it so"
+        device.close()
+    assert not path.is_symlink()
+
+
+def test_consoles_that_change_numbers_at_a_restart_do_not_find_each_other(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with another_daemon(one, two) as (process, targets):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with terminals_up_to(targets[0]):
+        second, first = console(two), console(one)  # now the link of `one` leads to the terminal of `two`
+        assert two.readlink() != one.readlink()
+        first.close()
+        second.close()
+    assert not one.is_symlink()
+    assert not two.is_symlink()
+
+
+def test_another_daemon_that_has_the_old_number_for_another_path_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    with another_daemon(others) as (_, (target,)):
+        ours.symlink_to(target)
+        device = console(ours)
+        assert str(ours.readlink()) != target
+        assert str(others.readlink()) == target
+        device.close()
+
+
+def test_a_reader_that_locks_the_terminal_is_no_daemon(tmp_path: Path) -> None:
+    path = tmp_path / "tty"
+    ours, theirs = os.openpty()
+    path.symlink_to(os.ttyname(theirs))
+    reader = [sys.executable, "-c", "import fcntl, sys; fcntl.flock(0, fcntl.LOCK_EX); print(flush=True); input()"]
+    with subprocess.Popen(reader, stdin=theirs, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            console(path).close()
+        finally:
+            process.kill()
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_daemon_that_runs_keeps_its_path_by_whatever_name_its_folder_goes(tmp_path: Path) -> None:
+    folder, alias = tmp_path / "folder", tmp_path / "alias"
+    folder.mkdir()
+    alias.symlink_to(folder)
+    with another_daemon(folder / "tty") as (_, (target,)):
+        for path in (folder / "tty", alias / "tty", folder / ".." / "folder" / "tty"):
+            with no_fd_leaks(), pytest.raises(HostError, match="another device or daemon is using it"):
+                console(path)
+        assert str((folder / "tty").readlink()) == target
