@@ -128,6 +128,7 @@ class App:
             doorbells=self._meter.state() if self._meter is not None else None,
             failed=tuple(self._failed()),
             failures={name: served.failures for name, served in self._served.items()},
+            log_lines_lost=log.lines_lost(),
         )
 
     def _failed(self) -> Iterator[FailedDevice]:

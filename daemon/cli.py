@@ -20,6 +20,7 @@ from config.json_schema import json_schema
 from config.loader import Config, load
 from config.problems import ConfigError
 from daemon import command_options as options
+from daemon import log
 from daemon.app import STOP_SIGNALS, App, LogChoice
 from daemon.attach import commands as attaching
 from daemon.catalogue import device_types
@@ -125,19 +126,20 @@ def serve(arguments: argparse.Namespace) -> int:
     # Nothing needs to be undone until now; from here on a signal is kept until the daemon can obey it.
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: early.append(number))
-    try:
-        trio.run(app.run)
-    except* HostError as group:
-        status = EXIT_FAILURE
-        for error in leaves(group):
-            logger.error("cannot serve", reason=str(error))
-    except* Exception as unforeseen:
-        status = EXIT_FAILURE
-        logger.error("stopped by a mistake in hyperbell", exc_info=unforeseen)
-    finally:
-        for number in (*STOP_SIGNALS, signal.SIGHUP):  # a second one changes nothing any more
-            signal.signal(number, signal.SIG_IGN)
-    logger.info("stopped", status=status)
+    with log.in_background():
+        try:
+            trio.run(app.run)
+        except* HostError as group:
+            status = EXIT_FAILURE
+            for error in leaves(group):
+                logger.error("cannot serve", reason=str(error))
+        except* Exception as unforeseen:
+            status = EXIT_FAILURE
+            logger.error("stopped by a mistake in hyperbell", exc_info=unforeseen)
+        finally:
+            for number in (*STOP_SIGNALS, signal.SIGHUP):  # a second one changes nothing any more
+                signal.signal(number, signal.SIG_IGN)
+        logger.info("stopped", status=status)
     return status
 
 

@@ -1,19 +1,26 @@
 """Logging: structlog to stderr, for people, for the journal, or as JSON lines.
 
 Levels and format can change while the daemon runs. Everything that knows its device, queue or connection binds it
-(``structlog.get_logger().bind(device=...)``); nothing logs per request.
+(``structlog.get_logger().bind(device=...)``); nothing logs per request. While ``in_background`` is entered, no line
+waits for its reader, and no kind of line floods the log.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Final, TextIO
 
 import structlog
 from structlog.typing import Processor
+
+from daemon.log_floods import SPAN_SECONDS, Floods
+from daemon.log_queue import LineQueue, write_line
 
 LEVELS: Final[Mapping[str, int]] = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FORMATS: Final = ("auto", "human", "json", "journal")
@@ -39,19 +46,33 @@ class _Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.queue: LineQueue | None = None
+        self.given_up = False
 
     def msg(self, line: str) -> None:
-        try:
-            self.stream.write(line + "\n")
-            self.stream.flush()
-        except (OSError, ValueError):  # the reader of a pipe is gone, or the stream was closed
-            return
+        if self.queue is not None:
+            self.queue.put(line)
+        elif not self.given_up:
+            write_line(self.stream, line)
 
     debug = info = warning = error = critical = msg
 
 
+class _FloodGate:
+    """A processor, so that what is bound already passes it too; open at level debug, and while no queue is there."""
+
+    def __init__(self) -> None:
+        self.floods: Floods | None = None
+
+    def __call__(self, logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if self.floods is None or _threshold.least <= LEVELS["debug"]:
+            return event
+        return self.floods(logger, method, event)
+
+
 # One of each for the whole process, changed in place: loggers that were bound before a change follow it.
 _threshold = _Threshold()
+_gate = _FloodGate()
 _lines = _Lines(sys.stderr)
 _pipeline: list[Processor] = []
 
@@ -66,10 +87,11 @@ def configure(level: str, format_name: str, stream: TextIO | None = None) -> Non
     if format_name == "auto":
         format_name = choose_format(stream, os.environ)
     _threshold.least = LEVELS[level]
-    _lines.stream = stream
+    _lines.stream, _lines.given_up = stream, False
     _pipeline[:] = [
         _threshold,
         structlog.contextvars.merge_contextvars,
+        _gate,
         _level_name,
         *_renderers(format_name, stream),
     ]
@@ -79,6 +101,80 @@ def configure(level: str, format_name: str, stream: TextIO | None = None) -> Non
         logger_factory=lambda *_: _lines,
         cache_logger_on_first_use=False,
     )
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Write lines in a thread, and limit floods. At the end the last lines are written, as far as their reader lets us
+    in a limited time; a reader that does not gets nothing more.
+    """
+    floods = Floods()
+    queue = LineQueue(lambda: _lines.stream, _tell_of_lost, lambda: _tell_of_floods(floods))
+    _lines.queue, _gate.floods = queue, floods
+    try:
+        with _others_too():
+            yield
+    finally:
+        _tell_of_floods(floods, all_of_them=True)
+        _gate.floods = None
+        written = queue.close()
+        _lines.queue, _lines.given_up = None, not written
+
+
+class _Forwarder(logging.Handler):
+    """What a device's file, or a library, says by Python's own logging or as a warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Formatting can fail by a mistake of its caller's, who must not be stopped by it.
+        try:
+            text = record.getMessage()
+        except Exception:
+            text = str(record.msg)
+        level = record.levelname.lower()
+        method = level if level in LEVELS else "warning"
+        structlog.get_logger().log(LEVELS[method], text, logger=record.name, exc_info=record.exc_info)
+
+
+@contextmanager
+def _others_too() -> Iterator[None]:
+    """What Python itself would write to stderr, waiting for its reader, becomes lines of the log."""
+    handler, root = _Forwarder(), logging.getLogger()
+    hooks = sys.unraisablehook, threading.excepthook
+
+    def unraisable(failure: sys.UnraisableHookArgs) -> None:
+        what = failure.err_msg or "exception ignored"
+        structlog.get_logger().error(what, object=repr(failure.object), exc_info=failure.exc_value)
+
+    def thread_failed(failure: threading.ExceptHookArgs) -> None:
+        name = failure.thread.name if failure.thread is not None else "unknown"
+        structlog.get_logger().error("a thread failed", thread=name, exc_info=failure.exc_value)
+
+    sys.unraisablehook, threading.excepthook = unraisable, thread_failed
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        sys.unraisablehook, threading.excepthook = hooks
+
+
+def lines_lost() -> Mapping[str, int]:
+    """Lines that were not written since the daemon began, by reason."""
+    if _lines.queue is None or _gate.floods is None:
+        return {}
+    return dict(_lines.queue.dropped) | {"too many of a kind": _gate.floods.left_out}
+
+
+def _tell_of_lost(lines: int) -> None:
+    structlog.get_logger().warning("lines of the log were lost: they were not read in time", lines=lines)
+
+
+def _tell_of_floods(floods: Floods, *, all_of_them: bool = False) -> None:
+    for (event, device), count in floods.take_ended(all_of_them=all_of_them).items():
+        logger = structlog.get_logger().bind(**({"device": device} if device else {}))
+        logger.warning("too many lines of a kind", line=event, left_out=count, seconds=SPAN_SECONDS)
 
 
 def choose_format(stream: TextIO, environment: Mapping[str, str]) -> str:

@@ -94,6 +94,7 @@ class StateCollector(Collector):
         yield from _stray_metrics(state)
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
         yield from _failure_metrics(state)
+        yield _log_metric(state)
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
         )
@@ -114,6 +115,15 @@ def _failure_metrics(state: DaemonState) -> Iterator[Metric]:
         failures.add_metric((device,), count)
     yield failed
     yield failures
+
+
+def _log_metric(state: DaemonState) -> Metric:
+    lost = CounterMetricFamily(
+        "hyperbell_log_lines_lost", "Lines of the log that were not written.", labels=("reason",)
+    )
+    for reason, count in state.log_lines_lost.items():
+        lost.add_metric((reason,), count)
+    return lost
 
 
 def _op_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:

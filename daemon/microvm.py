@@ -125,6 +125,7 @@ class Microvm:
             refusals=_refusals(machine, devices),
             doorbells=self._meter.state() if self._meter is not None else None,
             machine=machine,
+            log_lines_lost=log.lines_lost(),
         )
 
     async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery, machine: Machine) -> None:
@@ -207,15 +208,16 @@ def run(arguments: argparse.Namespace) -> int:
     log.configure(arguments.log_level or "warning", arguments.log_format or "auto")
     boot = prepare(options)
     end: VmEnd | None = None
-    try:
-        end = trio.run(Microvm(options, boot).run)
-    except* HostError as group:
-        for error in leaves(group):
-            _say(str(error))
-    except* KeyboardInterrupt:  # before our own signal handling began, or after it ended
-        _say("interrupted")
-    except* Exception as unforeseen:
-        structlog.get_logger().error("stopped by a mistake in hyperbell", exc_info=unforeseen)
+    with log.in_background():
+        try:
+            end = trio.run(Microvm(options, boot).run)
+        except* HostError as group:
+            for error in leaves(group):
+                _say(str(error))
+        except* KeyboardInterrupt:  # before our own signal handling began, or after it ended
+            _say("interrupted")
+        except* Exception as unforeseen:
+            structlog.get_logger().error("stopped by a mistake in hyperbell", exc_info=unforeseen)
     if end is None:
         return 1
     _say(end.reason)

@@ -83,7 +83,8 @@ class DaemonState:
     ``vms`` are those of stock QEMU that report their doorbells; ``policies`` say by device who may ring by hypercall,
     ``refusals`` count by reason what was asked for and not to be had. ``doorbells`` are there where the costs of a ring
     are known, ``machine`` where the guest is one of our own. ``failed`` are the devices that cannot be had now;
-    ``failures`` counts by device how often an attempt to serve it failed.
+    ``failures`` counts by device how often an attempt to serve it failed, ``log_lines_lost`` by reason the lines of the
+    log that were not written.
     """
 
     devices: tuple[DeviceState, ...]
@@ -95,6 +96,7 @@ class DaemonState:
     machine: MachineState | None = None
     failed: tuple[FailedDevice, ...] = ()
     failures: Mapping[str, int] = field(default_factory=dict)
+    log_lines_lost: Mapping[str, int] = field(default_factory=dict)
 
 
 def version() -> str:

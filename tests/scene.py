@@ -225,8 +225,9 @@ class DaemonProcess:
 
     def __init__(self, configuration: Path, log: LogBook) -> None:
         self._log = log
+        options = ["--log-format", "json", "--log-level", "debug"]  # no line of a kind is left out: tests wait for each
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "daemon.cli", "--log-format", "json", "serve", str(configuration)],
+            [sys.executable, "-m", "daemon.cli", *options, "serve", str(configuration)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -243,9 +244,11 @@ class DaemonProcess:
         with stream:
             for line in stream:
                 try:
-                    self._log.add(json.loads(line))
+                    entry = json.loads(line)
                 except ValueError:
-                    self._log.add({"event": "not JSON", "line": line})
+                    entry = {"event": "not JSON", "level": "error", "line": line}
+                if entry["level"] != "debug":
+                    self._log.add(entry)
 
     def alive(self) -> bool:
         return self._process.poll() is None

@@ -276,3 +276,9 @@ async def test_a_failing_snapshot_costs_one_scrape_and_not_the_page() -> None:
             assert answer.code == 500
         assert [entry["event"] for entry in logs] == ["the metrics cannot be collected"]
         assert "hyperbell_build_info" in await fetch(f"http://{host}:{port}/metrics")
+
+
+def test_lines_of_the_log_that_were_lost_are_counted_by_reason() -> None:
+    values = collected(replace(state(), log_lines_lost={"reader too slow": 4, "too many of a kind": 0}))
+    for reason, count in (("reader too slow", 4), ("too many of a kind", 0)):
+        assert values["hyperbell_log_lines_lost_total", frozenset({("reason", reason)})] == count
