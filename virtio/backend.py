@@ -281,6 +281,7 @@ class Backend:
             setup, self._driver_features, self._table, self._iotlb, in_order=self._device.answers_in_order
         )
         queue.setup = setup
+        queue.note_size(setup.size, self._driver_features)
         queue.broken = queue.moved_told = False
         if not self._device.native and self._drivers.begins_anew(queue):
             await self._begin_anew()
@@ -403,6 +404,7 @@ class Backend:
             before, self._table = self._table, MemoryTable()
             before.close_dropped(self._table)
         self._driver_features = self._status = 0
+        self._device.ring_sizes.clear()
         self._drivers.forget()
         self._calls.reset()
         while True:  # events of what is no more

@@ -16,6 +16,7 @@ from functools import partial
 import structlog
 import trio
 
+from virtio import spec
 from virtio.device import Device
 from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError, PeerError
@@ -47,6 +48,19 @@ class BackendQueue:
         self._device = device
         self._calls = calls
         self._log = log.bind(device=device.name, queue=vq.index)
+
+    def note_size(self, size: int, driver_features: int) -> None:
+        """The driver chose ``size``. Without indirect descriptors no chain is longer than its ring (2.7.5.3.1), and a
+        driver with more than that to say would wait for ever."""
+        self._device.ring_sizes[self.vq.index] = size
+        promised = self._device.promised_chain
+        if size < promised and not driver_features >> spec.VIRTIO_F_INDIRECT_DESC & 1:
+            self._log.warning(
+                "the queue is too small for the requests that its driver may make",
+                size=size,
+                descriptors=promised,
+                hint=f"set queue_size = {size} for this device, or a larger queue in the front-end",
+            )
 
     # ---- starting and stopping ----
 

@@ -58,6 +58,13 @@ class Device:
         self.driver_features = 0
         self.config_changed: Callable[[], None] = lambda: None
         """Set by the backend; call it after ``config_space`` changed, so that the driver is told."""
+        self.ring_sizes: dict[int, int] = {}
+        """The size of each queue that the driver has set up since its reset; kept by the backend."""
+
+    @property
+    def promised_chain(self) -> int:
+        """Descriptors of the longest chain that the config space, as the driver last read it, lets a driver make."""
+        return 0
 
     @classmethod
     def virtqueues(cls, options: Any, queues: int) -> int:

@@ -64,12 +64,13 @@ static ssize_t transfer_once(int fd, const struct blk_request *q, off_t at, int 
 {
 	/* One piece and no flags is the usual request, and the plain calls are a tenth cheaper. */
 	bool plain = q->data_count == 1 && flags == 0;
+	int count = (int)(q->data_count < KERNEL_IOV_MAX ? q->data_count : KERNEL_IOV_MAX);
 
 	if (q->op == BLK_OP_READ)
 		return plain ? pread(fd, q->data[0].iov_base, q->data[0].iov_len, at)
-			     : preadv2(fd, q->data, (int)q->data_count, at, flags);
+			     : preadv2(fd, q->data, count, at, flags);
 	return plain ? pwrite(fd, q->data[0].iov_base, q->data[0].iov_len, at)
-		     : pwritev2(fd, q->data, (int)q->data_count, at, flags);
+		     : pwritev2(fd, q->data, count, at, flags);
 }
 
 /*
@@ -169,6 +170,7 @@ static void finish(struct request *r, int status)
 	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
 
 	free(r->bounce);
+	free(r->many);
 	*r->status_hva = (uint8_t)status;
 	request_finish(r, read ? (uint32_t)r->bytes + 1 : 1, status != VIRTIO_BLK_S_OK);
 }
@@ -318,14 +320,29 @@ void blk_io_done(struct request *r, int result)
 	}
 }
 
+/*
+ * The request's own copy of its pieces. Beyond SEG_MAX a driver broke its word, or buffers cross memory regions: either
+ * is served as it is when the data is in the page cache.
+ */
+static bool keep_pieces(struct request *r, const struct blk_request *q)
+{
+	r->io_iov = r->iov;
+	r->io_count = q->data_count;
+	if (unlikely(q->data_count > REQUEST_IOV_MAX)) {
+		r->many = malloc(q->data_count * sizeof(q->data[0]));
+		if (!r->many)
+			return false;
+		r->io_iov = r->many;
+	}
+	memcpy(r->io_iov, q->data, q->data_count * sizeof(q->data[0]));
+	return true;
+}
+
 static int start_async(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 		       struct blk_request *q, uint64_t start_ns, uint64_t done)
 {
 	struct request *r;
 
-	/* More pieces than SEG_MAX promised: a driver that ignores it gets an error, not a larger request. */
-	if (q->data_count > REQUEST_IOV_MAX)
-		return VIRTIO_BLK_S_IOERR;
 	r = request_start(w, vq, &blk->native, chain, start_ns);
 	if (!r)
 		return VIRTIO_BLK_S_IOERR;
@@ -350,15 +367,13 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 		segment_next(r);
 		return BLK_PENDING;
 	}
-	memcpy(r->iov, q->data, q->data_count * sizeof(q->data[0]));
-	r->iov_count = q->data_count;
 	r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
 	r->flags = q->op == BLK_OP_WRITE ? write_flags(blk) : 0;
 	r->offset = (q->sector << SECTOR_SHIFT) + done;
 	r->length = q->data_len - done;
-	r->io_iov = r->iov;
-	r->io_count = r->iov_count;
-	if (!blk->setup.direct || pieces_aligned(r->iov, r->iov_count, blk->setup.block_size))
+	if (!keep_pieces(r, q))
+		finish(r, VIRTIO_BLK_S_IOERR);
+	else if (!blk->setup.direct || pieces_aligned(r->io_iov, r->io_count, blk->setup.block_size))
 		submit(r);
 	else if (bounce_begin(r, blk->setup.block_size))
 		bounce_submit(r);

@@ -88,8 +88,13 @@ uint32_t iotlb_generation(struct iotlb *tlb);
  * QEMU's own devices take.
  */
 #define CHAIN_DESCRIPTORS_MAX 1024
-/* A buffer may cross from one memory region into the next; so many more pieces may a chain have than descriptors. */
-#define CHAIN_IOV_MAX (CHAIN_DESCRIPTORS_MAX + 64)
+/*
+ * A buffer may cross from one memory region into the next, or lie in pages that an IOMMU has scattered, so a chain may
+ * have more pieces than descriptors. This many are 64 MiB in pages of 4 KiB, beyond what a driver asks for at once.
+ */
+#define CHAIN_IOV_MAX 16384
+/* The kernel takes at most so many pieces in one call (IOV_MAX). */
+#define KERNEL_IOV_MAX 1024u
 
 struct chain_view { /* one popped chain; iov belongs to whoever popped */
 	uint32_t head;            /* split: descriptor index; packed: buffer id */

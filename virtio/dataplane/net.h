@@ -58,6 +58,7 @@ struct net_header {
 #define ETHERNET_SIZE 14
 /* Ethernet, two VLAN tags, and the most that the length of an IP packet can say. */
 #define NET_FRAME_MAX (ETHERNET_SIZE + 8 + 65535)
+#define NET_IOV_MAX (CHAIN_DESCRIPTORS_MAX + 64) /* pieces of a frame: descriptors, and where buffers cross regions */
 #define NET_TURN 64 /* frames a queue may move in one turn */
 
 struct net_frame { /* one frame on its way; the pieces are a guest's memory, or ours */

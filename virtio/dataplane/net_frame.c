@@ -32,12 +32,12 @@ bool net_frame_read(struct net_device *net, const struct chain_view *chain, stru
 	struct pieces from = pieces_of(chain->iov, chain->readable_count);
 	uint32_t header_size = net_header_size(net);
 
-	if (chain->readable_len < header_size + ETHERNET_SIZE || chain->readable_len > header_size + NET_FRAME_MAX)
+	if (chain->readable_count > NET_IOV_MAX || chain->readable_len < header_size + ETHERNET_SIZE || chain->readable_len > header_size + NET_FRAME_MAX)
 		return false;
 	pieces_read(&from, &frame->header, header_size);
 	frame->length = (uint32_t)chain->readable_len - header_size;
 	frame->iov = iov;
-	frame->count = pieces_rest(&from, iov, CHAIN_IOV_MAX);
+	frame->count = pieces_rest(&from, iov, NET_IOV_MAX);
 	/* 5.1.6.2: hdr_len is a hint that a device may not rely on, flags other than NEEDS_CSUM are the device's. */
 	frame->header.flags &= VIRTIO_NET_HDR_F_NEEDS_CSUM;
 	frame->header.hdr_len = 0;

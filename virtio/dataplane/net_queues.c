@@ -24,7 +24,7 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 	struct virtqueue *vq = pair->tx;
 	struct net_device *net = pair->net;
 	struct chain_view chain = { .iov = w->scratch };
-	struct iovec iov[CHAIN_IOV_MAX];
+	struct iovec iov[NET_IOV_MAX];
 	struct net_frame frame;
 	uint32_t moved = 0;
 

@@ -82,9 +82,9 @@ static ssize_t perform(const struct request *r)
 {
 	switch (r->io) {
 	case IO_READ:
-		return preadv2(r->fd, r->io_iov, (int)r->io_count, (off_t)r->offset, r->flags);
+		return preadv2(r->fd, r->io_iov, (int)request_pieces(r), (off_t)r->offset, r->flags);
 	case IO_WRITE:
-		return pwritev2(r->fd, r->io_iov, (int)r->io_count, (off_t)r->offset, r->flags);
+		return pwritev2(r->fd, r->io_iov, (int)request_pieces(r), (off_t)r->offset, r->flags);
 	case IO_FSYNC:
 		return fdatasync(r->fd);
 	case IO_FALLOCATE:

@@ -140,10 +140,10 @@ static void uring_submit(struct worker *w, struct request *r)
 
 	switch (r->io) {
 	case IO_READ:
-		io_uring_prep_readv2(sqe, r->fd, r->io_iov, r->io_count, r->offset, r->flags);
+		io_uring_prep_readv2(sqe, r->fd, r->io_iov, request_pieces(r), r->offset, r->flags);
 		break;
 	case IO_WRITE:
-		io_uring_prep_writev2(sqe, r->fd, r->io_iov, r->io_count, r->offset, r->flags);
+		io_uring_prep_writev2(sqe, r->fd, r->io_iov, request_pieces(r), r->offset, r->flags);
 		break;
 	case IO_FSYNC:
 		io_uring_prep_fsync(sqe, r->fd, IORING_FSYNC_DATASYNC);

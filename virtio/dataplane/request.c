@@ -16,6 +16,7 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 	r->head = chain->head;
 	r->slots = chain->slots;
 	r->bounce = NULL;
+	r->many = NULL;
 	r->segment = r->segment_count = 0;
 	r->zeroing = false;
 	r->link.start_ns = start_ns;

@@ -9,7 +9,7 @@
 
 /* ---- native devices and their requests ---- */
 
-/* Data of SEG_MAX segments, header and status in one piece with it, and some crossings of memory regions. */
+/* Data of SEG_MAX segments and some crossings of memory regions. A request of more pieces allocates its own array. */
 #define REQUEST_IOV_MAX (BLK_SEG_MAX + 10)
 
 enum io_kind { IO_READ, IO_WRITE, IO_FSYNC, IO_FALLOCATE };
@@ -37,7 +37,7 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	int fd;
 	int flags;                      /* read, write: RWF_*; fallocate: its mode */
 	struct iovec *io_iov;           /* what is left of it */
-	uint32_t io_count;
+	uint32_t io_count;              /* may be more than KERNEL_IOV_MAX: see request_pieces */
 	uint64_t offset, length;        /* in the file; what is left */
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
@@ -48,9 +48,15 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	uint32_t segment, segment_count;
 	bool zeroing;                   /* write-zeroes by plain writes */
 	struct iovec iov[REQUEST_IOV_MAX];
-	uint32_t iov_count;
+	struct iovec *many;             /* the pieces where there are more than that, or NULL */
 	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
 };
+
+/* How many of its pieces the next call takes: io_done hears of a part, and submits the rest. */
+static inline uint32_t request_pieces(const struct request *r)
+{
+	return r->io_count < KERNEL_IOV_MAX ? r->io_count : KERNEL_IOV_MAX;
+}
 
 #define SERVE_ASYNC -1
 #define SERVE_BROKEN -2

@@ -113,6 +113,7 @@ class Blk(Device):
         except BaseException:
             self._close_image()
             raise
+        self._promised_chain = 0
         self._writeback = options.write_cache == "writeback"
         self._disk.set_writeback(self._writeback)
 
@@ -149,6 +150,10 @@ class Blk(Device):
         )
 
     @property
+    def promised_chain(self) -> int:
+        return self._promised_chain
+
+    @property
     def native_device(self) -> NativeDisk:
         return self._disk
 
@@ -182,10 +187,14 @@ class Blk(Device):
         image, block = self._image, self._block_size
         physical = image.physical_block_size if image is not None else 4096
         alignment = max(physical // SECTOR_SIZE, 1)
+        # A request has a header and a status beside its data. Once rings are set up, the smallest of them is known.
+        segments = max(min(SEG_MAX, min((self.queue_size, *self.ring_sizes.values())) - 2), 1)
+        self._promised_chain = segments + 2
+        writable = not self._options.read_only
         fields: dict[str, Any] = {
             "capacity": self._capacity,
             "size_max": 0,
-            "seg_max": max(min(SEG_MAX, self.queue_size - 2), 1),
+            "seg_max": segments,
             "cylinders": 0,
             "heads": 0,
             "sectors": 0,
@@ -196,12 +205,12 @@ class Blk(Device):
             "opt_io_size": (image.optimal_io if image is not None else 0) // block,
             "writeback": int(self._writeback),
             "num_queues": self.queue_count,
-            "max_discard_sectors": MAX_ZEROED_SECTORS,
-            "max_discard_seg": DISCARD_SEGMENTS,
-            "discard_sector_alignment": alignment,
-            "max_write_zeroes_sectors": MAX_ZEROED_SECTORS,
-            "max_write_zeroes_seg": DISCARD_SEGMENTS,
-            "write_zeroes_may_unmap": 1,
+            "max_discard_sectors": MAX_ZEROED_SECTORS if writable else 0,
+            "max_discard_seg": DISCARD_SEGMENTS if writable else 0,
+            "discard_sector_alignment": alignment if writable else 0,
+            "max_write_zeroes_sectors": MAX_ZEROED_SECTORS if writable else 0,
+            "max_write_zeroes_seg": DISCARD_SEGMENTS if writable else 0,
+            "write_zeroes_may_unmap": int(writable),
         }
         return bytes(VIRTIO_BLK_CONFIG.build(fields))
 
