@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from daemon.doorbell_metrics import doorbell_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState, version
+from daemon.storage_metrics import storage_metrics
 from virtio.stats import DURATION_BOUNDS, OpStats, QueueStats, WorkerStats
 
 OpCount = Callable[[OpStats], float]
@@ -87,6 +88,7 @@ class StateCollector(Collector):
         yield from _op_metrics(state.devices)
         yield from _queue_metrics(state.devices)
         yield from _network_metrics(state.devices)
+        yield from storage_metrics(state.devices)
         yield from _connection_metrics(state.devices)
         yield from _worker_metrics(state.workers)
         yield from _hypercall_metrics(state)

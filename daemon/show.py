@@ -11,6 +11,7 @@ from daemon.worth_table import render_worth
 
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
 _NET_COLUMNS: Final = ("INTERFACE", "LINK", "DIRECTION", "FRAMES", "BYTES", "LOST", "BECAUSE")
+_STORAGE_COLUMNS: Final = ("DISK", "STORAGE", "ERRORS")
 _VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
 _OWN: Final = "(own)"
 """For the name of a VM, of which ``hyperbell microvm`` has one."""
@@ -34,6 +35,9 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     queues = [_queue_row(device["backend"]["device"], queue) for device in devices for queue in _queues(device)]
     if queues:
         text += "\n\n" + table(_QUEUE_COLUMNS, queues)
+    disks = [row for device in devices for row in _storage_rows(device["backend"])]
+    if disks:
+        text += "\n\n" + table(_STORAGE_COLUMNS, disks)
     interfaces = [row for device in devices for row in _interface_rows(device["backend"])]
     if interfaces:
         text += "\n\n" + table(_NET_COLUMNS, interfaces)
@@ -162,6 +166,19 @@ def _queue_row(device: str, queue: Mapping[str, Any]) -> Sequence[str]:
         str(queue["inflight"]),
         str(sum(queue["doorbells"].values())),
         f"{queue['notifications_suppressed'] / notifications:.0%}" if notifications else "-",
+    )
+
+
+def _storage_rows(backend: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """One for a disk whose storage has failed in some way."""
+    storage = backend.get("storage")  # an earlier daemon has none
+    if storage is None or not storage["errors"]:
+        return
+    failed = storage["flush_failed"]
+    yield (
+        backend["device"],
+        "answers" if failed is None else f"a flush failed ({failed}): all fail until the image is opened again",
+        ", ".join(f"{error['op'].replace('_', ' ')} {error['errno']} {error['count']}" for error in storage["errors"]),
     )
 
 

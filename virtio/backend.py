@@ -86,6 +86,7 @@ class Backend:
     @asynccontextmanager
     async def _living(self) -> AsyncIterator[None]:
         install_sigbus_guard()
+        self._device.use_workers(len(set(self._workers)))
         with OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)) as event_fd:
             async with trio.open_nursery() as nursery:
                 for index in range(self._device.queue_count):
@@ -429,6 +430,7 @@ class Backend:
             queues=tuple(q.vq.stats(self._device.ops, q.running, now) for q in self._queues),
             lost=self._calls.look("lost", self._device.lost, ()),
             link_up=self._calls.look("link_up", lambda: self._device.link_up, None),
+            storage=self._calls.look("storage", self._device.storage, None),
         )
 
 

@@ -16,9 +16,9 @@ from virtio.chain import Chain
 from virtio.disk import NativeDevice
 from virtio.errors import HostError, PeerError
 from virtio.pump import Queue
-from virtio.stats import Lost
+from virtio.stats import Lost, Storage, StorageErrors
 
-__all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue"]
+__all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue", "Storage", "StorageErrors"]
 
 
 class DeviceOptions(BaseModel):
@@ -106,6 +106,13 @@ class Device:
     def lost(self) -> tuple[Lost, ...]:
         """Of a network interface: frames that did not arrive, by reason. Any thread."""
         return ()
+
+    def storage(self) -> Storage | None:
+        """Of a disk: what its storage answered. Any thread."""
+        return None
+
+    def use_workers(self, count: int) -> None:
+        """Of a native device, before its first queue runs: so many workers drive it. ``HostError``."""
 
     @property
     def link_up(self) -> bool | None:

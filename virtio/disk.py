@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -40,6 +42,25 @@ class DiskSetup:
     max_discard_sectors: int
     max_write_zeroes_sectors: int
     serial: bytes
+    news_fd: OwnedFd | None = None
+    """An eventfd, written when there is an error that ``errors`` has not reported yet."""
+
+
+FILE_ENDED: Final = "ENDED"
+"""In place of an errno's name: the file ends before the disk does."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskErrors:
+    """What the storage answered so far: how often by operation (of ``OPS``) and errno, and the failed flush's errno."""
+
+    counts: dict[tuple[str, str], int]
+    flush_failed: str | None
+
+
+def errno_name(number: int) -> str:
+    """``ENOSPC``; what Linux does not know is its number."""
+    return FILE_ENDED if number == lib.BLK_FILE_ENDED else errno.errorcode.get(number, str(number))
 
 
 class NativeDevice:
@@ -61,6 +82,7 @@ class NativeDisk(NativeDevice):
         raw.max_write_zeroes_sectors = setup.max_write_zeroes_sectors
         raw.serial = setup.serial[:20]
         raw.inline_io = setup.fd is not None and not setup.direct and file_is_memory(setup.fd)
+        raw.news_fd = setup.news_fd.fileno() if setup.news_fd is not None else -1
         error = ffi.new("int *")
         pointer = lib.blk_new(raw, error)
         if pointer == ffi.NULL:
@@ -76,6 +98,29 @@ class NativeDisk(NativeDevice):
     def set_capacity(self, sectors: int) -> None:
         """The image was resized; requests beyond the new end fail from now on."""
         lib.blk_set_capacity(self._alive(), sectors)
+
+    def use_sync_fds(self, fds: Sequence[OwnedFd]) -> None:
+        """Further open file descriptions of the image, before its first queue runs: each worker syncs by its own."""
+        if fds:
+            numbers = [fd.fileno() for fd in fds]
+            check(lib.blk_use_sync_fds(self._alive(), numbers, len(numbers)), "preparing a disk's flushes")
+            for fd in fds:
+                fd.detach()
+
+    def errors(self) -> DiskErrors:
+        """Any thread."""
+        raw = lib.blk_errors(self._alive())
+        counts = {
+            (op, errno_name(number)): count
+            for place, op in enumerate(OPS)
+            for number, count in enumerate(raw.counts[place])
+            if count
+        }
+        return DiskErrors(counts, errno_name(raw.sync_error) if raw.sync_error else None)
+
+    def await_news(self) -> None:
+        """The next error writes ``news_fd`` again; call it before ``errors``, so that none is missed."""
+        lib.blk_await_news(self._alive())
 
     def set_writeback(self, on: bool) -> None:
         """The driver's cache mode (5.2.5.2): off means that a write is durable before it is answered."""

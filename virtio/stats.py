@@ -66,6 +66,23 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageErrors:
+    """How often the storage answered an operation with this errno (by its name)."""
+
+    op: str
+    errno: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A disk's storage. ``flush_failed``: the errno of the flush that failed, after which none may succeed."""
+
+    errors: tuple[StorageErrors, ...]
+    flush_failed: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class BackendStats:
     """One device's queues, and which features its driver accepted (0 before negotiation)."""
 
@@ -77,6 +94,8 @@ class BackendStats:
     """Of a network interface: every reason, also those that never came about."""
     link_up: bool | None = None
     """Of a network interface."""
+    storage: Storage | None = None
+    """Of a disk."""
 
 
 @dataclass(frozen=True, slots=True)

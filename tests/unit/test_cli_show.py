@@ -15,7 +15,7 @@ from daemon.control import LINE_MAX, ask, respond, serve_control
 from daemon.show import duration, render, size
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.errors import HostError
-from virtio.stats import HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, WorkerStats
+from virtio.stats import HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, Storage, StorageErrors, WorkerStats
 
 
 def state() -> DaemonState:
@@ -189,3 +189,14 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
 )
 def test_sizes_are_for_people(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_disk_whose_storage_failed_is_shown_with_what_that_means() -> None:
+    errors = (StorageErrors("write_zeroes", "ENOSPC", 3), StorageErrors("flush", "EIO", 1))
+    for failed, expected in ((None, "answers"), ("EIO", "a flush failed (EIO): all fail until")):
+        (disk,) = state().devices
+        disk = replace(disk, backend=replace(disk.backend, storage=Storage(errors, failed)))
+        text = render(json.loads(json.dumps(respond(b'{"command": "stats"}', DaemonState((disk,), ())), default=str)))
+        assert expected in text
+        assert "write zeroes ENOSPC 3, flush EIO 1" in text
+    assert "STORAGE" not in render(answer("stats"))

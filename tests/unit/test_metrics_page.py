@@ -20,7 +20,16 @@ from daemon.metrics_server import serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
 from virtio.errors import HostError
-from virtio.stats import DURATION_BOUNDS, HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, WorkerStats
+from virtio.stats import (
+    DURATION_BOUNDS,
+    HISTOGRAM_BUCKETS,
+    BackendStats,
+    OpStats,
+    QueueStats,
+    Storage,
+    StorageErrors,
+    WorkerStats,
+)
 
 
 def op(requests: int = 0, errors: int = 0, size: int = 0, buckets: dict[int, int] | None = None) -> OpStats:
@@ -282,3 +291,14 @@ def test_lines_of_the_log_that_were_lost_are_counted_by_reason() -> None:
     values = collected(replace(state(), log_lines_lost={"reader too slow": 4, "too many of a kind": 0}))
     for reason, count in (("reader too slow", 4), ("too many of a kind", 0)):
         assert values["hyperbell_log_lines_lost_total", frozenset({("reason", reason)})] == count
+
+
+def test_what_a_disks_storage_answers_is_counted_by_errno() -> None:
+    errors = (StorageErrors("write", "ENOSPC", 3), StorageErrors("flush", "EIO", 1))
+    for failed in (None, "EIO"):
+        (disk,) = state().devices
+        disk = replace(disk, backend=replace(disk.backend, storage=Storage(errors, failed)))
+        found = collected(DaemonState((disk,), ()))
+        assert value(found, "hyperbell_storage_errors_total", device="disk", op="write", errno="ENOSPC") == 3
+        assert value(found, "hyperbell_storage_errors_total", device="disk", op="flush", errno="EIO") == 1
+        assert value(found, "hyperbell_storage_flush_failed", device="disk") == (failed is not None)

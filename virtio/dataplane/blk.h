@@ -13,6 +13,14 @@
 
 #define VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP 1u
 
+struct blk_lane { /* what a worker keeps of an image: blk_flush.c; its thread only, but for `next` */
+	struct blk_lane *next;
+	struct worker *worker;
+	int fd;                      /* to sync by */
+	struct request *syncing;     /* those whose sync is in flight, linked by `with`; the first one carries it */
+	struct request *waiting, **waiting_tail;
+};
+
 struct blk_device {
 	struct native_device native; /* first */
 	struct blk_setup setup;      /* immutable; its fd is ours */
@@ -23,6 +31,12 @@ struct blk_device {
 	uint32_t no_nowait;          /* atomic: this file answered RWF_NOWAIT with EOPNOTSUPP */
 	uint32_t no_zero_range;      /* atomic: ... FALLOC_FL_ZERO_RANGE */
 	uint8_t *memory;             /* BLK_BACKEND_MEMORY */
+	struct blk_errors errors;    /* atomic */
+	uint32_t news;               /* atomic: Python was woken for an error and has not looked yet */
+	struct blk_lane *lanes;      /* atomic, grows at its head */
+	uint32_t lane_count;         /* atomic */
+	int *sync_fds;               /* before the first queue is attached, then fixed; ours */
+	uint32_t sync_fd_count;
 };
 
 /* One request as read from its chain: the data pieces without header and status. */
@@ -46,9 +60,44 @@ struct blk_request {
 int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 	   struct blk_request *q, uint64_t start_ns);
 void blk_io_done(struct request *r, int result);
+/* Hand r's I/O to the reactor / end the request with this VIRTIO_BLK_S_* / with an error of the storage's. */
+void blk_submit(struct request *r);
+void blk_finish(struct request *r, int status);
+/* `error`: an errno, or BLK_FILE_ENDED. */
+void blk_fail(struct request *r, int error);
+/* The sync of this request, or of the batch it was in, ended: go on with the request. */
+void blk_sync_done(struct request *r, int result);
+
+/* ---- blk_segments.c ---- */
+
+/* A discard or write-zeroes as a whole, at once: a VIRTIO_BLK_S_*. */
+int blk_segments_now(struct blk_device *blk, const struct blk_request *q);
+/* Start the next segment of one, or the sync that makes it durable, or finish. */
+void blk_segment_next(struct request *r);
+void blk_segment_done(struct request *r, int result);
+
+/* ---- blk_flush.c ---- */
+
+/* Sync the image for `r`, alone or together with others; ends in blk_sync_done. */
+void blk_sync(struct blk_device *blk, struct request *r);
+/* The sync that the reactor carried out for `r` ended. */
+void blk_sync_ended(struct blk_device *blk, struct request *r, int result);
+void blk_flush_free(struct blk_device *blk);
+
+/* ---- blk_errors.c ---- */
+
+void blk_count_error(struct blk_device *blk, uint32_t op, int error);
+/* A sync failed: from now on every flush does. */
+void blk_count_sync_error(struct blk_device *blk, uint32_t op, int error);
 /* Read or write / zero on the memory back end; cannot fail. */
 void blk_memory_copy(struct blk_device *blk, struct blk_request *q);
 void blk_memory_zero(struct blk_device *blk, const struct blk_request *q);
+
+/* Has a write-back of this image failed, so that no flush may succeed? */
+static inline bool blk_sync_failed(const struct blk_device *blk)
+{
+	return load_relaxed(&blk->errors.sync_error);
+}
 
 /* True when the driver has the writes durable before they are answered. */
 static inline bool blk_writethrough(const struct blk_device *blk)

@@ -8,16 +8,12 @@
 #include "blk.h"
 
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <linux/magic.h>
 #include <stdlib.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define ZERO_CHUNK (64u << 10)
 #define BOUNCE_MAX (256u << 10)
-
-static const uint8_t zeroes[ZERO_CHUNK] __attribute__((aligned(4096)));
 
 int blk_file_inline(int fd)
 {
@@ -74,8 +70,7 @@ static ssize_t transfer_once(int fd, const struct blk_request *q, off_t at, int 
 }
 
 /*
- * Read or write as much as `flags` lets us: bytes done. *error is 0, or the errno that stopped it (EIO: the file ends
- * before the capacity).
+ * Read or write as much as `flags` lets us: bytes done. *error is the errno that stopped it, or BLK_FILE_ENDED.
  */
 static uint64_t transfer_now(int fd, struct blk_request *q, int flags, int *error)
 {
@@ -88,7 +83,7 @@ static uint64_t transfer_now(int fd, struct blk_request *q, int flags, int *erro
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0) {
-			*error = n < 0 ? errno : EIO;
+			*error = n < 0 ? errno : BLK_FILE_ENDED;
 			break;
 		}
 		done += (uint64_t)n;
@@ -99,47 +94,12 @@ static uint64_t transfer_now(int fd, struct blk_request *q, int flags, int *erro
 	return done;
 }
 
-static int zero_by_writing(int fd, uint64_t offset, uint64_t length)
+static int flush_now(struct blk_device *blk)
 {
-	while (length) {
-		ssize_t n = pwrite(fd, zeroes, length < ZERO_CHUNK ? length : ZERO_CHUNK, (off_t)offset);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		offset += (uint64_t)n;
-		length -= (uint64_t)n;
-	}
-	return 0;
-}
-
-static int fallocate_mode(const struct blk_device *blk, uint32_t op, const struct blk_segment *s)
-{
-	if (op == BLK_OP_DISCARD || s->flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
-		return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-	return load_relaxed(&blk->no_zero_range) ? 0 : FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
-}
-
-static int segments_now(struct blk_device *blk, const struct blk_request *q)
-{
-	for (uint32_t i = 0; i < q->segment_count; i++) {
-		uint64_t offset = q->segments[i].sector << SECTOR_SHIFT;
-		uint64_t length = (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
-		int mode = fallocate_mode(blk, q->op, &q->segments[i]), rc = -EOPNOTSUPP;
-
-		if (length == 0)
-			continue;
-		if (mode)
-			rc = fallocate(blk->setup.fd, mode, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
-		if (rc == -EOPNOTSUPP && q->op == BLK_OP_DISCARD)
-			return VIRTIO_BLK_S_UNSUPP;
-		if (rc == -EOPNOTSUPP)
-			rc = zero_by_writing(blk->setup.fd, offset, length);
-		if (rc < 0)
-			return VIRTIO_BLK_S_IOERR;
-	}
-	return VIRTIO_BLK_S_OK;
+	if (fdatasync(blk->setup.fd) == 0)
+		return VIRTIO_BLK_S_OK;
+	blk_count_sync_error(blk, BLK_OP_FLUSH, errno);
+	return VIRTIO_BLK_S_IOERR;
 }
 
 static int file_now(struct blk_device *blk, struct blk_request *q)
@@ -148,24 +108,26 @@ static int file_now(struct blk_device *blk, struct blk_request *q)
 
 	switch (q->op) {
 	case BLK_OP_FLUSH:
-		return fdatasync(blk->setup.fd) < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK;
+		return flush_now(blk);
 	case BLK_OP_DISCARD:
 	case BLK_OP_WRITE_ZEROES:
-		return segments_now(blk, q);
+		return blk_segments_now(blk, q);
 	default:
-		transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? write_flags(blk) : 0, &error);
-		return error ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK;
+		if (transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? write_flags(blk) : 0, &error) == q->data_len)
+			return VIRTIO_BLK_S_OK;
+		blk_count_error(blk, q->op, error);
+		return VIRTIO_BLK_S_IOERR;
 	}
 }
 
 /* ---- through the reactor ---- */
 
-static void submit(struct request *r)
+void blk_submit(struct request *r)
 {
 	r->worker->reactor->submit(r->worker, r);
 }
 
-static void finish(struct request *r, int status)
+void blk_finish(struct request *r, int status)
 {
 	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
 
@@ -173,6 +135,20 @@ static void finish(struct request *r, int status)
 	free(r->many);
 	*r->status_hva = (uint8_t)status;
 	request_finish(r, read ? (uint32_t)r->bytes + 1 : 1, status != VIRTIO_BLK_S_OK);
+}
+
+/* `error`: an errno, or BLK_FILE_ENDED. */
+void blk_fail(struct request *r, int error)
+{
+	struct blk_device *blk = (struct blk_device *)r->device;
+
+	blk_count_error(blk, r->op, error);
+	blk_finish(r, VIRTIO_BLK_S_IOERR);
+}
+
+void blk_sync_done(struct request *r, int result)
+{
+	blk_finish(r, result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 }
 
 /*
@@ -217,92 +193,39 @@ static void bounce_submit(struct request *r)
 	if (r->io == IO_WRITE)
 		bounce_copy(r, length);
 	r->bounce_iov = (struct iovec){ r->bounce, length };
-	submit(r);
+	blk_submit(r);
 }
 
-/* Start the next segment of a discard or write-zeroes, or the sync that makes it durable, or finish. */
-static void segment_next(struct request *r)
+/*
+ * A write that had to be durable may have failed in its sync, and have taken the one report of pages that other writes
+ * left (a driver may change its cache mode). Only of these errors it is sure that they came before: out of room.
+ */
+static void transfer_failed(struct request *r, int error)
 {
-	struct blk_device *blk = (struct blk_device *)r->device;
-	const struct blk_segment *s;
-	int mode;
-
-	while (r->segment < r->segment_count && r->segments[r->segment].sectors == 0)
-		r->segment++;
-	if (r->segment == r->segment_count) {
-		if (!blk_writethrough(blk) || r->io == IO_FSYNC) {
-			finish(r, VIRTIO_BLK_S_OK);
-			return;
-		}
-		r->io = IO_FSYNC;
-		submit(r);
-		return;
-	}
-	s = &r->segments[r->segment];
-	mode = fallocate_mode(blk, r->op, s);
-	r->offset = s->sector << SECTOR_SHIFT;
-	r->length = (uint64_t)s->sectors << SECTOR_SHIFT;
-	r->zeroing = mode == 0;
-	r->io = r->zeroing ? IO_WRITE : IO_FALLOCATE;
-	r->flags = mode;
-	r->io_iov = r->iov;
-	r->io_count = 1;
-	r->iov[0] = (struct iovec){ (void *)(uintptr_t)zeroes, r->length < ZERO_CHUNK ? r->length : ZERO_CHUNK };
-	submit(r);
-}
-
-static void segment_done(struct request *r, int result)
-{
-	struct blk_device *blk = (struct blk_device *)r->device;
-
-	if (result == -EOPNOTSUPP && !r->zeroing && r->op == BLK_OP_WRITE_ZEROES) {
-		/* Zeroes can always be written by hand; on tmpfs and some file systems they must be. */
-		if (!(r->flags & FALLOC_FL_PUNCH_HOLE))
-			store_relaxed(&blk->no_zero_range, 1);
-		else
-			r->segments[r->segment].flags = 0;
-		segment_next(r);
-		return;
-	}
-	if (result < 0) {
-		finish(r, result == -EOPNOTSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
-		return;
-	}
-	if (r->zeroing && r->io == IO_WRITE && (uint64_t)result < r->length) {
-		if (result == 0) {
-			finish(r, VIRTIO_BLK_S_IOERR);
-			return;
-		}
-		r->offset += (uint32_t)result;
-		r->length -= (uint32_t)result;
-		r->iov[0].iov_len = r->length < ZERO_CHUNK ? r->length : ZERO_CHUNK;
-		submit(r);
-		return;
-	}
-	r->segment++;
-	segment_next(r);
+	if (r->flags & RWF_DSYNC && error != ENOSPC && error != EDQUOT && error != EFBIG)
+		blk_count_sync_error((struct blk_device *)r->device, r->op, error);
+	else
+		blk_count_error((struct blk_device *)r->device, r->op, error);
+	blk_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 void blk_io_done(struct request *r, int result)
 {
 	if (result == -EINTR || result == -EAGAIN) {
-		submit(r);
-		return;
-	}
-	if (r->segment_count) {
-		if (r->io == IO_FSYNC)
-			finish(r, result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
-		else
-			segment_done(r, result);
+		blk_submit(r);
 		return;
 	}
 	if (r->io == IO_FSYNC) {
-		finish(r, result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+		blk_sync_ended((struct blk_device *)r->device, r, result);
+		return;
+	}
+	if (r->segment_count) {
+		blk_segment_done(r, result);
 		return;
 	}
 	/* Nothing more to read: the image was cut below its capacity. That is an error, never zeroes. */
 	if (result <= 0) {
-		finish(r, VIRTIO_BLK_S_IOERR);
+		transfer_failed(r, -result);
 		return;
 	}
 	if (r->bounce && r->io == IO_READ)
@@ -310,13 +233,13 @@ void blk_io_done(struct request *r, int result)
 	r->offset += (uint32_t)result;
 	r->length -= (uint32_t)result;
 	if (r->length == 0) {
-		finish(r, VIRTIO_BLK_S_OK);
+		blk_finish(r, VIRTIO_BLK_S_OK);
 	} else if (r->bounce) {
 		pieces_skip(&r->guest_iov, &r->guest_count, (uint32_t)result);
 		bounce_submit(r);
 	} else {
 		pieces_skip(&r->io_iov, &r->io_count, (uint32_t)result);
-		submit(r);
+		blk_submit(r);
 	}
 }
 
@@ -353,8 +276,7 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->bytes = q->data_len;
 	if (q->op == BLK_OP_FLUSH) {
 		r->bytes = 0;
-		r->io = IO_FSYNC;
-		submit(r);
+		blk_sync(blk, r);
 		return BLK_PENDING;
 	}
 	if (q->segment_count) {
@@ -364,7 +286,7 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 		memcpy(r->segments, q->segments, q->segment_count * sizeof(q->segments[0]));
 		r->segment_count = q->segment_count;
 		r->io = IO_FALLOCATE;
-		segment_next(r);
+		blk_segment_next(r);
 		return BLK_PENDING;
 	}
 	r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
@@ -372,13 +294,13 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->offset = (q->sector << SECTOR_SHIFT) + done;
 	r->length = q->data_len - done;
 	if (!keep_pieces(r, q))
-		finish(r, VIRTIO_BLK_S_IOERR);
+		blk_finish(r, VIRTIO_BLK_S_IOERR);
 	else if (!blk->setup.direct || pieces_aligned(r->io_iov, r->io_count, blk->setup.block_size))
-		submit(r);
+		blk_submit(r);
 	else if (bounce_begin(r, blk->setup.block_size))
 		bounce_submit(r);
 	else
-		finish(r, VIRTIO_BLK_S_IOERR);
+		blk_finish(r, VIRTIO_BLK_S_IOERR);
 	return BLK_PENDING;
 }
 
@@ -402,16 +324,17 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 	}
 	if (q->data_len == 0 && (q->op == BLK_OP_READ || q->op == BLK_OP_WRITE))
 		return VIRTIO_BLK_S_OK;
+	if (q->op == BLK_OP_FLUSH && blk_sync_failed(blk))
+		return VIRTIO_BLK_S_IOERR;
 	if (blk->setup.inline_io)
 		return file_now(blk, q);
 	if (q->op == BLK_OP_READ && !blk->setup.direct && !load_relaxed(&blk->no_nowait)) {
 		done = transfer_now(blk->setup.fd, q, RWF_NOWAIT, &error);
 		if (error == EOPNOTSUPP)
 			store_relaxed(&blk->no_nowait, 1);
-		else if (error && error != EAGAIN)
-			return VIRTIO_BLK_S_IOERR;
 		if (done == q->data_len)
 			return VIRTIO_BLK_S_OK;
+		/* Whatever else it was comes again, and is told by what follows. */
 	}
 	return start_async(blk, w, vq, chain, q, start_ns, done);
 }

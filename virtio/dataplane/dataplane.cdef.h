@@ -216,7 +216,7 @@ void virtqueue_disarm(struct virtqueue *vq);
 void virtqueue_signal(struct virtqueue *vq);
 void virtqueue_break(struct virtqueue *vq, uint32_t fault, uint32_t head, uint64_t address, uint64_t length);
 
-/* ---- native block device: device_blk.c, blk_io.c ---- */
+/* ---- native block device: device_blk.c, blk_io.c, blk_flush.c, blk_errors.c ---- */
 
 #define BLK_OP_READ 0
 #define BLK_OP_WRITE 1
@@ -249,6 +249,15 @@ struct blk_setup {
 	uint32_t max_discard_sectors;
 	uint32_t max_write_zeroes_sectors;
 	char serial[20];
+	int news_fd;          /* not owned: an eventfd, written when there is an error to be looked at; -1: none */
+};
+
+#define BLK_ERRNOS 136   /* one more than Linux has; what is beyond counts as the last one */
+#define BLK_FILE_ENDED 0 /* in place of an errno: the file ends before the capacity */
+
+struct blk_errors { /* what the storage answered, by request and errno; any thread may read */
+	uint64_t counts[DP_QUEUE_OPS][BLK_ERRNOS];
+	uint32_t sync_error;  /* an errno; not 0: a write-back failed, and so does every flush until the image is reopened */
 };
 
 /* 1: the file lies where its I/O never waits for a device (tmpfs, ramfs); 0: it may wait; or -errno. */
@@ -257,6 +266,14 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error);
 void native_device_unref(struct native_device *device);
 /* Any thread, at any time. */
 void blk_set_capacity(struct native_device *device, uint64_t sectors);
+const struct blk_errors *blk_errors(struct native_device *device);
+/* Before its errors are looked at: the next one writes news_fd again. */
+void blk_await_news(struct native_device *device);
+/*
+ * Before the first queue is attached: further open file descriptions of the image, which the device owns from then on:
+ * with one less than workers each of them syncs by its own.
+ */
+int blk_use_sync_fds(struct native_device *device, const int *fds, uint32_t count);
 void blk_set_writeback(struct native_device *device, uint32_t on);
 /* Which requests that need a feature the driver accepted; before anybody says so, all that the setup has. */
 void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes, uint32_t legacy);

@@ -218,6 +218,7 @@ static void blk_free(struct native_device *device)
 		munmap(blk->memory, blk->setup.capacity << SECTOR_SHIFT);
 	if (blk->setup.fd >= 0)
 		close(blk->setup.fd);
+	blk_flush_free(blk);
 	free(blk);
 }
 

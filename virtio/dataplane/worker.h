@@ -41,6 +41,7 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	uint64_t offset, length;        /* in the file; what is left */
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
+	struct request *with;           /* further requests that the same I/O serves */
 	uint8_t *bounce;                /* aligned copy of a part of the data, or NULL */
 	struct iovec bounce_iov;
 	struct iovec *guest_iov;        /* with a bounce buffer: the guest's pieces from that part on */

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
+import structlog
+import trio
 from pydantic import BeforeValidator, Field, model_validator
 
 from virtio import spec
 from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
-from virtio.device import Device, DeviceOptions
-from virtio.devices.image import Image, open_image
+from virtio.device import Device, DeviceOptions, Storage, StorageErrors
+from virtio.devices.image import Image, open_again, open_image
+from virtio.devices.storage_log import StorageLog, explain
 from virtio.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
 from virtio.errors import HostError
+from virtio.fd import OwnedFd
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
 VIRTIO_BLK_F_RO: Final = 5
@@ -107,11 +112,12 @@ class Blk(Device):
         self._image: Image | None = None
         if options.path is not None:
             self._image = open_image(options.path, read_only=options.read_only, direct=options.direct)
+        self._news = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._capacity = self._measure()
             self._disk = NativeDisk(self._setup())
         except BaseException:
-            self._close_image()
+            self._close_files()
             raise
         self._promised_chain = 0
         self._writeback = options.write_cache == "writeback"
@@ -147,6 +153,7 @@ class Blk(Device):
             max_discard_sectors=MAX_ZEROED_SECTORS,
             max_write_zeroes_sectors=MAX_ZEROED_SECTORS,
             serial=self._options.serial.encode("ascii"),
+            news_fd=self._news,
         )
 
     @property
@@ -235,10 +242,47 @@ class Blk(Device):
         # shows the driver what it read then; without this, every guest but the first would write through.
         self._set_writeback(self._options.write_cache == "writeback")
 
+    # ---- its storage ----
+
+    def use_workers(self, count: int) -> None:
+        """Each of them flushes by an open file description of its own: virtio/dataplane/blk_flush.c says why."""
+        if self._image is not None and not self._options.read_only:
+            self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(count - 1)])
+
+    def storage(self) -> Storage | None:
+        if self._image is None:
+            return None
+        errors = self._disk.errors()
+        counts = tuple(StorageErrors(*kind, count) for kind, count in errors.counts.items())
+        return Storage(counts, errors.flush_failed)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Report what the storage answers with errors, and what follows for the guest."""
+        task_status.started()
+        book = StorageLog()
+        log = structlog.get_logger().bind(device=self.name)
+        flush_failed: str | None = None
+        while True:
+            with trio.move_on_after(book.due()):
+                await trio.lowlevel.wait_readable(self._news.fileno())
+                os.eventfd_read(self._news.fileno())
+            self._disk.await_news()
+            errors = self._disk.errors()
+            for values in book.lines(errors.counts):
+                log.error("storage failed", **values)
+            if errors.flush_failed is not None and flush_failed is None:
+                log.critical(
+                    "what the guest has written may be lost: every flush fails until the image is opened again",
+                    error=explain(errors.flush_failed),
+                    errno=errors.flush_failed,
+                )
+            flush_failed = errors.flush_failed
+
     def close(self) -> None:
         self._disk.close()
-        self._close_image()
+        self._close_files()
 
-    def _close_image(self) -> None:
+    def _close_files(self) -> None:
+        self._news.close()
         if self._image is not None:
             self._image.fd.close()

@@ -62,6 +62,16 @@ def open_image(path: Path, *, read_only: bool, direct: bool) -> Image:
         raise
 
 
+def open_again(image: Image, path: Path | None) -> OwnedFd:
+    """Another open file description of the file that ``image`` is, whatever lies at ``path`` by now; not locked."""
+    number = image.fd.fileno()
+    flags = fcntl.fcntl(number, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_DIRECT)
+    try:
+        return OwnedFd(os.open(f"/proc/self/fd/{number}", flags | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        raise HostError(f"{path}: opening it once more: {error.strerror}", errno=error.errno or 0) from error
+
+
 def _open_trouble(path: Path, error: OSError, read_only: bool, direct: bool) -> str:
     reason = os.strerror(error.errno or 0)
     if error.errno == errno.ENOENT:
