@@ -52,6 +52,8 @@ struct blk_request {
 	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
 };
 
+#define BLK_PART WORKER_TURN_BYTES      /* transferred at once */
+#define BLK_PART_DIRECT (4u << 20)      /* ... by the disk's own DMA */
 #define BLK_PENDING -1 /* blk_io went asynchronous: the request it started will finish */
 
 /*
@@ -60,6 +62,8 @@ struct blk_request {
 int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 	   struct blk_request *q, uint64_t start_ns);
 void blk_io_done(struct request *r, int result);
+/* A request on a file whose I/O never waits, at once: a VIRTIO_BLK_S_*. */
+int blk_file_now(struct blk_device *blk, struct blk_request *q);
 /* Hand r's I/O to the reactor / end the request with this VIRTIO_BLK_S_* / with an error of the storage's. */
 void blk_submit(struct request *r);
 void blk_finish(struct request *r, int status);
@@ -89,6 +93,21 @@ void blk_flush_free(struct blk_device *blk);
 void blk_count_error(struct blk_device *blk, uint32_t op, int error);
 /* A sync failed: from now on every flush does. */
 void blk_count_sync_error(struct blk_device *blk, uint32_t op, int error);
+
+/* ---- blk_parts.c ---- */
+
+/* The request's own copy of its pieces, in io_iov; false: no memory. */
+bool blk_keep_pieces(struct request *r, const struct blk_request *q);
+/* Is the request too long to be done at once, within one turn of its queue? */
+bool blk_is_long(const struct blk_request *q);
+/* Do it part by part, in its queue's next turns: BLK_PENDING, or a status. */
+int blk_parts_begin(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
+		    struct blk_request *q, uint64_t start_ns);
+bool blk_proceed(struct request *r);
+/* Of a transfer through the reactor: leave a part of what is left in io_iov / put back the rest behind it. */
+void blk_part_trim(struct request *r);
+void blk_part_restore(struct request *r);
+
 /* Read or write / zero on the memory back end; cannot fail. */
 void blk_memory_copy(struct blk_device *blk, struct blk_request *q);
 void blk_memory_zero(struct blk_device *blk, const struct blk_request *q);

@@ -102,7 +102,7 @@ static int flush_now(struct blk_device *blk)
 	return VIRTIO_BLK_S_IOERR;
 }
 
-static int file_now(struct blk_device *blk, struct blk_request *q)
+int blk_file_now(struct blk_device *blk, struct blk_request *q)
 {
 	int error;
 
@@ -149,6 +149,18 @@ void blk_fail(struct request *r, int error)
 void blk_sync_done(struct request *r, int result)
 {
 	blk_finish(r, result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+}
+
+/* Of a file in the page cache the kernel may copy at once what it is handed. */
+static void submit_trimmed(struct request *r, bool first)
+{
+	struct blk_device *blk = (struct blk_device *)r->device;
+
+	blk_part_trim(r);
+	if (first || blk->setup.direct)
+		blk_submit(r);
+	else
+		worker_submit_part(r->worker, r);
 }
 
 /*
@@ -238,27 +250,10 @@ void blk_io_done(struct request *r, int result)
 		pieces_skip(&r->guest_iov, &r->guest_count, (uint32_t)result);
 		bounce_submit(r);
 	} else {
+		blk_part_restore(r);
 		pieces_skip(&r->io_iov, &r->io_count, (uint32_t)result);
-		blk_submit(r);
+		submit_trimmed(r, false);
 	}
-}
-
-/*
- * The request's own copy of its pieces. Beyond SEG_MAX a driver broke its word, or buffers cross memory regions: either
- * is served as it is when the data is in the page cache.
- */
-static bool keep_pieces(struct request *r, const struct blk_request *q)
-{
-	r->io_iov = r->iov;
-	r->io_count = q->data_count;
-	if (unlikely(q->data_count > REQUEST_IOV_MAX)) {
-		r->many = malloc(q->data_count * sizeof(q->data[0]));
-		if (!r->many)
-			return false;
-		r->io_iov = r->many;
-	}
-	memcpy(r->io_iov, q->data, q->data_count * sizeof(q->data[0]));
-	return true;
 }
 
 static int start_async(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
@@ -293,10 +288,12 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->flags = q->op == BLK_OP_WRITE ? write_flags(blk) : 0;
 	r->offset = (q->sector << SECTOR_SHIFT) + done;
 	r->length = q->data_len - done;
-	if (!keep_pieces(r, q))
+	if (!blk->setup.direct)
+		w->moved += q->data_len;
+	if (!blk_keep_pieces(r, q))
 		blk_finish(r, VIRTIO_BLK_S_IOERR);
 	else if (!blk->setup.direct || pieces_aligned(r->io_iov, r->io_count, blk->setup.block_size))
-		blk_submit(r);
+		submit_trimmed(r, true);
 	else if (bounce_begin(r, blk->setup.block_size))
 		bounce_submit(r);
 	else
@@ -314,6 +311,8 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 	case BLK_BACKEND_NULL:
 		return VIRTIO_BLK_S_OK;
 	case BLK_BACKEND_MEMORY:
+		if (unlikely(blk_is_long(q)))
+			return blk_parts_begin(blk, w, vq, chain, q, start_ns);
 		if (q->segment_count)
 			blk_memory_zero(blk, q);
 		else if (q->op != BLK_OP_FLUSH)
@@ -327,8 +326,9 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 	if (q->op == BLK_OP_FLUSH && blk_sync_failed(blk))
 		return VIRTIO_BLK_S_IOERR;
 	if (blk->setup.inline_io)
-		return file_now(blk, q);
-	if (q->op == BLK_OP_READ && !blk->setup.direct && !load_relaxed(&blk->no_nowait)) {
+		return unlikely(blk_is_long(q)) ? blk_parts_begin(blk, w, vq, chain, q, start_ns) : blk_file_now(blk, q);
+	/* A long one is for the reactor, whose parts are counted. */
+	if (q->op == BLK_OP_READ && q->data_len <= BLK_PART && !blk->setup.direct && !load_relaxed(&blk->no_nowait)) {
 		done = transfer_now(blk->setup.fd, q, RWF_NOWAIT, &error);
 		if (error == EOPNOTSUPP)
 			store_relaxed(&blk->no_nowait, 1);

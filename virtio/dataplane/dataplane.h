@@ -197,6 +197,7 @@ struct virtqueue {
 	/* what a worker keeps here while it drives the queue (worker thread) */
 	struct native_device *device;
 	struct worker_command *detaching;
+	struct request *unfinished; /* a chain that is too long for one turn; none is popped before it is done */
 	struct worker_command *ringing; /* a change of a doorbell, whose old eventfd is still watched */
 	struct virtqueue *worker_next;
 	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */

@@ -222,7 +222,12 @@ static void blk_free(struct native_device *device)
 	free(blk);
 }
 
-static const struct native_ops blk_ops = { .serve = blk_serve, .io_done = blk_io_done, .free = blk_free };
+static const struct native_ops blk_ops = {
+	.serve = blk_serve,
+	.io_done = blk_io_done,
+	.proceed = blk_proceed,
+	.free = blk_free,
+};
 
 struct native_device *blk_new(const struct blk_setup *setup, int *error)
 {

@@ -59,7 +59,10 @@ struct net_header {
 /* Ethernet, two VLAN tags, and the most that the length of an IP packet can say. */
 #define NET_FRAME_MAX (ETHERNET_SIZE + 8 + 65535)
 #define NET_IOV_MAX (CHAIN_DESCRIPTORS_MAX + 64) /* pieces of a frame: descriptors, and where buffers cross regions */
-#define NET_TURN 64 /* frames a queue may move in one turn */
+#define NET_TURN 64 /* frames a queue may move in one turn, fewer where they are long or become many (WORKER_TURN_BYTES) */
+#define NET_DELIVERY_COST 512 /* what a frame, or a segment of one, counts beside its bytes: so many are copied meanwhile */
+/* A packet of 64 KiB in the smallest segments that a TCP of ours would make (an MSS of 48) is fewer than these. */
+#define NET_SEGMENTS_MAX 2048
 
 struct net_frame { /* one frame on its way; the pieces are a guest's memory, or ours */
 	struct net_header header; /* checked: all it claims lies inside the frame */

@@ -184,9 +184,12 @@ static bool obey(struct net_device *net, struct pieces *data, uint64_t size)
 bool net_control_turn(struct net_device *net, struct worker *w, struct virtqueue *vq)
 {
 	struct chain_view chain = { .iov = w->scratch };
+	uint64_t start = now_ns();
 	uint32_t served = 0;
 
-	while (served < WORKER_TURN && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+	/* A command may have the kernel change a tap, which takes long. */
+	while (served < WORKER_TURN && (!served || now_ns() - start < w->turn_ns) &&
+	       virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		struct pieces data = pieces_of(chain.iov, chain.readable_count);
 		struct pieces answer = pieces_of(chain.iov + chain.readable_count, chain.writable_count);
 		uint8_t ack;

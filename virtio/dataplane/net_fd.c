@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define SEND_PIECES_MAX 1024 /* IOV_MAX */
+#define RECEIVE_TRIES 16     /* messages that are no frames, before others have their turn */
 
 static bool not_now(struct net_pair *pair)
 {
@@ -92,7 +93,7 @@ static bool has_ended(int fd)
 static uint32_t datagram_receive(struct net_pair *pair, struct net_header *header)
 {
 	memset(header, 0, sizeof(*header));
-	for (int tries = 0; tries < NET_TURN; tries++) {
+	for (int tries = 0; tries < RECEIVE_TRIES; tries++) {
 		ssize_t n = recv(pair->source.fd, pair->frame, NET_FRAME_MAX, MSG_DONTWAIT | MSG_TRUNC);
 
 		if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)

@@ -113,6 +113,7 @@ enum net_result net_frame_write(struct net_pair *pair, struct worker *w, const s
 	struct iovec first[NET_HEADER_SIZE];
 	enum net_result result;
 
+	w->moved += frame->length + NET_DELIVERY_COST;
 	if (!vq || vq->detaching)
 		return NET_NO_BUFFERS;
 	merge.count = merge.taken.slots = 0;

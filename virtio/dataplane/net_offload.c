@@ -177,7 +177,7 @@ static enum net_result segment(struct net_pair *pair, struct worker *w, const st
 		return NET_MALFORMED;
 	payload = frame->length - h.payload;
 	largest = payload < frame->header.gso_size ? payload : frame->header.gso_size;
-	if (exceeds_mtu(pair->net, h.payload - h.network + largest))
+	if (exceeds_mtu(pair->net, h.payload - h.network + largest) || payload / largest > NET_SEGMENTS_MAX)
 		return NET_REFUSED;
 	if (!has_buffers(pair))
 		return NET_NO_BUFFERS;

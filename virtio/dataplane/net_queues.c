@@ -3,6 +3,28 @@
 
 #include <poll.h>
 
+/* ---- how long a turn is ---- */
+
+#define CLOCK_EACH 16 /* frames between two looks at the clock */
+
+/*
+ * After `moved` frames. In memory a frame costs what is counted of it; one that goes through a descriptor costs what the
+ * kernel does with it meanwhile, so the clock has its say. *since: when that was looked at first, or 0.
+ */
+static bool turn_over(const struct net_pair *pair, const struct worker *w, uint32_t moved, uint64_t *since)
+{
+	uint64_t now;
+
+	if (moved == NET_TURN || w->moved >= WORKER_TURN_BYTES)
+		return true;
+	if (!pair->net->backend->receive || moved % CLOCK_EACH)
+		return false;
+	now = now_ns();
+	if (!*since)
+		*since = now;
+	return now - *since >= w->turn_ns;
+}
+
 /* ---- from the guest ---- */
 
 /*
@@ -26,13 +48,15 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 	struct chain_view chain = { .iov = w->scratch };
 	struct iovec iov[NET_IOV_MAX];
 	struct net_frame frame;
+	uint64_t since = 0;
 	uint32_t moved = 0;
 
+	w->moved = 0;
 	if (vq->kicked)
 		store_relaxed(&pair->awake, 1);
 	if (transmit_asleep(pair))
 		return false;
-	while (moved < NET_TURN && !transmit_blocked(pair) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+	while (!transmit_blocked(pair) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		bool honest = net_frame_read(net, &chain, iov, &frame);
 		uint32_t head = chain.head, slots = chain.slots;
 
@@ -50,10 +74,14 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 			break;
 		} else {
 			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, frame.length, false);
+			if (net->backend->receive)
+				w->moved += frame.length;
 		}
+		w->moved += NET_DELIVERY_COST;
 		virtqueue_push(vq, head, slots, 0);
 		worker_touch(w, vq);
-		moved++;
+		if (turn_over(pair, w, ++moved, &since))
+			break;
 	}
 	return moved > 0;
 }
@@ -90,12 +118,17 @@ static bool receive_one(struct net_pair *pair, struct worker *w)
 
 static bool receive_turn(struct net_pair *pair, struct worker *w)
 {
+	uint64_t since = 0;
 	uint32_t moved = 0;
 
 	if (!pair->net->backend->receive)
 		return false;
-	while (moved < NET_TURN && receive_one(pair, w))
-		moved++;
+	w->moved = 0;
+	while (receive_one(pair, w)) {
+		w->moved += NET_DELIVERY_COST; /* also of one that was not delivered */
+		if (turn_over(pair, w, ++moved, &since))
+			break;
+	}
 	return moved > 0;
 }
 

@@ -17,6 +17,7 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 	r->slots = chain->slots;
 	r->bounce = NULL;
 	r->many = NULL;
+	r->trimmed = 0;
 	r->segment = r->segment_count = 0;
 	r->zeroing = false;
 	r->link.start_ns = start_ns;

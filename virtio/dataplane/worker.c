@@ -42,20 +42,28 @@ static const struct queue_ops *queue_ops(const struct virtqueue *vq)
 
 static bool queue_ready(struct virtqueue *vq)
 {
+	if (vq->unfinished)
+		return true;
 	return queue_ops(vq) ? queue_ops(vq)->ready(vq->device, vq) : virtqueue_has_work(vq);
 }
 
 static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 {
 	struct chain_view chain = { .iov = w->scratch };
-	uint64_t start_ns = 0, batch_ns = 0;
+	uint64_t turn_ns = 0, start_ns = 0, batch_ns = 0;
 	uint32_t served = 0;
 
+	if (vq->unfinished) {
+		if (vq->device->ops->proceed(vq->unfinished))
+			vq->unfinished = NULL;
+		return 1;
+	}
+	w->moved = 0;
 	while (served < WORKER_TURN && w->free_requests && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		int64_t written;
 
 		if (served++ == 0)
-			start_ns = batch_ns = now_ns();
+			turn_ns = start_ns = batch_ns = now_ns();
 		written = vq->device->ops->serve(vq->device, w, vq, &chain, start_ns);
 		if (written == SERVE_BROKEN) {
 			/* Only off the books: a broken ring is not written to, but a stop waits for what is in flight. */
@@ -73,6 +81,10 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 			} else if (served % 16 == 0) {
 				virtqueue_publish(vq); /* a driver that polls may go on with what is done */
 			}
+			if (start_ns - turn_ns >= w->turn_ns)
+				break;
+		} else if (w->moved >= WORKER_TURN_BYTES || vq->unfinished) {
+			break;
 		}
 	}
 	return served;
@@ -96,7 +108,7 @@ static bool serve_queues(struct worker *w)
 	bool served = false;
 
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
-		if (!vq->detaching && (vq->kicked || queue_ready(vq)))
+		if (vq->unfinished || (!vq->detaching && (vq->kicked || queue_ready(vq))))
 			served |= serve_queue(w, vq);
 	publish_touched(w);
 	return served;
@@ -248,12 +260,38 @@ static void detach_drained(struct worker *w)
 
 /* ---- rounds ---- */
 
-/* One round without waiting; true when anything happened. */
-static bool round_once(struct worker *w)
+void worker_submit_part(struct worker *w, struct request *r)
+{
+	r->next = NULL;
+	if (w->parts)
+		*w->parts_tail = r;
+	else
+		w->parts = r;
+	w->parts_tail = &r->next;
+}
+
+/* As much as a turn may copy, or one part. */
+static bool submit_parts(struct worker *w)
+{
+	uint64_t moved = 0;
+	bool any = w->parts != NULL;
+
+	while (w->parts && moved < WORKER_TURN_BYTES) {
+		struct request *r = w->parts;
+
+		w->parts = r->next;
+		moved += r->length < WORKER_TURN_BYTES ? r->length : WORKER_TURN_BYTES;
+		w->reactor->submit(w, r);
+	}
+	return any;
+}
+
+bool worker_round(struct worker *w)
 {
 	bool busy = obey_commands(w);
 
 	busy |= serve_queues(w);
+	busy |= submit_parts(w);
 	busy |= w->reactor->turn(w, 0);
 	publish_touched(w);
 	detach_drained(w);
@@ -268,7 +306,7 @@ static bool poll_for_work(struct worker *w)
 		return false;
 	until = now_ns() + w->poll_ns;
 	do {
-		if (round_once(w)) {
+		if (worker_round(w)) {
 			stat_add(&w->stats.poll_hits, 1);
 			return true;
 		}
@@ -323,7 +361,7 @@ static void worker_sleep(struct worker *w)
 void worker_run(struct worker *w)
 {
 	while (!w->quit) {
-		if (round_once(w) || poll_for_work(w))
+		if (worker_round(w) || poll_for_work(w))
 			continue;
 		worker_sleep(w);
 	}

@@ -46,6 +46,8 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	struct iovec bounce_iov;
 	struct iovec *guest_iov;        /* with a bounce buffer: the guest's pieces from that part on */
 	uint32_t guest_count;
+	uint32_t whole_count;           /* io_count and ... */
+	uint64_t trimmed;               /* ... what the last of io_iov has beyond the part of the transfer under way */
 	uint32_t segment, segment_count;
 	bool zeroing;                   /* write-zeroes by plain writes */
 	struct iovec iov[REQUEST_IOV_MAX];
@@ -109,6 +111,8 @@ struct native_ops {
 			 struct chain_view *chain, uint64_t start_ns);
 	/* Worker thread: r's I/O ended with `result` (io_uring's res). Submits the next one or finishes r. */
 	void (*io_done)(struct request *r, int result);
+	/* Worker thread: do the next part of virtqueue.unfinished; true: that was the last one, and r is finished. */
+	bool (*proceed)(struct request *r);
 	/* Worker thread: WORKER_NUDGE came. NULL: it means nothing to this device. */
 	void (*nudged)(struct native_device *device, struct worker *w);
 	void (*free)(struct native_device *device);
@@ -119,7 +123,13 @@ struct native_device *native_device_ref(struct native_device *device);
 /* ---- worker ---- */
 
 #define WORKER_REQUESTS 512    /* request contexts a worker has; when they are out, its queues wait */
-#define WORKER_TURN 64         /* chains a queue may take in one turn before the next queue has its own */
+/*
+ * A queue's turn, after which the next queue has its own: so many chains, so long, or so many bytes copied. A chain of
+ * more bytes than that is done in parts, one a turn; whoever shares the worker waits for a part, not for the chain.
+ */
+#define WORKER_TURN 64
+#define WORKER_TURN_NS 200000
+#define WORKER_TURN_BYTES (1u << 20)
 /*
  * One published index and one notification end a batch: a turn, or so much of a longer one. A driver that sleeps takes
  * some 30 us to wake up, and may do so while the rest is being served.
@@ -151,6 +161,7 @@ struct worker {
 	struct reactor_state *state;
 	int wake_fd, done_fd;
 	uint64_t poll_max_ns;
+	uint64_t turn_ns;               /* WORKER_TURN_NS; tests have others */
 	uint64_t thread;                /* pthread_t */
 	uint32_t reactor_wanted;
 	uint32_t cpu_count;
@@ -166,19 +177,24 @@ struct worker {
 	struct virtqueue *touched[64];  /* queues with unpublished elements; beyond it they are published at once */
 	uint32_t touched_count;
 	struct request *free_requests, *requests;
+	struct request *parts, **parts_tail; /* what worker_submit_part was given, in order */
+	uint64_t moved;                 /* bytes copied in this turn, as far as its queue counts them */
 	uint64_t poll_ns;               /* the adaptive window */
 	uint32_t kickless;              /* queues without a kick fd: they are polled, with short sleeps */
 	struct worker_command *quit;
 	struct iovec scratch[CHAIN_IOV_MAX];
 };
 
-/* worker.c: rounds, until WORKER_QUIT came. */
+/* worker.c: rounds, until WORKER_QUIT came; one of them, without waiting: true when anything happened. */
 void worker_run(struct worker *w);
+bool worker_round(struct worker *w);
 /* mailbox.c: the worker's side of its commands. */
 struct worker_command *worker_take_inbox(struct worker *w);
 void worker_acknowledge(struct worker *w, struct worker_command *command, int result);
 /* Elements were pushed to `vq`: publish and notify it at the end of this round. */
 void worker_touch(struct worker *w, struct virtqueue *vq);
+/* Submit the next part of a long transfer: in its turn, for the kernel may copy it while it takes it. */
+void worker_submit_part(struct worker *w, struct request *r);
 /* A request for a popped chain, with the chain's heads and table; NULL when the pool is empty. */
 struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
 			      const struct chain_view *chain, uint64_t start_ns);

@@ -99,6 +99,7 @@ struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, 
 	w->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	w->done_fd = done_fd;
 	w->poll_max_ns = poll_us * 1000ull;
+	w->turn_ns = WORKER_TURN_NS;
 	w->poll_ns = w->poll_max_ns;
 	w->reactor_wanted = reactor;
 	w->cpu_count = cpu_count;
