@@ -34,6 +34,7 @@ from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
 from transports.qemu_doorbells.vms import QemuDoorbells
 from transports.vhost_user.endpoint import Listen, SocketFile
 from virtio.backend import START_SECONDS, Backend
+from virtio.clients import shortages
 from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 
@@ -104,7 +105,7 @@ class App:
                     threads = await stack.enter_async_context(start_workers(self._config.workers, used))
                     self._assembly = Assembly(threads, self._devices, self._backends)
                     async with trio.open_nursery() as nursery:
-                        await self._serve(stack, nursery)
+                        await self._serve(nursery)
                 outer.cancel_scope.cancel()
 
     def snapshot(self) -> DaemonState:
@@ -129,6 +130,7 @@ class App:
             failed=tuple(self._failed()),
             failures={name: served.failures for name, served in self._served.items()},
             log_lines_lost=log.lines_lost(),
+            descriptor_shortages=dict(shortages),
         )
 
     def _failed(self) -> Iterator[FailedDevice]:
@@ -185,7 +187,7 @@ class App:
 
     # The servers
 
-    async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
+    async def _serve(self, nursery: trio.Nursery) -> None:
         config = self._config
         self._policies.tell(self._doorbells.set_policy)
         self._meter = open_meter(config.daemon.doorbell_costs)
@@ -197,7 +199,7 @@ class App:
             links = Links(self._assembly.devices)
             await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies, links)
         if config.daemon.metrics_address is not None:
-            host, port = await stack.enter_async_context(serve_metrics(*config.daemon.metrics_address, self.snapshot))
+            host, port = await nursery.start(serve_metrics, *config.daemon.metrics_address, self.snapshot)
             self._metrics_url = metrics_url(host, port)
         await self._serve_devices(nursery)
 

@@ -26,10 +26,11 @@ from daemon.links import STATES, Links, guest_is_told
 from daemon.policies import POLICIES, Policies
 from daemon.state import DaemonState, DeviceState, version
 from transports.vhost_user.endpoint import Listen, SocketFile
+from virtio.clients import Door, Place, Places
 from virtio.errors import HostError
 
 LINE_MAX: Final = 4096  # bytes of one request
-CLIENTS_MAX: Final = 8
+CLIENTS_MAX: Final = 16  # beyond, the one that has been idle for longest gives way
 IDLE_SECONDS: Final = 60.0  # a client that says nothing for so long is let go
 ANSWER_SECONDS: Final = 5.0  # how long `hyperbell show` waits
 
@@ -68,28 +69,27 @@ def _answer(
 
 
 async def _accept(listener: trio.socket.SocketType, answer: Callable[[bytes], Answer]) -> None:
-    clients = trio.CapacityLimiter(CLIENTS_MAX)
+    door, places = Door(listener, "a client of the control socket"), Places(CLIENTS_MAX)
     async with trio.open_nursery() as nursery:
         while True:
-            try:
-                connection, _ = await listener.accept()
-            except OSError as error:  # no descriptors left, or the client gave up
-                structlog.get_logger().warning("the control socket cannot accept", error=str(error))
-                await trio.sleep(0.1)
-                continue
-            nursery.start_soon(_serve_client, connection, clients, answer)
+            connection, place = await places.accept(door)
+            nursery.start_soon(_serve_client, connection, places, place, answer)
 
 
 async def _serve_client(
-    connection: trio.socket.SocketType, clients: trio.CapacityLimiter, answer: Callable[[bytes], Answer]
+    connection: trio.socket.SocketType, places: Places, place: Place, answer: Callable[[bytes], Answer]
 ) -> None:
     stream = trio.SocketStream(connection)
-    async with stream, clients:
-        with contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
-            async for line in _lines(stream):
-                reply = json.dumps(answer(line), default=str).encode()
-                with trio.fail_after(IDLE_SECONDS):
-                    await stream.send_all(reply + b"\n")
+    try:
+        async with stream:
+            with place.scope, contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
+                async for line in _lines(stream):
+                    reply = json.dumps(answer(line), default=str).encode()
+                    places.active(place)
+                    with trio.fail_after(IDLE_SECONDS):
+                        await stream.send_all(reply + b"\n")
+    finally:
+        places.leave(place)
 
 
 async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:

@@ -97,6 +97,7 @@ class StateCollector(Collector):
         yield GaugeMetricFamily("hyperbell_devices", "Devices that are served.", value=len(state.devices))
         yield from _failure_metrics(state)
         yield _log_metric(state)
+        yield _shortage_metric(state)
         build = GaugeMetricFamily(
             "hyperbell_build_info", "What runs here; always 1.", labels=("version", "python", "machine")
         )
@@ -126,6 +127,14 @@ def _log_metric(state: DaemonState) -> Metric:
     for reason, count in state.log_lines_lost.items():
         lost.add_metric((reason,), count)
     return lost
+
+
+def _shortage_metric(state: DaemonState) -> Metric:
+    text = "Times that there was no file descriptor for somebody, who had to wait."
+    shortages = CounterMetricFamily("hyperbell_descriptor_shortages", text, labels=("for",))
+    for who, count in state.descriptor_shortages.items():
+        shortages.add_metric((who,), count)
+    return shortages
 
 
 def _op_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:

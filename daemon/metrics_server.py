@@ -1,19 +1,16 @@
-"""The page /metrics over HTTP, from threads of its own.
+"""The page /metrics over HTTP/1.1, one request a connection.
 
-A scrape asks the event loop for one snapshot and formats it in its own thread; no lock of the data path is taken.
-The accepting thread sleeps in the kernel until somebody connects.
+Any user of the host may connect, so nothing here grows with what they do: so many connections at most, one deadline for
+a request as a whole, and one page made at a time. A scrape takes one snapshot in the event loop; a thread formats it.
 """
 
 from __future__ import annotations
 
+import os
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
-from functools import partial
-from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
@@ -21,71 +18,165 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from daemon.metrics import StateCollector
 from daemon.state import DaemonState
+from virtio.clients import Door, Place, Places
 from virtio.errors import HostError
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-PATH = "/metrics"
+PATH: Final = "/metrics"
+CONNECTIONS_MAX: Final = 16
+REQUEST_SECONDS: Final = 10.0  # from the connection to the last byte of the answer
+REQUEST_MAX: Final = 16 * 1024  # bytes
+BACKLOG: Final = 16
 
-
-class _Handler(WSGIRequestHandler):
-    timeout = 10.0  # seconds a client may take to send its request
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """No line per scrape."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def __init__(self, family: socket.AddressFamily, address: tuple[str, int]) -> None:
-        self.address_family = family
-        super().__init__(address, _Handler)
-        self.ending = False
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of the host's own name that http.server does, which may ask a name server."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        structlog.get_logger().debug("a scrape of the metrics ended early", exc_info=True)
-
-    def accept_until_closed(self) -> None:
-        while not self.ending:
-            self.handle_request()
-
-    def end_accepting(self) -> None:
-        """Wake ``accept_until_closed`` for the last time: shutting a listening socket down makes it readable."""
-        self.ending = True
-        self.socket.shutdown(socket.SHUT_RDWR)
+_ANSWERING: Final = 1  # gives way later than one that has not said yet what it wants
 
 
-@asynccontextmanager
-async def serve_metrics(host: str, port: int, snapshot: Callable[[], DaemonState]) -> AsyncIterator[tuple[str, int]]:
-    """Serve ``snapshot`` (called in the event loop) at http://host:port/metrics; port 0 takes a free one.
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
 
-    Gives the address really bound. Raises ``HostError`` when it cannot be had.
+
+@dataclass(slots=True)
+class _Answer:
+    status: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    @classmethod
+    def plain(cls, status: str, text: str) -> _Answer:
+        return cls(status, [("Content-Type", "text/plain; charset=utf-8")], text.encode() + b"\n")
+
+    def bytes(self, *, with_body: bool) -> bytes:
+        headers = [*self.headers, ("Content-Length", str(len(self.body))), ("Connection", "close")]
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in headers), "", ""]
+        return "\r\n".join(lines).encode("latin-1", "replace") + (self.body if with_body else b"")
+
+
+class _Page:
+    """Makes the page: the event loop gives a snapshot, one thread at a time formats it."""
+
+    def __init__(self, snapshot: Callable[[], DaemonState]) -> None:
+        self._snapshot = snapshot
+        self._current = DaemonState((), ())
+        self._one_at_a_time = trio.CapacityLimiter(1)
+        registry = CollectorRegistry()
+        registry.register(StateCollector(lambda: self._current))
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._application = make_wsgi_app(registry)
+
+    async def make(self, request: _Request) -> _Answer:
+        try:
+            async with self._one_at_a_time:
+                self._current = self._snapshot()
+                return await trio.to_thread.run_sync(self._format, request)
+        except Exception:
+            structlog.get_logger().exception("the metrics cannot be collected")
+            return _Answer.plain(
+                "500 Internal Server Error", "the metrics cannot be collected; the daemon's log says why"
+            )
+
+    def _format(self, request: _Request) -> _Answer:
+        """Which of its formats the client prefers, and which metrics, is the library's to say."""
+        answer = _Answer("", [], b"")
+
+        def start_response(status: str, headers: list[tuple[str, str]], _error: object = None) -> Callable[..., object]:
+            answer.status, answer.headers = status, headers
+            return lambda data: None
+
+        environment: WSGIEnvironment = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": request.path,
+            "QUERY_STRING": request.query,
+            **{f"HTTP_{name.upper().replace('-', '_')}": value for name, value in request.headers.items()},
+        }
+        start: StartResponse = start_response
+        pieces: Iterable[bytes] = self._application(environment, start)
+        answer.body = b"".join(pieces)
+        return answer
+
+
+async def serve_metrics(
+    host: str,
+    port: int,
+    snapshot: Callable[[], DaemonState],
+    *,
+    task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``snapshot`` at http://host:port/metrics until cancelled; port 0 takes a free one.
+
+    Started with the address really bound. Raises ``HostError`` when it cannot be had.
     """
-    token = trio.lowlevel.current_trio_token()
-    registry = CollectorRegistry()
-    registry.register(StateCollector(partial(trio.from_thread.run_sync, snapshot, trio_token=token)))
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    GCCollector(registry=registry)
-    server = _bind(host, port)
-    server.set_app(_only_metrics(make_wsgi_app(registry)))
-    thread = threading.Thread(target=server.accept_until_closed, name="metrics", daemon=True)
-    thread.start()
+    with _bind(host, port) as bound:
+        listener = trio.socket.from_stdlib_socket(bound)
+        address = bound.getsockname()
+        door, places, page = Door(listener, "a client of the metrics"), Places(CONNECTIONS_MAX), _Page(snapshot)
+        async with trio.open_nursery() as nursery:
+            task_status.started((str(address[0]), int(address[1])))
+            while True:
+                client, place = await places.accept(door)
+                nursery.start_soon(_serve, trio.SocketStream(client), page, places, place)
+
+
+async def _serve(stream: trio.SocketStream, page: _Page, places: Places, place: Place) -> None:
     try:
-        yield server.server_name, server.server_port
+        async with stream:
+            with place.scope, trio.move_on_after(REQUEST_SECONDS):
+                try:
+                    request = await _read(stream)
+                    if isinstance(request, _Request):
+                        place.rank = None
+                        answer, with_body = await _answer(request, page), request.method != "HEAD"
+                        place.rank = _ANSWERING
+                    elif request is None:
+                        return
+                    else:
+                        answer, with_body = request, True
+                    await stream.send_all(answer.bytes(with_body=with_body))
+                    await stream.send_eof()
+                    # Closed with something unread, the connection would be reset, and the answer lost on its way.
+                    while await stream.receive_some(REQUEST_MAX):
+                        pass
+                except trio.BrokenResourceError:
+                    return  # the client left
     finally:
-        server.end_accepting()
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(thread.join)
-        server.server_close()
+        places.leave(place)
+
+
+async def _read(stream: trio.SocketStream) -> _Request | _Answer | None:
+    """What is asked for, or what is wrong with it; ``None``: the client left."""
+    data = b""
+    while b"\r\n\r\n" not in data and b"\n\n" not in data:
+        if len(data) > REQUEST_MAX:
+            return _Answer.plain("431 Request Header Fields Too Large", "the request is too long")
+        received = await stream.receive_some(REQUEST_MAX)
+        if not received:
+            return None
+        data += received
+    first, *rest = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")[0].split("\n")
+    words = first.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        return _Answer.plain("400 Bad Request", "this is not a request of HTTP/1")
+    fields = (line.partition(":") for line in rest)
+    headers = {name.strip().lower(): value.strip() for name, colon, value in fields if colon}
+    path, _, query = words[1].partition("?")
+    return _Request(words[0], path, query, headers)
+
+
+async def _answer(request: _Request, page: _Page) -> _Answer:
+    if request.method not in ("GET", "HEAD"):
+        refused = _Answer.plain("405 Method Not Allowed", "the metrics can be read and nothing else")
+        refused.headers.append(("Allow", "GET, HEAD"))
+        return refused
+    if request.path != PATH:
+        return _Answer.plain("404 Not Found", f"the metrics are at {PATH}")
+    return await page.make(request)
 
 
 def metrics_url(host: str, port: int) -> str:
@@ -93,29 +184,21 @@ def metrics_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
 
 
-def _bind(host: str, port: int) -> _Server:
+def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return _Server(family, (str(address[0]), port))
+        # The address of a daemon that has just ended is free (SO_REUSEADDR, which create_server sets).
+        return socket.create_server((str(address[0]), port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise HostError(
-            f"[daemon] metrics: cannot listen on {host} port {port}: {error.strerror}; "
+            f"[daemon] metrics: cannot listen on {host} port {port}: {_reason(error)}; "
             'name another address, or write metrics = "off"',
             errno=error.errno or 0,
         ) from error
 
 
-def _only_metrics(application: WSGIApplication) -> WSGIApplication:
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        plain = [("Content-Type", "text/plain; charset=utf-8")]
-        if environ.get("PATH_INFO") != PATH:
-            start_response("404 Not Found", plain)
-            return [f"the metrics are at {PATH}\n".encode()]
-        try:
-            return application(environ, start_response)
-        except Exception:
-            structlog.get_logger().exception("the metrics cannot be collected")
-            start_response("500 Internal Server Error", plain)
-            return [b"the metrics cannot be collected; the daemon's log says why\n"]
-
-    return answer
+def _reason(error: OSError) -> str:
+    """Without what ``create_server`` adds. A name that cannot be looked up has a number of its own."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error.strerror or error)
+    return os.strerror(error.errno)

@@ -39,6 +39,7 @@ from transports.kvm.machine import DeviceSetup, Machine, MachineSetup, open_mach
 from transports.kvm.slots import DEVICES_MAX, slot
 from transports.kvm.state import MachineState
 from transports.qemu_doorbells.messages import Reason
+from virtio.clients import shortages
 from virtio.device import Device
 from virtio.devices.console import ConsoleOptions
 from virtio.devices.terminal import Escapes, TerminalConsole
@@ -102,7 +103,7 @@ class Microvm:
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(self._obey, signals, machine, console)
             nursery.start_soon(self._watch, machine)
-            await self._serve(stack, nursery, machine)
+            await self._serve(nursery, machine)
             end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
             with trio.move_on_after(FLUSH_SECONDS):
                 await console.terminal.flush()
@@ -126,9 +127,10 @@ class Microvm:
             doorbells=self._meter.state() if self._meter is not None else None,
             machine=machine,
             log_lines_lost=log.lines_lost(),
+            descriptor_shortages=dict(shortages),
         )
 
-    async def _serve(self, stack: AsyncExitStack, nursery: trio.Nursery, machine: Machine) -> None:
+    async def _serve(self, nursery: trio.Nursery, machine: Machine) -> None:
         """What others may ask of us while the guest runs."""
         daemon = self._options.daemon
         policies = Policies({name: device.common.hypercall for name, device in self._configured.items()})
@@ -143,7 +145,7 @@ class Microvm:
             links = Links(self._assembly.devices)
             await nursery.start(serve_control, daemon.control, self.snapshot, policies, links)
         if daemon.metrics_address is not None:
-            host, port = await stack.enter_async_context(serve_metrics(*daemon.metrics_address, self.snapshot))
+            host, port = await nursery.start(serve_metrics, *daemon.metrics_address, self.snapshot)
             self._log.info("metrics", url=metrics_url(host, port))
 
     async def _change_policies(self, machine: Machine, changes: trio.MemoryReceiveChannel[tuple[str, Policy]]) -> None:

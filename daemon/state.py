@@ -84,7 +84,7 @@ class DaemonState:
     ``refusals`` count by reason what was asked for and not to be had. ``doorbells`` are there where the costs of a ring
     are known, ``machine`` where the guest is one of our own. ``failed`` are the devices that cannot be had now;
     ``failures`` counts by device how often an attempt to serve it failed, ``log_lines_lost`` by reason the lines of the
-    log that were not written.
+    log that were not written, ``descriptor_shortages`` by who had to wait how often there was no file descriptor.
     """
 
     devices: tuple[DeviceState, ...]
@@ -97,6 +97,7 @@ class DaemonState:
     failed: tuple[FailedDevice, ...] = ()
     failures: Mapping[str, int] = field(default_factory=dict)
     log_lines_lost: Mapping[str, int] = field(default_factory=dict)
+    descriptor_shortages: Mapping[str, int] = field(default_factory=dict)
 
 
 def version() -> str:

@@ -160,7 +160,7 @@ async def test_a_reader_who_comes_when_descriptors_have_run_out_is_let_in_later(
                 try:
                     plain.connect(str(path))
                     with trio.fail_after(GUARD):
-                        while not any(entry["log_level"] == "warning" for entry in logs):
+                        while not any(entry["log_level"] == "error" for entry in logs):
                             await trio.testing.wait_all_tasks_blocked()
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -169,8 +169,8 @@ async def test_a_reader_who_comes_when_descriptors_have_run_out_is_let_in_later(
                 with trio.fail_after(GUARD):
                     await trio.lowlevel.wait_readable(plain)
                 assert plain.recv(100) == b"let in"
-    warning = next(entry for entry in logs if entry["log_level"] == "warning")
-    assert (warning["event"], warning["socket"]) == ("a console's reader cannot be let in", str(path))
+    (told,) = (entry for entry in logs if entry["log_level"] == "error")
+    assert (told["event"], told["socket"]) == ("out of descriptors: a console's reader waits", str(path))
 
 
 @every_python_setting

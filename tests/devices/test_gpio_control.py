@@ -111,20 +111,32 @@ async def test_a_line_without_an_end_is_refused(tmp_path: Path) -> None:
         assert await client.rest() == ["error a line is too long"]
 
 
-async def test_there_is_room_for_so_many_clients_and_for_others_when_they_leave(tmp_path: Path) -> None:
+async def test_clients_that_watch_keep_their_places_and_others_come_in_when_they_leave(tmp_path: Path) -> None:
     async with scene(tmp_path / "c") as (_, first):
+        assert await first.command("watch") == ["ok"]
         streams = [await trio.open_unix_socket(tmp_path / "c") for _ in range(CLIENTS_MAX - 1)]
-        assert await first.command("get 0")
         for stream in streams:
-            await stream.send_all(b"get 0\n")
-            assert await stream.receive_some()
+            await stream.send_all(b"watch\n")
+            assert await stream.receive_some() == b"ok\n"
         async with talking(tmp_path / "c") as late:
-            assert await late.rest() == ["error there are too many clients"]
+            assert await late.rest() == ["error there are too many clients that watch"]
         for stream in streams:
             await stream.aclose()
         with trio.fail_after(GUARD):
             while (await new_clients_answer(tmp_path / "c"))[0].startswith("error"):
                 pass
+
+
+async def test_idle_clients_keep_nobody_out(tmp_path: Path) -> None:
+    async with scene(tmp_path / "c") as (_, first):
+        assert await first.command("watch") == ["ok"]
+        idle = [await trio.open_unix_socket(tmp_path / "c") for _ in range(3 * CLIENTS_MAX)]
+        with trio.fail_after(GUARD):
+            assert (await new_clients_answer(tmp_path / "c"))[-1] == "ok"
+            assert await idle[0].receive_some() == b""  # the longest idle one has given way ...
+        assert await first.command("get 0")  # ... and the one that watches has not
+        for stream in idle:
+            await stream.aclose()
 
 
 async def new_clients_answer(path: Path) -> list[str]:

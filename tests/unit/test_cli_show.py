@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from daemon.control import LINE_MAX, ask, respond, serve_control
+from daemon.control import CLIENTS_MAX, LINE_MAX, ask, respond, serve_control
 from daemon.show import duration, render, size
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.errors import HostError
@@ -123,6 +123,24 @@ async def test_a_line_without_end_is_answered_once_and_the_client_let_go(tmp_pat
                     received += chunk
         assert json.loads(received)["ok"] is False
         assert (await trio.to_thread.run_sync(ask, path, "list"))["ok"]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b'{"command":', b'{"command": "list"}\n'], ids=["silent", "half a line", "asked"]
+)
+async def test_clients_that_are_idle_keep_nobody_from_asking(tmp_path: Path, said: bytes) -> None:
+    path = tmp_path / "ctl.sock"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, path, state)
+        idle = []
+        for _ in range(3 * CLIENTS_MAX):
+            client = await trio.open_unix_socket(path)
+            await client.send_all(said)
+            idle.append(client)
+        assert (await trio.to_thread.run_sync(ask, path, "list"))["ok"]
+        for client in idle:
+            await client.aclose()
         nursery.cancel_scope.cancel()
 
 

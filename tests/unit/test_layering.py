@@ -21,7 +21,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "virtio": frozenset({"virtio"}),
 }
 A_DEVICE_MAY_IMPORT: Final = frozenset(
-    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk", "nic")
+    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk", "nic", "clients")
 )
 MAY_USE_THE_MACHINE: Final = frozenset(
     f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells", "host_cpu", "ring_guest")

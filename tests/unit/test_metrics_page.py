@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import socket
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from daemon.metrics import StateCollector
-from daemon.metrics_server import serve_metrics
+from daemon.metrics_server import CONNECTIONS_MAX, REQUEST_MAX, REQUEST_SECONDS, serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
 from virtio.errors import HostError
@@ -212,6 +216,18 @@ def test_every_metric_has_a_help_text_and_our_prefix() -> None:
     ] == []
 
 
+@asynccontextmanager
+async def serving(host: str, port: int, snapshot: Callable[[], DaemonState]) -> AsyncIterator[tuple[str, int]]:
+    async with trio.open_nursery() as nursery:
+        address: tuple[str, int] = await nursery.start(serve_metrics, host, port, snapshot)
+        yield address
+        nursery.cancel_scope.cancel()
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 async def fetch(url: str) -> str:
     def get() -> str:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -227,7 +243,7 @@ async def test_the_page_shows_a_snapshot_taken_in_the_event_loop_and_what_the_pr
         tasks.append(trio.lowlevel.current_trio_token())
         return state()
 
-    async with serve_metrics("127.0.0.1", 0, snapshot) as (host, port):
+    async with serving("127.0.0.1", 0, snapshot) as (host, port):
         page = await fetch(f"http://{host}:{port}/metrics")
     found = samples(page)
     assert value(found, "hyperbell_requests_total", device="disk", queue="0", op="read") == 6
@@ -238,7 +254,7 @@ async def test_the_page_shows_a_snapshot_taken_in_the_event_loop_and_what_the_pr
 
 
 async def test_any_other_page_says_where_the_metrics_are() -> None:
-    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+    async with serving("127.0.0.1", 0, state) as (host, port):
         with pytest.raises(urllib.error.HTTPError) as caught:
             await fetch(f"http://{host}:{port}/")
     with caught.value as answer:
@@ -248,37 +264,123 @@ async def test_any_other_page_says_where_the_metrics_are() -> None:
 
 async def test_ipv6_loopback_works_like_any_address() -> None:
     try:
-        async with serve_metrics("::1", 0, state) as (_, port):
-            assert "hyperbell_build_info" in await fetch(f"http://[::1]:{port}/metrics")
-    except HostError as error:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
         pytest.skip(f"this machine has no IPv6 loopback: {error}")
+    async with serving("::1", 0, state) as (_, port):
+        assert "hyperbell_build_info" in await fetch(f"http://[::1]:{port}/metrics")
 
 
 async def test_a_taken_address_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(HostError, match=f"metrics: cannot listen on 127.0.0.1 port {port}.*another address"):
-            async with serve_metrics("127.0.0.1", port, state):
-                pytest.fail("it must not be served")
+            await serve_metrics("127.0.0.1", port, state)
 
 
 async def test_the_address_is_free_again_after_the_end() -> None:
-    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+    async with serving("127.0.0.1", 0, state) as (host, port):
         pass
-    async with serve_metrics(host, port, state) as (_, again):
+    async with serving(host, port, state) as (_, again):
         assert again == port
 
 
 async def test_a_client_that_says_nothing_does_not_hold_up_a_scrape_or_the_end() -> None:
-    async with serve_metrics("127.0.0.1", 0, state) as (host, port):
+    async with serving("127.0.0.1", 0, state) as (host, port):
         with socket.create_connection((host, port)):
             assert "hyperbell_build_info" in await fetch(f"http://{host}:{port}/metrics")
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost: here\r\n"], ids=["silent", "slow"])
+async def test_connections_that_do_not_finish_their_request_take_neither_threads_nor_descriptors(said: bytes) -> None:
+    async with serving("127.0.0.1", 0, state) as (host, port):
+        await fetch(f"http://{host}:{port}/metrics")  # the one thread that formats is there
+        threads, before = threading.active_count(), open_descriptors()
+        slow = [await trio.open_tcp_stream(host, port) for _ in range(5 * CONNECTIONS_MAX)]
+        for stream in slow:
+            await stream.send_all(said)
+        page = await fetch(f"http://{host}:{port}/metrics")
+        assert "hyperbell_build_info" in page
+        assert threading.active_count() <= threads + 1  # that one is ours, which fetched
+        assert open_descriptors() <= before + len(slow) + CONNECTIONS_MAX
+        for stream in slow:
+            await stream.aclose()
+
+
+async def test_a_request_as_a_whole_has_one_deadline_however_steadily_its_bytes_come(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with serving("127.0.0.1", 0, state) as (host, port), await trio.open_tcp_stream(host, port) as client:
+        sent = 0
+        with trio.fail_after(2 * REQUEST_SECONDS), contextlib.suppress(trio.BrokenResourceError):
+            while True:  # a byte each second, and never the end of a request
+                await client.send_all(b"x")
+                await trio.sleep(1)
+                sent += 1
+        assert sent > 1
+
+
+async def test_an_answer_that_is_not_read_ends_at_the_deadline(mock_clock: trio.testing.MockClock) -> None:
+    many = replace(state(), devices=state().devices * 2000)  # more than socket buffers hold
+    async with serving("127.0.0.1", 0, lambda: many) as (host, port):
+        client = trio.socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await client.connect((host, port))
+        await client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+        received = len(await client.recv(1))
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(REQUEST_SECONDS)
+        with contextlib.suppress(OSError):
+            while piece := await client.recv(65536):
+                received += len(piece)
+        client.close()
+        assert 0 < received < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /metrics HTTP/1.0\n\n", 200),
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", 200),
+        (b"GET /metrics?name[]=hyperbell_build_info HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET /other HTTP/1.1\r\n\r\n", 404),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", 405),
+        (b"\r\n\r\n", 400),
+        (b"GET /metrics\r\n\r\n", 400),
+        (b"\xff\x00 \r\n\r\n", 400),
+        (b"GET /metrics SIP/2.0\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\r\n:\r\nnonsense\r\n: :\r\n\r\n", 200),
+        (b"GET /" + b"x" * 3 * REQUEST_MAX + b"\r\n\r\n", 431),
+    ],
+)
+async def test_whatever_is_said_gets_an_answer_in_http(request_: bytes, status: int) -> None:
+    async with serving("127.0.0.1", 0, state) as (host, port), await trio.open_tcp_stream(host, port) as client:
+        await client.send_all(request_)
+        data = b""
+        async for piece in client:
+            data += piece
+        head, _, body = data.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        assert len(body) == (0 if request_.startswith(b"HEAD") else length)
+
+
+async def test_a_client_may_ask_for_a_compressed_page() -> None:
+    async with serving("127.0.0.1", 0, state) as (host, port), await trio.open_tcp_stream(host, port) as client:
+        await client.send_all(
+            b"GET /metrics HTTP/1.1\r\nAccept-Encoding: gzip\r\n\r\n",
+        )
+        data = b""
+        async for piece in client:
+            data += piece
+        found = samples(gzip.decompress(data.partition(b"\r\n\r\n")[2]).decode())
+        assert "hyperbell_build_info" in {name for name, _ in found}
 
 
 async def test_a_failing_snapshot_costs_one_scrape_and_not_the_page() -> None:
     broken: list[Callable[[], DaemonState]] = [lambda: state(), lambda: DaemonState((), 1)]  # type: ignore[arg-type]
 
-    async with serve_metrics("127.0.0.1", 0, lambda: broken.pop()()) as (host, port):
+    async with serving("127.0.0.1", 0, lambda: broken.pop()()) as (host, port):
         with capture_logs() as logs, pytest.raises(urllib.error.HTTPError) as caught:
             await fetch(f"http://{host}:{port}/metrics")
         with caught.value as answer:
@@ -302,3 +404,8 @@ def test_what_a_disks_storage_answers_is_counted_by_errno() -> None:
         assert value(found, "hyperbell_storage_errors_total", device="disk", op="write", errno="ENOSPC") == 3
         assert value(found, "hyperbell_storage_errors_total", device="disk", op="flush", errno="EIO") == 1
         assert value(found, "hyperbell_storage_flush_failed", device="disk") == (failed is not None)
+
+
+def test_shortages_of_descriptors_are_counted_by_who_had_to_wait() -> None:
+    values = collected(replace(state(), descriptor_shortages={"a front-end": 2}))
+    assert values["hyperbell_descriptor_shortages_total", frozenset({("for", "a front-end")})] == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,10 +100,10 @@ async def test_the_same_policy_again_is_another_attempt_and_the_first_ones_are_n
         given.append(arguments[2])
         task_status.started()
 
-    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("daemon.microvm.serve_control", serve_control)
-            await microvm._serve(stack, nursery, machine)
+            await microvm._serve(nursery, machine)
         (policies,) = given
         await trio.testing.wait_all_tasks_blocked()
         assert tried == []

@@ -251,7 +251,9 @@ async def test_running_out_of_descriptors_delays_a_front_end_and_ends_nothing(
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             await front_end.negotiate()
             front_end.close()
-    assert "cannot accept a connection" in [line["event"] for line in logs]
+    events = [line["event"] for line in logs]
+    assert events.count("out of descriptors: a front-end waits") == 1
+    assert events.count("descriptors are to be had again: a front-end goes on") == 1
 
 
 # --- other endpoints ---

@@ -16,12 +16,12 @@ import trio
 from transports.qemu_doorbells.descriptors import VcpuStatistics, doorbell_id
 from transports.qemu_doorbells.messages import WIRE_SIZE, Message, Type, parse_message
 from transports.qemu_doorbells.vms import QemuDoorbells, Vm
+from virtio.clients import Door
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 
 VMS_MAX: Final = 256
 HELLO_SECONDS: Final = 10.0  # a connection must tell of its VM within this
-ACCEPT_RETRY_DELAY: Final = 0.1  # seconds to wait when the process is out of file descriptors
 DESCRIPTORS_SHARE: Final = 4  # statistics of vCPUs may take one in so many of the descriptors the process may have
 
 # Room for more descriptors than a message may have: too many is then seen as such, not as a truncation.
@@ -33,7 +33,7 @@ async def serve(
 ) -> None:
     """Serve libraries that connect to ``listener`` (SOCK_SEQPACKET, the caller's) until cancelled."""
     log = structlog.get_logger()
-    accepting = trio.socket.from_stdlib_socket(listener)
+    door = Door(trio.socket.from_stdlib_socket(listener), "a QEMU that reports its doorbells")
     served = 0
 
     async def serve_one(sock: trio.socket.SocketType) -> None:
@@ -48,12 +48,7 @@ async def serve(
     async with trio.open_nursery() as nursery:
         task_status.started()
         while True:
-            try:
-                sock, _ = await accepting.accept()
-            except OSError as error:  # no descriptors left, or the library gave up
-                log.error("cannot accept a QEMU's connection", error=str(error))
-                await trio.sleep(ACCEPT_RETRY_DELAY)
-                continue
+            sock = await door.accept()
             if served >= VMS_MAX:
                 sock.close()
                 log.warning("a QEMU was turned away: too many are connected", limit=VMS_MAX)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 from collections.abc import Awaitable, Callable
@@ -26,6 +25,7 @@ from transports.vhost_user.endpoint import (
     is_listening,
 )
 from transports.vhost_user.stats import ConnectionStats
+from virtio.clients import Door
 from virtio.waist import QueueBroken
 
 if TYPE_CHECKING:
@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 
 CONNECT_DELAY_MIN: Final = 0.1  # seconds between attempts of the client mode, doubled after each ...
 CONNECT_DELAY_MAX: Final = 5.0  # ... up to this
-ACCEPT_RETRY_DELAY: Final = 0.1  # seconds to wait when the process is out of file descriptors
 RESET_LIMIT: Final = 1.0  # seconds a reset may take when the daemon is being stopped
 
 T = TypeVarTuple("T")
-_RETRY_ACCEPT: Final = {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 class VhostUserServer:
@@ -121,15 +119,9 @@ class VhostUserServer:
     async def _accept(
         self, listener: trio.socket.SocketType, send: trio.MemorySendChannel[trio.socket.SocketType]
     ) -> None:
+        door = Door(listener, "a front-end", self._log)
         while True:
-            try:
-                sock, _ = await listener.accept()
-            except OSError as error:
-                if error.errno not in _RETRY_ACCEPT:
-                    raise
-                self._log.error("cannot accept a connection", error=str(error))
-                await trio.sleep(ACCEPT_RETRY_DELAY)
-                continue
+            sock = await door.accept()
             try:
                 if self._socket is not None and not _has_hung_up(self._socket):
                     raise trio.WouldBlock

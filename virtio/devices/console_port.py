@@ -19,8 +19,9 @@ from typing import Final, Protocol
 import structlog
 import trio
 
+from virtio.clients import Door
 from virtio.devices.pty_link import claim, remove_stale_link
-from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, Outbox, file_identity, listen
+from virtio.devices.unix_socket import Outbox, file_identity, listen
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
@@ -122,17 +123,12 @@ class SocketEnd:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         listener = trio.socket.from_stdlib_socket(self._listener)
+        log = structlog.get_logger().bind(socket=str(self._path))
+        door = Door(listener, "a console's reader", log)
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                try:
-                    client, _ = await listener.accept()
-                except OSError as error:  # no descriptors left, or the reader gave up
-                    structlog.get_logger().warning(
-                        "a console's reader cannot be let in", socket=str(self._path), error=str(error)
-                    )
-                    await trio.sleep(ACCEPT_RETRY_DELAY)
-                    continue
+                client = await door.accept()
                 if self._reader is not None:
                     self._reader.cancel()
                 self._reader = trio.CancelScope()

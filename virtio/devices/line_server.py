@@ -11,17 +11,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-import structlog
 import trio
 
-from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, Outbox, file_identity, listen
+from virtio.clients import Door, Place, Places
+from virtio.devices.unix_socket import Outbox, file_identity, listen
 
 COMMAND_MAX: Final = 4096
 """Bytes of the longest line a client may send."""
 
 CLIENTS_MAX: Final = 16
-
-log = structlog.get_logger()
+"""Beyond, the one that has been idle for longest gives way; clients that watch do not."""
 
 
 class CommandError(Exception):
@@ -31,9 +30,10 @@ class CommandError(Exception):
 class LineClient:
     """Somebody at the socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
         self.outbox: Final = Outbox()
-        self.scope: Final = trio.CancelScope()
+        self.place: Final = place
+        self.scope: Final = place.scope
         self.watches = False
         self.finished = False
         """It has said all it had to say; what it was answered still goes out."""
@@ -59,6 +59,7 @@ class LineServer:
         self._what = what
         self._command = command
         self._clients: set[LineClient] = set()
+        self._places = Places(CLIENTS_MAX)
         self._listener = listen(path, what) if path is not None else None
         self._identity = file_identity(path) if path is not None else None
 
@@ -72,25 +73,20 @@ class LineServer:
         if self._listener is None:
             task_status.started()
             return
-        listener = trio.socket.from_stdlib_socket(self._listener)
+        door = Door(trio.socket.from_stdlib_socket(self._listener), f"a client of the {self._what} socket")
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                try:
-                    connection, _ = await listener.accept()
-                except OSError as error:  # no descriptors left, or the client gave up
-                    log.warning(f"a client of the {self._what} socket cannot be let in", error=str(error))
-                    await trio.sleep(ACCEPT_RETRY_DELAY)
-                    continue
-                nursery.start_soon(self._talk, trio.SocketStream(connection))
+                connection = await door.accept()
+                nursery.start_soon(self._talk, trio.SocketStream(connection), self._places.take())
 
-    async def _talk(self, stream: trio.SocketStream) -> None:
-        client = LineClient()
+    async def _talk(self, stream: trio.SocketStream, place: Place | None) -> None:
         async with stream:
-            if len(self._clients) == CLIENTS_MAX:
+            if place is None:
                 with trio.move_on_after(1):
-                    await _send(stream, b"error there are too many clients\n")
+                    await _send(stream, b"error there are too many clients that watch\n")
                 return
+            client = LineClient(place)
             self._clients.add(client)
             try:
                 with client.scope:
@@ -101,6 +97,7 @@ class LineServer:
                         client.outbox.put(b"")  # wakes the writer, who ends this
             finally:
                 self._clients.discard(client)
+                self._places.leave(place)
 
     async def _write(self, stream: trio.SocketStream, client: LineClient) -> None:
         while await _send(stream, await client.outbox.get()):
@@ -127,8 +124,9 @@ class LineServer:
         try:
             if len(line) > COMMAND_MAX:
                 raise CommandError("the line is too long")
+            self._places.active(client.place)
             if line == "watch":
-                client.watches = True
+                client.watches, client.place.rank = True, None
             else:
                 await self._command(client, line)
         except CommandError as error:

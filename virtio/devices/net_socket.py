@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import structlog
 import trio
 
+from virtio.clients import Door
 from virtio.devices.net_socket_options import Address, SocketOptions, parse_address
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -222,14 +223,9 @@ class StreamPeer:
                 await self._connect()
 
     async def _accept(self, place: _Place, nursery: trio.Nursery) -> None:
-        listener = trio.socket.from_stdlib_socket(place.socket)
+        door = Door(trio.socket.from_stdlib_socket(place.socket), "a network peer", self._log)
         while True:
-            try:
-                client, _ = await listener.accept()
-            except OSError as error:  # no descriptors left, or the peer gave up
-                self._log.warning("network peer cannot be let in", error=str(error))
-                await trio.sleep(RETRY_MIN)
-                continue
+            client = await door.accept()
             if self._connection is not None:
                 self._connection.finish("another peer took over")
             nursery.start_soon(self._talk, trio.SocketStream(client))

@@ -19,9 +19,6 @@ BACKLOG_MAX: Final = 256 * 1024
 BACKLOG: Final = 4
 """Clients that wait to be let in."""
 
-ACCEPT_RETRY_DELAY: Final = 0.1
-"""Seconds to wait when the process is out of file descriptors."""
-
 
 class Outbox:
     """Bytes on their way to one reader, bounded; the oldest go first when nobody reads."""

@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from virtio import spec
+from virtio.clients import Place, Places
 from virtio.config_space import VIRTIO_VSOCK_CONFIG
 from virtio.device import Chain, Device, Queue
 from virtio.devices.vsock_connection import Connection, State
@@ -146,20 +147,22 @@ class Vsock(Device):
             self._nursery = None
 
     async def _accept(self, listener: HostListener) -> None:
-        undecided = trio.Semaphore(CLIENTS_MAX)
+        undecided = Places(CLIENTS_MAX)
         while True:
-            await undecided.acquire()
             client = await listener.accept()
             assert self._nursery is not None
-            self._nursery.start_soon(self._serve_client, client, listener.type, undecided)
+            self._nursery.start_soon(self._serve_client, client, listener.type, undecided, undecided.take())
 
-    async def _serve_client(self, client: sockets.socket, kind: int, undecided: trio.Semaphore) -> None:
+    async def _serve_client(self, client: sockets.socket, kind: int, undecided: Places, place: Place | None) -> None:
+        assert place is not None  # one that has not said its port gives way
+        port = None
         with client:
             client.setblocking(False)
             try:
-                port = await read_command(client)
+                with place.scope:
+                    port = await read_command(client)
             finally:
-                undecided.release()
+                undecided.leave(place)
             if port is None:
                 return
             host_port = next(self._ports)

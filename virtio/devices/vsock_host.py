@@ -17,7 +17,8 @@ from typing import Final
 import structlog
 import trio
 
-from virtio.devices.unix_socket import ACCEPT_RETRY_DELAY, file_identity, listen
+from virtio.clients import Door
+from virtio.devices.unix_socket import file_identity, listen
 from virtio.devices.vsock_packet import VIRTIO_VSOCK_TYPE_SEQPACKET, VIRTIO_VSOCK_TYPE_STREAM
 
 SOCKET_KINDS: Final = {
@@ -44,18 +45,13 @@ class HostListener:
         self._socket = listen(path, "vsock", SOCKET_KINDS[type], BACKLOG)
         self._socket.setblocking(False)
         self._identity = file_identity(path)
+        listener = trio.socket.from_stdlib_socket(self._socket)
+        self._door = Door(listener, "a client of vsock", log.bind(socket=str(path)))
 
     async def accept(self) -> sockets.socket:
         """The next client's socket; waits out a lack of file descriptors."""
-        while True:
-            await trio.lowlevel.wait_readable(self._socket)
-            try:
-                return self._socket.accept()[0]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                log.warning("a client cannot be let in", socket=str(self._path), error=str(error))
-                await trio.sleep(ACCEPT_RETRY_DELAY)
+        client = await self._door.accept()
+        return sockets.socket(fileno=client.detach())
 
     def close(self) -> None:
         self._socket.close()
