@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from guest.kernel import Kernel
 from guest.packages import packages_of
 from guest.suites import open_suite
 from guest.tools import run_tool
-from guest.tree import Tree
+from guest.tree import WORK_PLACE, Tree
 
 # What a build calls beside what Debian's headers depend on, where all of it comes from a suite's tree. DKMS is for its
 # tests; it brings perl along, with which Linux 6.12 looks at comments where all warnings are wanted.
@@ -21,13 +20,6 @@ BUILD_PACKAGES = (
     *("make", "binutils", "kmod", "bash", "dash", "coreutils", "dpkg", "findutils", "diffutils"),
     *("grep", "gzip", "mawk", "perl-base", "sed", "tar", "xz-utils"),
 )
-TREE_LINKS = {"usr/bin/awk": "mawk", "usr/bin/sh": "dash"}  # made by scripts of packages, which do not run in a tree
-BUILD_PLACE = "/mnt"
-# A mount namespace of its own: nothing of it is left afterwards, however it ends. Linux 7.3's objtool reads /proc.
-ENTER = """\
-mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1$3" || exit
-cd / && tree=$1 && shift 3 && exec chroot "$tree" "$@"
-"""
 
 
 @dataclass(frozen=True)
@@ -45,9 +37,7 @@ class Headers:
         """The command that runs ``command`` where the headers are ``inside`` and the folder ``build`` its ``place``."""
         if self.tree is None:
             return list(command)
-        space = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() != 0 else [])]
-        words = ["env", "PATH=/usr/sbin:/usr/bin", *command]
-        return [*space, "sh", "-c", ENTER, "enter", str(self.tree.folder), str(build), BUILD_PLACE, *words]
+        return self.tree.inside(build, *command)
 
     @property
     def inside(self) -> Path:
@@ -56,7 +46,7 @@ class Headers:
 
     def place(self, build: Path) -> Path:
         """The folder ``build`` as ``run`` sees it."""
-        return build if self.tree is None else Path(BUILD_PLACE)
+        return build if self.tree is None else Path(WORK_PLACE)
 
     @property
     def compiler(self) -> str:
@@ -78,11 +68,7 @@ def prepare_headers(kernel: Kernel, progress: Progress) -> Headers:
 
 def _suite_headers(kernel: Kernel, progress: Progress) -> Headers:
     tree = open_suite(kernel.suite, progress).unpack([f"linux-headers-{kernel.release}", *BUILD_PACKAGES])
-    for name, target in TREE_LINKS.items():
-        if not (tree.folder / name).exists():
-            (tree.folder / name).symlink_to(target)
-    for name in ("dev", "mnt", "proc", "tmp"):
-        (tree.folder / name).mkdir(exist_ok=True)
+    tree.become_root()
     return Headers(tree.folder / "usr" / "src" / f"linux-headers-{kernel.release}", tree)
 
 

@@ -5,8 +5,9 @@ Its devices are vhost-user sockets on its command line, its console speaks as ``
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,13 @@ from guest.kernel import Kernel
 from guest.machine import Guest, start_machine
 from guest.suites import open_suite
 
-SUITE = "bookworm"  # 6.1; trixie has none
+SUITES = {"6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
+"""Debian's own, by the kernel they are. Drivers of blk, net, console and vsock."""
+SERIES_VARIABLE = "HYPERBELL_UML"
+SERIES = "6.1"
 PACKAGE = "user-mode-linux"
 PROGRAM = "usr/bin/linux.uml"
+STARTED = "hyperbell-bin/linux.uml"
 BOOT_SECONDS = 30.0
 
 
@@ -31,14 +36,28 @@ class UmlDevice:
     virtio_id: int
 
 
-def prepare_uml(progress: Progress, suite: str = SUITE) -> Kernel:
-    """User-mode Linux of a Debian suite, downloaded and unpacked. Raises ``PrepareError`` with advice."""
+def prepare_uml(progress: Progress, series: str = "") -> Kernel:
+    """Debian's User-mode Linux, downloaded and unpacked. Raises ``PrepareError`` with advice.
+
+    ``series`` is one of ``SUITES``; unless given it is ``$HYPERBELL_UML``, or 6.1. It runs with its own suite's C
+    library, which may be newer than this machine's.
+    """
+    suite = chosen_suite(SUITES, series)
     found = open_suite(suite, progress)
     tree = found.unpack([PACKAGE])
     modules = list(tree.folder.glob("usr/lib/uml/modules/*/kernel"))
     if len(modules) != 1 or not (tree.folder / PROGRAM).exists():
         raise PrepareError(f"{PACKAGE} of Debian {suite} has no {PROGRAM} with one folder of modules")
-    return Kernel(f"{PACKAGE} {found.version(PACKAGE)}", tree.folder / PROGRAM, modules[0])
+    image = tree.restarting_wrapper(tree.folder / STARTED, PROGRAM)
+    return Kernel(f"{PACKAGE} {found.version(PACKAGE)}", image, modules[0])
+
+
+def chosen_suite(suites: Mapping[str, str], series: str) -> str:
+    """That of the Linux ``series``, or of the one that ``$HYPERBELL_UML`` names for a whole run."""
+    series = series or os.environ.get(SERIES_VARIABLE) or SERIES
+    if series not in suites:
+        raise PrepareError(f"there is no User-mode Linux {series} ({SERIES_VARIABLE}); known are {', '.join(suites)}")
+    return suites[series]
 
 
 class UmlGuest(Guest):

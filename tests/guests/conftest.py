@@ -35,5 +35,5 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def uml() -> Kernel:
-    """User-mode Linux. On a machine that cannot have it these tests fail, saying what is missing."""
+    """Debian's User-mode Linux. On a machine that cannot have it these tests fail, saying what is missing."""
     return prepare_uml(print)

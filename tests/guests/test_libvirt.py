@@ -5,7 +5,6 @@ Part of ``make test-ground``: libvirt and its QEMU are those of Debian's backpor
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
@@ -24,12 +23,19 @@ from guests.simulated import (
     keys_arrive_and_a_light_is_told,
     lines_are_driven_and_read,
 )
+from guests.uses import (
+    LEASE,
+    SIXES,
+    chips_are_found,
+    disk_keeps,
+    page_comes_from_the_host,
+    random_bytes_and_sixes_come,
+    terminal_speaks_both_ways,
+)
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
-from guests.web import PAGE, web_server
 from line_client import talking
 
 from guest.initramfs import compiled_program, prepare_initramfs
-from guest.pattern import check_pattern
 from guest.service import Daemon, free_port, hyperbell_command, serve
 from guest.suites import open_suite
 
@@ -42,9 +48,6 @@ MODULES = (
     *("virtio_input", "evdev", "i2c-dev"),
 )
 BOOT_SECONDS = 120.0
-LEASE = b"""#!/bin/sh
-[ "$1" != bound ] || ip addr add "$ip/$mask" dev "$interface"
-"""
 CONFIG = f"""
 [daemon]
 metrics = "127.0.0.1:PORT"
@@ -93,19 +96,6 @@ type = "./sixes.py:Sixes"
 socket = "sixes.sock"
 {PINS_AND_BUS}"""
 DEVICES = ("disk", "second", "outside", "ann", "entropy", "terminal", "keyboard", "sixes", "pins", "bus")
-SIXES = '''
-from virtio import Chain, Device, Queue
-
-
-class Sixes(Device):
-    """An entropy device (virtio 1.3, section 5.4) that throws nothing but sixes."""
-
-    virtio_id = 4
-    type_name = "sixes"
-
-    async def handle(self, queue: Queue, chain: Chain) -> None:
-        chain.write(bytes([6] * min(chain.writable_length, 64)))
-'''
 
 
 async def domain(config: Path, qemu: str, kernel: Path, initramfs: Path, console: Path) -> str:
@@ -161,7 +151,8 @@ async def test_a_domain_that_libvirt_starts_from_what_we_print_uses_a_device_of_
         xml.write_text(await domain(config, version.group(1), folder / "vmlinux", folder / "initrd", console))
         async with started(libvirt, xml, listener) as guest:
             await guest.run(" && ".join(f"insmod /{name}.ko" for name in drivers))
-            await disks_keep_what_is_written(guest, folder)
+            await disk_keeps(guest, "vda", folder / "disk.img", 1)
+            await disk_keeps(guest, "vdb", folder / "second.img", 2)
             await random_bytes_and_sixes_come(guest)
             await page_comes_from_the_host(guest, folder)
             await guest_to_host(guest, folder)
@@ -188,54 +179,6 @@ async def started(libvirt: Libvirt, xml: Path, listener: trio.SocketListener) ->
         await guest.expect_userspace(BOOT_SECONDS)
         await guest.expect_ready()
         yield guest
-
-
-async def disks_keep_what_is_written(guest: DomainConsole, folder: Path) -> None:
-    for seed, (disk, image) in enumerate((("vda", "disk.img"), ("vdb", "second.img")), 1):
-        span = f"/dev/{disk} 0 {4 * MIB} {seed}"
-        await guest.run(f"diskcheck w write {span} && diskcheck f flush /dev/{disk} && diskcheck v verify {span}")
-        assert check_pattern(folder / image, 0, 4 * MIB, seed) == ""
-
-
-async def random_bytes_and_sixes_come(guest: DomainConsole) -> None:
-    """Of two sources of entropy, the guest's kernel uses the one it is told; what it has of the other goes first."""
-    source = "/sys/class/misc/hw_random/rng_current"
-    drawn = []
-    for number in (0, 1):
-        await guest.run(f"echo virtio_rng.{number} >{source} && head -c 512 /dev/hwrng >/dev/null")
-        answer = await guest.run("head -c 256 /dev/hwrng | hexdump -v -e '1/1 \"%u \"'")
-        drawn.append({int(word) for word in " ".join(answer.lines).split()})
-    sixes, random = sorted(drawn, key=len)
-    assert sixes == {6}
-    assert len(random) > 100
-
-
-async def page_comes_from_the_host(guest: DomainConsole, folder: Path) -> None:
-    (folder / "web").mkdir()
-    (folder / "web" / "page").write_bytes(PAGE)
-    await guest.run("ip link set eth0 up && udhcpc -i eth0 -n -q -s /bin/lease && ping -c 2 -W 5 10.0.2.2")
-    with web_server(folder / "web") as port:
-        await guest.run(f"wget -q -O /tmp/page http://10.0.2.2:{port}/page", timeout_seconds=60)
-    answer = await guest.run("result page $(sha256sum </tmp/page)")
-    assert answer.results["page"].split()[0] == hashlib.sha256(PAGE).hexdigest()
-
-
-async def terminal_speaks_both_ways(guest: DomainConsole, folder: Path) -> None:
-    async with await trio.open_unix_socket(folder / "terminal") as host:
-        await guest.run("exec 3<>/dev/hvc0; stty raw -echo <&3; head -n 1 <&3 >/tmp/typed & echo ready >&3")
-        assert await host.receive_some() == b"ready\n"
-        await host.send_all(b"hello, guest\n")
-        assert (await guest.run("wait $!; exec 3<&-; cat /tmp/typed")).lines == ["hello, guest"]
-
-
-async def chips_are_found(guest: DomainConsole) -> None:
-    """By their bus's own name: the board has another bus."""
-    answer = await guest.run(
-        "bus=$(grep -l -i virtio /sys/bus/i2c/devices/i2c-*/name) && bus=${bus%/name} && bus=${bus##*-} &&"
-        " result found $(i2cdetect -y -r $bus | grep -o -E ' (48|50)') && i2cset -y $bus 0x50 3 0x5a b &&"
-        " result byte $(i2cget -y $bus 0x50 3 b)"
-    )
-    assert answer.results == {"found": "48 50", "byte": "0x5a"}
 
 
 async def nothing_broke(daemon: Daemon) -> None:

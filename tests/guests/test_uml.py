@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import shlex
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import pytest
 import trio
+from guests.uses import LEASE, disk_keeps, page_comes_from_the_host, terminal_speaks_both_ways
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
-from guests.web import PAGE, web_server
+from message_relay import notifies, relay
 
-from guest.console import Console
 from guest.initramfs import compiled_program, prepare_initramfs
 from guest.kernel import Kernel
-from guest.pattern import check_pattern
 from guest.service import Daemon, free_port, hyperbell_command, serve
 from guest.uml import UmlDevice, UmlGuest, boot_command, boot_uml, linux_command
 
@@ -25,9 +24,6 @@ pytestmark = pytest.mark.guest
 MODULES = ("virtio_blk", "virtio_net", "virtio_console", "vmw_vsock_virtio_transport")
 DRIVERS = "/sys/bus/virtio/drivers"
 DEVICES = {"disk": 2, "outside": 1, "ann": 19, "terminal": 3}
-LEASE = b"""#!/bin/sh
-[ "$1" != bound ] || ip addr add "$ip/$mask" dev "$interface"
-"""
 CONFIG = """
 [daemon]
 metrics = "127.0.0.1:PORT"
@@ -60,7 +56,8 @@ socket = "terminal.sock"
 class House:
     """A daemon's folder and configuration, and the guest that its devices are for."""
 
-    def __init__(self, folder: Path, kernel: Kernel) -> None:
+    def __init__(self, folder: Path, kernel: Kernel, keys: str = "") -> None:
+        """``keys`` of each device, beside those of ``CONFIG``."""
         self.folder = folder
         self.kernel = kernel
         program = compiled_program("vsockcat", ["vsockcat.c"], print)
@@ -68,18 +65,18 @@ class House:
         self.initramfs = prepare_initramfs(kernel, print, MODULES, extra)
         self.port = free_port()
         self.config = folder / "uml.toml"
-        self.config.write_text(CONFIG.replace("PORT", str(self.port)))
+        text = re.sub(r"^socket = .*\n", rf"\g<0>{keys}", CONFIG, flags=re.MULTILINE)
+        self.config.write_text(text.replace("PORT", str(self.port)))
         self.image = folder / "disk.img"
         self.image.touch()
         os.truncate(self.image, 64 * MIB)
-        (folder / "web").mkdir()
-        (folder / "web" / "page").write_bytes(PAGE)
 
     def serve(self) -> AbstractAsyncContextManager[Daemon]:
         return serve(self.config, self.folder, self.port)
 
-    def boot(self, *names: str) -> AbstractAsyncContextManager[UmlGuest]:
-        devices = [UmlDevice(self.folder / f"{name}.sock", DEVICES[name]) for name in names or DEVICES]
+    def boot(self, *names: str, ending: str = "sock") -> AbstractAsyncContextManager[UmlGuest]:
+        """With the devices ``names``, or all, at their sockets, which are called NAME.``ending``."""
+        devices = [UmlDevice(self.folder / f"{name}.{ending}", DEVICES[name]) for name in names or DEVICES]
         return boot_uml(self.kernel, self.initramfs, devices)
 
 
@@ -88,38 +85,27 @@ def house(uml: Kernel, folder: Path) -> House:
     return House(folder, uml)
 
 
-async def disk_keeps(guest: Console, house: House, seed: int) -> None:
-    span = f"/dev/vda 0 {4 * MIB} {seed}"
-    await guest.run(f"diskcheck w write {span} && diskcheck f flush /dev/vda && diskcheck v verify {span}")
-    assert check_pattern(house.image, 0, 4 * MIB, seed) == ""
-
-
-async def page_comes_from_the_host(guest: Console, house: House) -> None:
-    """By an address from DHCP, and from a server on the host's own 127.0.0.1."""
-    await guest.run("ip link set eth0 up && udhcpc -i eth0 -n -q -s /bin/lease && ping -c 2 -W 5 10.0.2.2")
-    with web_server(house.folder / "web") as port:
-        await guest.run(f"wget -q -O /tmp/page http://10.0.2.2:{port}/page", timeout_seconds=60)
-    answer = await guest.run("result page $(sha256sum </tmp/page)")
-    assert answer.results["page"].split()[0] == hashlib.sha256(PAGE).hexdigest()
-
-
-async def terminal_speaks_both_ways(guest: Console, house: House) -> None:
-    async with await trio.open_unix_socket(house.folder / "terminal") as host:
-        await guest.run("exec 3<>/dev/hvc0; stty raw -echo <&3; head -n 1 <&3 >/tmp/typed & echo ready >&3")
-        assert await host.receive_some() == b"ready\n"
-        await host.send_all(b"hello, guest\n")
-        assert (await guest.run("wait $!; exec 3<&-; cat /tmp/typed")).lines == ["hello, guest"]
-
-
-async def test_a_real_kernel_uses_each_device_with_default_keys(house: House) -> None:
-    async with house.serve() as daemon, house.boot() as guest:
-        await disk_keeps(guest, house, 1)
-        await page_comes_from_the_host(guest, house)
-        await guest_to_host(guest, house.folder)
-        await host_to_guest(guest, house.folder)
-        await terminal_speaks_both_ways(guest, house)
-        await nothing_broke(daemon)
-        await guest.power_off()
+@pytest.mark.parametrize("inband", [False, True], ids=["descriptors", "inband"])
+async def test_a_real_kernel_uses_each_device_with_default_keys_and_by_messages_where_they_are_offered(
+    uml: Kernel, folder: Path, inband: bool
+) -> None:
+    """What it kicks with and is called by is seen on the way: eventfds and stream sockets, or messages alone."""
+    house = House(folder, uml, "inband_notifications = true\n" if inband else "")
+    async with house.serve() as daemon, AsyncExitStack() as stack:
+        relays = {
+            name: await stack.enter_async_context(relay(folder / f"{name}.relay", folder / f"{name}.sock"))
+            for name in DEVICES
+        }
+        async with house.boot(ending="relay") as guest:
+            await disk_keeps(guest, "vda", house.image, 1)
+            await page_comes_from_the_host(guest, house.folder)
+            await guest_to_host(guest, house.folder)
+            await host_to_guest(guest, house.folder)
+            await terminal_speaks_both_ways(guest, house.folder)
+            await nothing_broke(daemon)
+            for name, each in relays.items():
+                assert notifies(each.said) == ({"VRING_KICK"} if inband else {"kick fd", "call fd"}), name
+            await guest.power_off()
 
 
 @pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
@@ -135,10 +121,10 @@ async def test_hyperbell_uml_boots_a_guest_with_every_device_of_the_file(house: 
     async with house.serve() as daemon, boot_command(command) as guest:
         kib = int((await guest.run("result kib $(awk '/MemTotal/ {print $2}' /proc/meminfo)")).results["kib"])
         assert 64 * 1024 < kib < 96 * 1024
-        await disk_keeps(guest, house, 1)
-        await page_comes_from_the_host(guest, house)
+        await disk_keeps(guest, "vda", house.image, 1)
+        await page_comes_from_the_host(guest, house.folder)
         await guest_to_host(guest, house.folder)
-        await terminal_speaks_both_ways(guest, house)
+        await terminal_speaks_both_ways(guest, house.folder)
         await nothing_broke(daemon)
         await guest.power_off()
 
@@ -147,14 +133,14 @@ async def test_a_driver_that_is_unbound_and_bound_again_finds_its_device_as_it_w
     """It disables its rings, never stops them, and gives a base to rings that were started."""
     async with house.serve() as daemon, house.boot() as guest:
         for turn in (1, 2, 3):
-            await disk_keeps(guest, house, turn)
-            await terminal_speaks_both_ways(guest, house)
+            await disk_keeps(guest, "vda", house.image, turn)
+            await terminal_speaks_both_ways(guest, house.folder)
             for driver in ("virtio_blk", "virtio_net", "virtio_console"):
                 await guest.run(
                     f"cd {DRIVERS}/{driver} && it=$(echo virtio*) && echo $it >unbind && echo $it >bind && cd /"
                 )
             await guest.run(f"diskcheck again verify /dev/vda 0 {4 * MIB} {turn}")
-            await page_comes_from_the_host(guest, house)
+            await page_comes_from_the_host(guest, house.folder)
         await nothing_broke(daemon)
         await guest.power_off()
 
@@ -165,7 +151,7 @@ async def test_a_guest_that_was_powered_off_leaves_its_devices_to_the_next(house
             async with house.boot() as guest:
                 if turn == 2:
                     await guest.run(f"diskcheck first verify /dev/vda 0 {4 * MIB} 1")
-                await disk_keeps(guest, house, turn)
+                await disk_keeps(guest, "vda", house.image, turn)
                 await guest.power_off()
         await nothing_broke(daemon)
 
@@ -175,11 +161,11 @@ async def test_a_daemon_that_was_restarted_serves_the_next_guest_while_the_first
 ) -> None:
     """User-mode Linux does not connect again: it takes a device away whose back-end has gone."""
     async with house.serve() as first, house.boot("disk") as guest:
-        await disk_keeps(guest, house, 1)
+        await disk_keeps(guest, "vda", house.image, 1)
         await first.stop()
         async with house.serve() as second, house.boot("disk") as other:
             await other.run(f"diskcheck first verify /dev/vda 0 {4 * MIB} 1")
-            await disk_keeps(other, house, 2)
+            await disk_keeps(other, "vda", house.image, 2)
             await guest.run("until [ ! -e /dev/vda ]; do usleep 10000; done")
             await nothing_broke(second)
             await other.power_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,10 @@ from debian_archive import SUITE, Archive
 
 from guest import suites
 from guest.cache import PrepareError
+from guest.elf import with_interpreter
+from guest.initramfs import BUSYBOX
 from guest.suites import open_suite
-from guest.tree import Tree, unpack_archives
+from guest.tree import LIBRARIES, LOADER, Tree, unpack_archives
 
 
 @pytest.fixture
@@ -120,13 +123,38 @@ def test_a_program_of_a_tree_runs_with_the_trees_own_loader_and_its_arguments_fi
     folder = tmp_path / "tree"
     unpack_archives([], folder)
     (folder / "usr/bin/tool").write_text("")
-    (folder / "usr/lib64/ld-linux-x86-64.so.2").write_text('#!/bin/sh\necho "$SETTING"; printf "%s\\n" "$@"\n')
-    (folder / "usr/lib64/ld-linux-x86-64.so.2").chmod(0o755)
+    (folder / LOADER).parent.mkdir()
+    (folder / LOADER).write_text('#!/bin/sh\necho "$SETTING"; printf "%s\\n" "$@"\n')
+    (folder / LOADER).chmod(0o755)
     script = Tree(folder).wrapper(tmp_path / "bin" / "tool", "usr/bin/tool", ["-L", "a b"], {"SETTING": "x y"})
     said = subprocess.run([script, "last one"], capture_output=True, text=True, check=True).stdout.splitlines()
     program = str(folder / "usr/bin/tool")
     libraries = str(folder / "usr/lib/x86_64-linux-gnu")
     assert said == ["x y", "--library-path", libraries, "--argv0", program, program, "-L", "a b", "last one"]
+
+
+def test_a_program_that_starts_itself_again_keeps_the_trees_loader_and_libraries(tmp_path: Path) -> None:
+    """The shell of this machine stands for it: it starts what /proc/self/exe is, and looks at what is mapped."""
+    tree = Tree(tmp_path / "a tree")
+    unpack_archives([], tree.folder)
+    (tree.folder / LOADER).parent.mkdir()
+    for name in (LOADER, f"{LIBRARIES}/libc.so.6"):
+        shutil.copy2(f"/{name}", tree.folder / name)
+    shutil.copy2("/bin/dash", tree.folder / "usr/bin/tool")
+    script = tree.restarting_wrapper(tmp_path / "bin" / "tool", "usr/bin/tool")
+    maps = 'while read -r line; do echo "$line"; done </proc/$$/maps'
+    again = 'exec "$(/bin/readlink /proc/$$/exe)" -c "$MAPS"'
+    command = ["env", "-i", f"MAPS={maps}", str(script), "-c", again]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    mapped = {line.split(maxsplit=5)[5] for line in said.splitlines() if ".so" in line}
+    assert mapped == {str(tree.folder / LOADER), str(tree.folder / LIBRARIES / "libc.so.6")}
+
+
+def test_a_program_that_needs_no_interpreter_is_not_given_one() -> None:
+    with pytest.raises(PrepareError, match="is linked statically"):
+        with_interpreter(BUSYBOX.read_bytes(), Path("/lib/loader"))
+    with pytest.raises(PrepareError, match="is not a program for x86-64"):
+        with_interpreter(b"#!/bin/sh\n", Path("/lib/loader"))
 
 
 def test_a_program_that_a_tree_does_not_have_is_named(tmp_path: Path) -> None:
