@@ -95,8 +95,13 @@ async def test_u_boot_reads_a_file_from_a_user_network(testbed: Testbed, files: 
         nothing_broke(backend)
 
 
-async def test_ipxe_boots_grub_over_a_switch_from_another_station(testbed: Testbed, files: Path, folder: Path) -> None:
-    case = IPXE_MODERN
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(IPXE_MODERN, id="ipxe"), pytest.param(OVMF, id="ovmf", marks=in_ground)],
+)
+async def test_firmware_boots_grub_over_a_switch_from_another_station(
+    testbed: Testbed, files: Path, folder: Path, case: Case
+) -> None:
     async with (
         Worker("lan") as worker,
         serving(Net("net", NetOptions(backend="switch", switch="lan"), 1, 256), folder, worker) as backend,
