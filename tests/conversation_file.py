@@ -30,7 +30,7 @@ KEYS: Final = (
 VERBS: Final = ("probe", "use", "hangup")
 """What a part of a life may be beside the file's own sections: see the README."""
 
-_EACH_RING: Final = "each ring"
+_EACH_RING: Final = {"each ring": False, "each ring backwards": True}
 _KEY: Final = re.compile(r"([a-z-]+)(?: ([a-z0-9 ]+))?: *(.*)")
 _STEP: Final = re.compile(r"([A-Z_]+)((?: [^\s!]+)*?)( !)?(?: if (.+))?")
 
@@ -56,9 +56,13 @@ class Step:
 
 @dataclass(frozen=True)
 class EachRing:
-    """These steps for ring 0, then for ring 1, and so on."""
+    """These steps for ring 0, then for ring 1, and so on; or from the last to the first."""
 
     steps: tuple[Step, ...]
+    backwards: bool = False
+
+    def order(self, rings: int) -> list[int]:
+        return sorted(range(rings), reverse=self.backwards)
 
 
 @dataclass
@@ -94,11 +98,12 @@ def parse(name: str, text: str) -> Conversation:
     found = Conversation(name)
     section: list[Step | EachRing] | None = None
     inner: list[Step] | None = None
+    backwards = False
     for number, line in _lines(text):
         stripped = line.strip()
         if not line.startswith(" "):
             if inner is not None and section is not None:
-                section.append(EachRing(tuple(inner)))
+                section.append(EachRing(tuple(inner), backwards))
             inner = None
         if stripped.startswith("["):
             title = stripped.removeprefix("[").removesuffix("]")
@@ -107,16 +112,16 @@ def parse(name: str, text: str) -> Conversation:
             section = found.sections[title] = []
         elif section is None:
             _add_key(found, number, stripped)
-        elif stripped == _EACH_RING:
-            inner = []
+        elif stripped in _EACH_RING:
+            inner, backwards = [], _EACH_RING[stripped]
         elif inner is not None:
             inner.append(_step(number, stripped))
         elif line.startswith(" "):
-            raise ConversationError(f"line {number}: is indented, but no line above it says {_EACH_RING}")
+            raise ConversationError(f"line {number}: is indented, but no line above it says each ring")
         else:
             section.append(_step(number, stripped))
     if inner is not None and section is not None:
-        section.append(EachRing(tuple(inner)))
+        section.append(EachRing(tuple(inner), backwards))
     _check(found)
     return found
 

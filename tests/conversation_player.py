@@ -222,7 +222,7 @@ class Player:
         for entry in self.conversation.sections[section]:
             facts |= {name for name, bit in PROTOCOL.items() if self.protocol >> bit & 1}
             if isinstance(entry, EachRing):
-                for ring in range(self._ring_count()):
+                for ring in entry.order(self._ring_count()):
                     for step in entry.steps:
                         if step.applies(facts):
                             await self._step(section, step, ring)

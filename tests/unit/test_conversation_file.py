@@ -31,6 +31,15 @@ def test_a_file_is_its_keys_and_its_sections() -> None:
     assert [rings.steps[1].applies({each}) for each in ("blk", "MQ", "net")] == [True, True, False]
 
 
+def test_rings_are_spoken_of_in_order_or_backwards() -> None:
+    forth, back = parse(
+        "some", f"{HEAD}[start]\neach ring\n  SET_VRING_ERR\neach ring backwards\n  SET_VRING_CALL\n"
+    ).sections["start"]
+    assert isinstance(forth, EachRing)
+    assert isinstance(back, EachRing)
+    assert (forth.order(3), back.order(3)) == ([0, 1, 2], [2, 1, 0])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
