@@ -32,10 +32,14 @@ class Said:
 
 
 class Relay:
-    """Front-ends connect to the socket ``path``; the back-end is at ``target``. ``said`` is in order."""
+    """Front-ends connect to the socket ``path``; the back-end is at ``target``. ``said`` is in order.
 
-    def __init__(self, path: Path, target: Path) -> None:
+    ``front_end_listens``: it is the other way round.
+    """
+
+    def __init__(self, path: Path, target: Path, *, front_end_listens: bool = False) -> None:
         self.path = path
+        self._front_end_listens = front_end_listens
         self.said: list[Said] = []
         self._target = target
         self._connections = 0
@@ -44,11 +48,12 @@ class Relay:
         """One connection after the other, until this is cancelled."""
         while True:
             stream = await listener.accept()
-            with stream.socket as front, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as back:
+            with stream.socket as come, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as gone_to:
                 try:
-                    await back.connect(str(self._target))
+                    await gone_to.connect(str(self._target))
                 except (FileNotFoundError, ConnectionRefusedError):
-                    continue  # there is no back-end now: the front-end sees its connection close
+                    continue  # who came sees the connection close
+                front, back = (gone_to, come) if self._front_end_listens else (come, gone_to)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._pass, front, back, self._connections, nursery.cancel_scope)
                     nursery.start_soon(self._pass, back, front, None, nursery.cancel_scope)
@@ -113,13 +118,13 @@ async def _send(sink: trio.socket.SocketType, message: bytes, fds: list[int]) ->
 
 
 @asynccontextmanager
-async def relay(path: Path, target: Path) -> AsyncIterator[Relay]:
+async def relay(path: Path, target: Path, *, front_end_listens: bool = False) -> AsyncIterator[Relay]:
     """A relay that serves in the background until the block is left."""
     raw = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     await raw.bind(str(path))
     raw.listen(1)
     async with trio.SocketListener(raw) as listener, trio.open_nursery() as nursery:
-        made = Relay(path, target)
+        made = Relay(path, target, front_end_listens=front_end_listens)
         nursery.start_soon(made.serve, listener)
         yield made
         nursery.cancel_scope.cancel()
