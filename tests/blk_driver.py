@@ -8,6 +8,7 @@ import random
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,6 +45,7 @@ UNTOUCHED: Final = 0xEE
 """What lies in a device-writable buffer before the device writes to it."""
 
 SHARED_MEMORY: Final = Path("/dev/shm")  # tmpfs on every Linux that has one at all
+PERSISTENT: Final = Path("/var/tmp")  # survives a reboot (FHS 3.0, 5.15), so it lies on a disk
 
 
 @dataclass(frozen=True)
@@ -210,17 +212,48 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_file = pytest.mark.parametrize("kind", KINDS[1:])
 
 
+def _is_memory(folder: Path) -> bool:
+    with OwnedFd(os.open(folder, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return file_is_memory(fd)
+
+
+@contextmanager
+def folder_on_disk(temporary: Path) -> Iterator[Path]:
+    """``temporary``, or where that is on a tmpfs, as /tmp of Debian 13 is, a folder of ``PERSISTENT``.
+
+    Skips where that is on one too: files on a tmpfs are served as memory, and the kernel gives no block size for direct
+    I/O there.
+    """
+    if not _is_memory(temporary):
+        yield temporary
+        return
+    if _is_memory(PERSISTENT):
+        pytest.skip(f"{temporary} and {PERSISTENT} are both on a tmpfs: this machine has no disk for temporary files")
+    with tempfile.TemporaryDirectory(prefix="hyperbell-", dir=PERSISTENT) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def disk_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose files are on a disk."""
+    with folder_on_disk(tmp_path) as folder:
+        yield folder
+
+
 @pytest.fixture
 def image(kind: str, tmp_path: Path) -> Iterator[Path]:
-    """Where the image of a disk of this ``kind`` is to lie: on tmpfs, or wherever temporary files are."""
+    """Where the image of a disk of this ``kind`` is to lie: on tmpfs, on a disk, or wherever temporary files are."""
+    if kind in ("file", "direct"):
+        with folder_on_disk(tmp_path) as folder:
+            yield folder / "disk.img"
+        return
     if kind != "tmpfs":
         yield tmp_path / "disk.img"
         return
-    with tempfile.TemporaryDirectory(prefix="hyperbell-", dir=SHARED_MEMORY) as folder:
-        with OwnedFd(os.open(folder, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            if not file_is_memory(fd):
-                pytest.skip(f"{SHARED_MEMORY} is no tmpfs on this machine")
-        yield Path(folder, "disk.img")
+    with tempfile.TemporaryDirectory(prefix="hyperbell-", dir=SHARED_MEMORY) as name:
+        if not _is_memory(Path(name)):
+            pytest.skip(f"{SHARED_MEMORY} is no tmpfs on this machine")
+        yield Path(name, "disk.img")
 
 
 def make_disk(kind: str, path: Path, *, size: int = 1 << 20, queues: int = 1, **options: object) -> Blk:

@@ -1,5 +1,5 @@
 """Fixtures of the device tests."""
 
-from blk_driver import image
+from blk_driver import disk_folder, image
 
-__all__ = ["image"]
+__all__ = ["disk_folder", "image"]

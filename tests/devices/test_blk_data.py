@@ -234,10 +234,10 @@ async def test_a_disk_larger_than_any_buffer_is_read_whole(setting: Setting, kin
 @every_reactor
 @pytest.mark.parametrize("request_kind", [T_IN, T_OUT], ids=["read", "write"])
 async def test_requests_that_claim_far_more_than_the_guest_has_cost_no_memory(
-    setting: Setting, request_kind: int, tmp_path: Path
+    setting: Setting, request_kind: int, disk_folder: Path
 ) -> None:
     """A misaligned MiB a hundred times over, in each of four requests: direct I/O has to copy all of it."""
-    async with plugged(make_disk("direct", tmp_path / "image", size=128 * MIB), setting, queue_size=512) as p:
+    async with plugged(make_disk("direct", disk_folder / "image", size=128 * MIB), setting, queue_size=512) as p:
         ring, memory = p.guest.queues[0].driver, p.guest.memory
         start, status = memory.allocate(16), memory.allocate(1)
         memory.write(start, header(request_kind))
@@ -255,8 +255,8 @@ async def test_requests_that_claim_far_more_than_the_guest_has_cost_no_memory(
 
 
 @every_reactor
-async def test_a_misaligned_request_is_copied_whole_by_direct_io(setting: Setting, tmp_path: Path) -> None:
-    async with plugged(make_disk("direct", tmp_path / "image", size=4 * MIB), setting) as p:
+async def test_a_misaligned_request_is_copied_whole_by_direct_io(setting: Setting, disk_folder: Path) -> None:
+    async with plugged(make_disk("direct", disk_folder / "image", size=4 * MIB), setting) as p:
         disk = BlkDriver(p.guest.queues[0])
         data = pattern(MIB + 3 * 4096, 12)
         cuts = [0, 1, 700, 5000, 300_000, 300_001, 900_000, len(data)]
@@ -264,4 +264,4 @@ async def test_a_misaligned_request_is_copied_whole_by_direct_io(setting: Settin
         assert await disk.raw([header(T_OUT, 8), *pieces], [1]) == Answer(S_OK, b"", 1)
         sizes = [len(piece) for piece in reversed(pieces)]
         assert await disk.raw([header(T_IN, 8)], [*sizes, 1]) == Answer(S_OK, data, len(data) + 1)
-        assert contents(tmp_path / "image")[4096 : 4096 + len(data)] == data
+        assert contents(disk_folder / "image")[4096 : 4096 + len(data)] == data

@@ -17,12 +17,12 @@ from blk_driver import (
     F_FLUSH,
     BlkDriver,
     contents,
+    folder_on_disk,
     make_disk,
     pattern,
 )
 from frontend import NATIVE_SETTINGS, Setting, every_native_setting, plugged
 
-from virtio.disk import file_is_memory
 from virtio.fd import OwnedFd
 
 HERE = Path(__file__).parent
@@ -58,16 +58,17 @@ EXPECTED_WRITES = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
-    """What durability_probe.py counted."""
+    """What durability_probe.py counted, of an image on a disk: one on a tmpfs is served as memory."""
     folder = tmp_path_factory.mktemp("durability")
     library = folder / "sync_calls.so"
     compile_command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(HERE / "sync_calls.c"), "-ldl"]
     subprocess.run(compile_command, check=True, timeout=60)
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join([*sys.path[1:], "."])}
-    output = subprocess.run(
-        [sys.executable, HERE / "durability_probe.py", folder / "image"],
-        check=True, capture_output=True, timeout=60, env=environment,
-    )  # fmt: skip
+    with folder_on_disk(folder) as place:
+        output = subprocess.run(
+            [sys.executable, HERE / "durability_probe.py", place / "image"],
+            check=True, capture_output=True, timeout=60, env=environment,
+        )  # fmt: skip
     results: dict[str, dict[str, list[int]]] = json.loads(output.stdout)
     return results
 
@@ -87,12 +88,7 @@ def test_a_flush_is_one_sync_whatever_the_mode(measured: dict[str, dict[str, lis
 
 
 @pytest.mark.parametrize("mode", EXPECTED_WRITES)
-def test_zeroes_and_discards_are_durable_where_writes_are(
-    measured: dict[str, dict[str, list[int]]], mode: str, tmp_path: Path
-) -> None:
-    with OwnedFd(os.open(tmp_path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        if file_is_memory(fd):
-            pytest.skip("the folder of temporary files is a tmpfs, where nothing is ever durable")
+def test_zeroes_and_discards_are_durable_where_writes_are(measured: dict[str, dict[str, list[int]]], mode: str) -> None:
     for name, writes in EXPECTED_WRITES[mode].items():
         if f"{name}: zeroes" in measured[mode]:
             expected = NOTHING if writes == PLAIN else [0, 0, 2]
@@ -112,8 +108,6 @@ def unwritten_pages(path: Path) -> int:
     found = Cachestat()
     libc = ctypes.CDLL(None, use_errno=True)
     with OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        if file_is_memory(fd):
-            pytest.skip("the folder of temporary files is a tmpfs, whose pages are never written")
         if libc.syscall(SYS_CACHESTAT, fd.fileno(), ctypes.byref(wanted), ctypes.byref(found), 0) != 0:
             assert ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP)
             pytest.skip("this kernel has no cachestat() (Linux 6.5)")
@@ -121,8 +115,8 @@ def unwritten_pages(path: Path) -> int:
 
 
 @pytest.fixture
-def clean_image(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
+def clean_image(disk_folder: Path) -> Path:
+    path = disk_folder / "image"
     path.write_bytes(bytes(1 << 20))
     with path.open("rb") as file:
         os.fsync(file.fileno())
