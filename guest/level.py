@@ -26,6 +26,9 @@ PROJECT_SERIAL = "hyperbell-project"
 # With XSAVE, KVM under TCG shows the kernel a size that it warns about at length. Without it no AVX either: Linux 7.3
 # takes AVX for usable where CPUID shows it (polyval in its start-up tests), and has an invalid opcode.
 GUEST_CPU = "host,-xsave,-avx,-avx2"
+# Where two levels handle each exit, and TCG both levels, an exit takes milliseconds and a tick of the clock several
+# exits: at 250 ticks a second a newer kernel does nothing else. KVM keeps the ticks of a periodic timer this far apart.
+RARE_TICK_US = 100_000
 BOOT_SECONDS = 60.0
 LIFETIME_SECONDS = 900  # no guest outlives this, even when nobody looks any more
 SERVE_SECONDS = 60.0
@@ -37,8 +40,8 @@ CONSOLE_CHUNK = 2400  # of base64: a terminal takes no longer lines than 4,095 c
 class NestedMachine:
     """A real QEMU guest under KVM of the level that boots it. ``devices`` are QEMU arguments.
 
-    ``launcher`` stands before QEMU's name; ``with_images`` gives the guest the images too, so that it can run guests.
-    Its memory is the shared ``mem``, as vhost-user needs it.
+    ``launcher`` stands before QEMU's name; ``with_images`` gives the guest the images too, so that it can run guests;
+    ``rare_ticks`` makes its clock a periodic timer. Its memory is the shared ``mem``, as vhost-user needs it.
     """
 
     devices: Sequence[str] = ()
@@ -51,16 +54,20 @@ class NestedMachine:
     launcher: str = ""
     huge_pages: bool = False  # fewer page faults at two levels, and larger mappings behind an IOMMU
     with_images: bool = False
+    rare_ticks: bool = False  # for a guest of a guest
 
     def command(self, console: str, lines: Sequence[str], images: Sequence[str]) -> str:
         """The shell command that runs it, its serial ports on the terminals ``console`` and ``lines``."""
         words = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         words += ["-accel", "kvm", "-machine", f"{self.board},memory-backend=mem", "-bios", self.bios]
-        words += ["-cpu", self.cpu, "-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
+        cpu, append = self.cpu, f"console=ttyS0 quiet panic=-1 {self.append}".strip()
+        if self.rare_ticks:
+            cpu, append = f"{cpu},-tsc-deadline", f"{append} highres=off nohz=off"
+        words += ["-cpu", cpu, "-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
         huge = ",hugetlb=on,hugetlbsize=2M" if self.huge_pages else ""
         words += ["-object", f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on{huge}"]
         words += ["-kernel", "/boot/vmlinux", "-initrd", "/project/boot/guest.cpio"]
-        words += ["-append", f"console=ttyS0 quiet panic=-1 {self.append}".strip()]
+        words += ["-append", append]
         for number, terminal in enumerate((console, *lines)):
             words += ["-chardev", f"serial,id=line{number},path={terminal}", "-serial", f"chardev:line{number}"]
         if self.with_images:
@@ -185,6 +192,8 @@ class Level(LineConsole):
         )
         if machine.huge_pages:
             await self.run(f"n=/proc/sys/vm/nr_hugepages; echo $(($(cat $n) + {machine.memory_mib // 2})) >$n")
+        if machine.rare_ticks:
+            await self.run(f"echo {RARE_TICK_US} >/sys/module/kvm/parameters/min_timer_period_us")
         guest = Guest(name, line, [each.seen_as("/dev/ttyS1") for each in deeper])
         try:
             async with self.job(f"{name}-boot", f"sh -c {shlex.quote(script)}"):

@@ -7,7 +7,7 @@ alone (a G1 that knows nothing of the doorbell), one with disks of G1's own daem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from nested.doorbell_guest import (
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.nested_full
 
 G2_KEY = 0x3C96A1
 PIO = ",modern-pio-notify=on"
+G2 = NestedMachine(cpu=HYPERV_CPU_OF_G2, memory_mib=128, huge_pages=True, rare_ticks=True)
 VMMCALL = 0x81  # AMD's exit code (APM volume 2, appendix C)
 SPAN = (1024 * 1024, 64 * 1024)
 SEEDS = {"own": 31, "plain": 32, "bell": 33, "held": 34}
@@ -91,7 +92,7 @@ class Scenario:
         await self.g1.run(f"truncate -s {SIZE} /tmp/plain.img")
         devices = ["-drive", "if=none,id=plain,file=/tmp/plain.img,format=raw"]
         devices += ["-device", f"virtio-blk-pci,drive=plain,serial=plain,num-queues=1{PIO}"]
-        async with self.g1.boot(NestedMachine(devices, cpu=HYPERV_CPU_OF_G2, memory_mib=128)) as g2:
+        async with self.g1.boot(replace(G2, devices=devices)) as g2:
             await load_module(g2)
             self.record.totals["ignorant"] = await module_totals(g2)
             await self.use(g2, "plain")
@@ -99,7 +100,7 @@ class Scenario:
 
     async def knowing(self) -> None:
         devices = [word for name in ("bell", "held") for word in vhost_user_disk(name, PIO)]
-        machine = NestedMachine(devices, cpu=HYPERV_CPU_OF_G2, memory_mib=128, launcher=by_hypercall(G2_KEY))
+        machine = replace(G2, devices=devices, launcher=by_hypercall(G2_KEY))
         async with doorbell_guest(self.g1, ["bell", "held"], machine, held="withhold") as (daemon, g2):
             await load_module(g2)
             self.record.totals["knowing"] = await module_totals(g2)
