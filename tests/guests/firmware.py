@@ -20,7 +20,7 @@ from virtio.device import Device
 from virtio.spec import VIRTIO_F_VERSION_1
 from virtio.worker import Worker
 
-MEMORY_MIB = 256
+MEMORY_MIB = 512  # with 256, GRUB under OVMF has too little in one piece for Linux 7.3
 CPUS = 4
 BOOT_SECONDS = 90.0
 OVMF = Path("/usr/share/OVMF")
