@@ -81,8 +81,9 @@ async def test_flushes_at_once_on_two_workers_all_hear_of_a_write_back_that_fail
         assert [(await disk.answer(token)).status for disk, token in tokens] == [S_IOERR] * len(tokens)
 
 
-async def test_flushes_that_wait_for_one_share_the_next() -> None:
-    async with failing_disk(Setting("waist", "split", "io_uring")) as (image, p):
+@every_reactor
+async def test_flushes_that_wait_for_one_share_the_next(setting: Setting) -> None:
+    async with failing_disk(setting) as (image, p):
         disk = BlkDriver(p.guest.queues[0])
         await image.hang("fsync")
         first = disk.submit([header(T_FLUSH)], [1])
@@ -157,4 +158,5 @@ async def test_any_number_of_errors_of_one_kind_is_one_line_a_minute(setting: Se
         with structlog.testing.capture_logs() as logs:
             for _ in range(64):
                 assert (await disk.request(T_OUT, 0, bytes(512))).status == S_IOERR
+            await trio.testing.wait_all_tasks_blocked(0.01)
         assert [entry["event"] for entry in logs if "errno" in entry] == ["storage failed"]

@@ -191,7 +191,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct model m;
 	struct input in = { data, size };
-	struct blk_setup setup = { .capacity = DISK_BYTES / 512, .fd = -1, .backend = BLK_BACKEND_MEMORY,
+	struct blk_setup setup = { .capacity = DISK_BYTES / 512, .fd = -1, .news_fd = -1, .backend = BLK_BACKEND_MEMORY,
 				   .max_discard_sectors = MAX_DISCARD, .max_write_zeroes_sectors = MAX_ZEROES };
 	struct native_device *device;
 	struct virtqueue *vq = virtqueue_new(0, -1);

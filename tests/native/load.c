@@ -73,7 +73,7 @@ const char *const disk_names[DISK_KINDS] = {
 
 struct native_device *disk_new(enum disk_kind kind, int *fd)
 {
-	struct blk_setup setup = { .capacity = DISK_BYTES >> 9, .fd = -1, .block_size = 512, .discard = 1,
+	struct blk_setup setup = { .capacity = DISK_BYTES >> 9, .fd = -1, .news_fd = -1, .block_size = 512, .discard = 1,
 				   .write_zeroes = 1, .max_discard_sectors = TAG_SECTORS,
 				   .max_write_zeroes_sectors = TAG_SECTORS };
 	char path[] = "native-disk-XXXXXX", again[64];

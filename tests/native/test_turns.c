@@ -141,14 +141,9 @@ static void table_open(struct table *t, enum disk_kind greedy, uint64_t turn_ns)
 	t->worker.turn_ns = turn_ns;
 	t->most = greedy == DISK_DIRECT ? BLK_PART_DIRECT : 2 * BLK_PART;
 	t->worker.wake_fd = t->worker.done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	t->worker.requests = calloc(WORKER_REQUESTS, sizeof(struct request));
-	for (uint32_t i = 0; i < WORKER_REQUESTS; i++) {
-		t->worker.requests[i].next = t->worker.free_requests;
-		t->worker.free_requests = &t->worker.requests[i];
-	}
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		enum disk_kind kind = i ? DISK_MEMORY : greedy;
-		struct blk_setup setup = { .capacity = DISK_SIZE >> 9, .fd = -1, .block_size = 512, .write_zeroes = 1,
+		struct blk_setup setup = { .capacity = DISK_SIZE >> 9, .fd = -1, .news_fd = -1, .block_size = 512, .write_zeroes = 1,
 					   .max_write_zeroes_sectors = DISK_SIZE >> 9 };
 		struct queue_setup ring;
 		int error;
@@ -174,19 +169,22 @@ static void table_open(struct table *t, enum disk_kind greedy, uint64_t turn_ns)
 static void table_close(struct table *t)
 {
 	for (uint32_t i = 0; i < QUEUES; i++) {
+		if (t->queues[i]->device && !t->queues[i]->inflight) { /* every request went back */
+			uint32_t back = 0;
+
+			for (struct request *r = t->queues[i]->free_requests; r; r = r->next)
+				back++;
+			CHECK(back == t->queues[i]->pool_used);
+		}
 		if (t->queues[i]->device)
 			command(t, WORKER_DETACH, i);
+		CHECK(!t->queues[i]->pool);
 		virtqueue_free(t->queues[i]);
 		native_device_unref(t->disks[i]);
 		if (t->fds[i] >= 0)
 			close(t->fds[i]);
 	}
 	CHECK(!t->worker.parts);
-	for (uint32_t i = 0; i < WORKER_REQUESTS; i++) { /* every request went back */
-		CHECK(t->worker.free_requests);
-		t->worker.free_requests = t->worker.free_requests->next;
-	}
-	free(t->worker.requests);
 	close(t->worker.done_fd);
 	guest_free(t->guest);
 }

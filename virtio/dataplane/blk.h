@@ -28,7 +28,7 @@ struct blk_device {
 	uint32_t writeback;          /* atomic: the driver's choice of cache mode */
 	uint32_t discards, zeroes;   /* atomic: the driver accepted these requests */
 	uint32_t legacy;             /* atomic: the driver did not accept VIRTIO_F_VERSION_1 */
-	uint32_t no_nowait;          /* atomic: this file answered RWF_NOWAIT with EOPNOTSUPP */
+	uint32_t no_nowait;          /* atomic: this file knows no RWF_NOWAIT; any I/O of it may block */
 	uint32_t no_zero_range;      /* atomic: ... FALLOC_FL_ZERO_RANGE */
 	uint8_t *memory;             /* BLK_BACKEND_MEMORY */
 	struct blk_errors errors;    /* atomic */
@@ -61,6 +61,8 @@ struct blk_request {
  */
 int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 	   struct blk_request *q, uint64_t start_ns);
+/* Has the file no I/O that returns where it would have to wait? This looks at it without waiting itself. */
+int blk_file_may_block(int fd);
 void blk_io_done(struct request *r, int result);
 /* A request on a file whose I/O never waits, at once: a VIRTIO_BLK_S_*. */
 int blk_file_now(struct blk_device *blk, struct blk_request *q);

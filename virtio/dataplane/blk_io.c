@@ -24,6 +24,14 @@ int blk_file_inline(int fd)
 	return fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
 }
 
+int blk_file_may_block(int fd)
+{
+	static uint8_t buffer[4096] __attribute__((aligned(4096)));
+	struct iovec piece = { buffer, sizeof(buffer) };
+
+	return preadv2(fd, &piece, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
+}
+
 /* ---- pieces ---- */
 
 /* Skip `n` bytes of the pieces. */
@@ -268,6 +276,7 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->status_hva = q->status_hva;
 	r->fd = blk->setup.fd;
 	r->flags = 0;
+	r->may_block = load_relaxed(&blk->no_nowait);
 	r->bytes = q->data_len;
 	if (q->op == BLK_OP_FLUSH) {
 		r->bytes = 0;

@@ -200,6 +200,8 @@ struct virtqueue {
 	struct request *unfinished; /* a chain that is too long for one turn; none is popped before it is done */
 	struct worker_command *ringing; /* a change of a doorbell, whose old eventfd is still watched */
 	struct virtqueue *worker_next;
+	struct request *pool, *free_requests; /* its requests that wait for I/O: so many at a time are its share */
+	uint32_t pool_size, pool_used;        /* those from pool_used on were never taken */
 	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */
 	bool kicked;              /* one fired since the queue was last served */
 	bool touched;             /* elements were pushed and not yet published */

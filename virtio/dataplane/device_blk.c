@@ -263,6 +263,8 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 			return NULL;
 		}
 	}
+	if (blk->setup.fd >= 0 && !setup->inline_io)
+		blk->no_nowait = (uint32_t)blk_file_may_block(blk->setup.fd);
 	*error = 0;
 	return &blk->native;
 }

@@ -40,7 +40,12 @@ static void wake(int fd)
 void worker_post(struct worker *w, struct worker_command *command)
 {
 	stack_push(&w->inbox, command);
-	/* Pairs with the fence in worker_sleep: either it sees the command, or we see it sleeping. */
+	worker_wake(w);
+}
+
+void worker_wake(struct worker *w)
+{
+	/* Pairs with the fence in worker_sleep: either it sees what was pushed, or we see it sleeping. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (load_relaxed(&w->sleeping))
 		wake(w->wake_fd);

@@ -1,10 +1,9 @@
 /*
- * The reactor where io_uring is forbidden (containers, some distributions): epoll for the kicks, plain system calls
- * for the I/O. A request that blocks holds up its worker, so this is slower; it is never wrong.
+ * The reactor where io_uring is forbidden (containers, some distributions): epoll for the kicks, threads with plain
+ * system calls for the I/O. Each request passes from one thread to another and back, so this is slower.
  */
 #include "worker.h"
 
-#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -14,7 +13,7 @@
 struct reactor_state {
 	int epoll_fd;
 	uint32_t sources;
-	struct request *done, **done_tail; /* I/O that is over, in order; told in the next turn, as with io_uring */
+	struct io_threads *threads;
 };
 
 /* What an event belongs to: a virtqueue, a source (its address with this bit), or NULL for the wake-up eventfd. */
@@ -34,12 +33,17 @@ static int epoll_open(struct worker *w)
 	w->state = calloc(1, sizeof(*w->state));
 	if (!w->state)
 		return -ENOMEM;
-	w->state->done_tail = &w->state->done;
+	w->state->threads = io_threads_new(w);
+	if (!w->state->threads) {
+		free(w->state);
+		return -ENOMEM;
+	}
 	w->state->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	rc = w->state->epoll_fd < 0 ? -errno : watch(w, w->wake_fd, EPOLLIN, NULL);
 	if (rc < 0) {
 		if (w->state->epoll_fd >= 0)
 			close(w->state->epoll_fd);
+		io_threads_free(w->state->threads);
 		free(w->state);
 	}
 	return rc;
@@ -47,6 +51,7 @@ static int epoll_open(struct worker *w)
 
 static void epoll_close(struct worker *w)
 {
+	io_threads_free(w->state->threads);
 	close(w->state->epoll_fd);
 	free(w->state);
 }
@@ -78,41 +83,16 @@ static void epoll_remove_source(struct worker *w, struct source *source)
 	source_removed(w, source);
 }
 
-static ssize_t perform(const struct request *r)
-{
-	switch (r->io) {
-	case IO_READ:
-		return preadv2(r->fd, r->io_iov, (int)request_pieces(r), (off_t)r->offset, r->flags);
-	case IO_WRITE:
-		return pwritev2(r->fd, r->io_iov, (int)request_pieces(r), (off_t)r->offset, r->flags);
-	case IO_FSYNC:
-		return fdatasync(r->fd);
-	case IO_FALLOCATE:
-		return fallocate(r->fd, r->flags, (off_t)r->offset, (off_t)r->length);
-	}
-	return -1;
-}
-
 static void epoll_submit(struct worker *w, struct request *r)
 {
-	ssize_t n;
-
-	do
-		n = perform(r);
-	while (n < 0 && errno == EINTR);
-	r->result = n < 0 ? -errno : (int)n;
-	r->next = NULL;
-	*w->state->done_tail = r;
-	w->state->done_tail = &r->next;
+	io_threads_submit(w->state->threads, r);
 }
 
 static bool complete_done(struct worker *w)
 {
-	struct request *r = w->state->done, *next;
+	struct request *r = io_threads_done(w->state->threads), *next;
 	bool any = r != NULL;
 
-	w->state->done = NULL;
-	w->state->done_tail = &w->state->done;
 	for (; r; r = next) {
 		next = r->next;
 		r->device->ops->io_done(r, r->result);

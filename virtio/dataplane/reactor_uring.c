@@ -13,6 +13,7 @@
 
 #define SQ_ENTRIES 512
 #define CQ_ENTRIES 4096
+#define IO_THREADS_MAX 2048
 
 /* What a completion belongs to, in the low bits of its user data; pointers are aligned to 8 at least. */
 #define TAG_MASK 7ull
@@ -51,15 +52,29 @@ static void poll_fd(struct io_uring *ring, int fd, uint32_t events, uint64_t use
 	io_uring_sqe_set_data64(sqe, user_data);
 }
 
+/*
+ * What may block goes to threads of the kernel's: by default 4 for each CPU, for all files together, so a few requests
+ * of a disk that hangs would hold up every other disk. A queue has QUEUE_REQUESTS at most, so no few queues take them
+ * all. The kernel makes a thread only where there is work for it. Before the ring is restricted, which forbids it.
+ */
+static int threads_allow(struct io_uring *ring)
+{
+	unsigned limits[2] = { IO_THREADS_MAX, 0 }; /* for files and block devices; 0: as it is */
+
+	return io_uring_register_iowq_max_workers(ring, limits);
+}
+
 static int ring_restrict(struct io_uring *ring)
 {
-	struct io_uring_restriction rules[ARRAY_SIZE(allowed_ops)] = { 0 };
+	struct io_uring_restriction rules[ARRAY_SIZE(allowed_ops) + 1] = { 0 };
 	int rc;
 
 	for (size_t i = 0; i < ARRAY_SIZE(allowed_ops); i++) {
 		rules[i].opcode = IORING_RESTRICTION_SQE_OP;
 		rules[i].sqe_op = allowed_ops[i];
 	}
+	rules[ARRAY_SIZE(allowed_ops)].opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED;
+	rules[ARRAY_SIZE(allowed_ops)].sqe_flags = IOSQE_ASYNC;
 	rc = io_uring_register_restrictions(ring, rules, ARRAY_SIZE(rules));
 	return rc < 0 ? rc : io_uring_enable_rings(ring);
 }
@@ -81,7 +96,9 @@ static int uring_open(struct worker *w)
 		free(state);
 		return rc;
 	}
-	rc = ring_restrict(&state->ring);
+	rc = threads_allow(&state->ring);
+	if (rc == 0)
+		rc = ring_restrict(&state->ring);
 	if (rc < 0) {
 		io_uring_queue_exit(&state->ring);
 		free(state);
@@ -152,6 +169,12 @@ static void uring_submit(struct worker *w, struct request *r)
 		io_uring_prep_fallocate(sqe, r->fd, r->flags, (off_t)r->offset, (off_t)r->length);
 		break;
 	}
+	/*
+	 * To a thread of the kernel's at once. Without this the kernel tries on ours: of a file that can be polled (FUSE) it
+	 * believes that this cannot block.
+	 */
+	if (r->may_block && (r->io == IO_READ || r->io == IO_WRITE))
+		sqe->flags |= IOSQE_ASYNC;
 	io_uring_sqe_set_data64(sqe, (uint64_t)(uintptr_t)r);
 }
 

@@ -1,14 +1,49 @@
-/* Requests that wait for I/O: a pool a worker, so that nothing is allocated on the way. Worker thread only. */
+/*
+ * Requests that wait for I/O: a pool a queue, so that nothing is allocated on the way, and so that a disk that hangs
+ * holds its own requests and no neighbour's. Worker thread only.
+ */
 #include "worker.h"
+
+#include <stdlib.h>
+
+int requests_make(struct virtqueue *vq)
+{
+	uint32_t size = vq->size < QUEUE_REQUESTS ? vq->size : QUEUE_REQUESTS;
+
+	vq->pool = calloc(size, sizeof(*vq->pool)); /* memory that was never used is not there yet */
+	if (!vq->pool)
+		return -ENOMEM;
+	vq->pool_size = size;
+	vq->pool_used = 0;
+	vq->free_requests = NULL;
+	return 0;
+}
+
+void requests_drop(struct virtqueue *vq)
+{
+	free(vq->pool);
+	vq->pool = vq->free_requests = NULL;
+	vq->pool_size = vq->pool_used = 0;
+}
+
+static struct request *request_take(struct virtqueue *vq)
+{
+	struct request *r = vq->free_requests;
+
+	if (r)
+		vq->free_requests = r->next;
+	else if (vq->pool_used < vq->pool_size)
+		r = &vq->pool[vq->pool_used++];
+	return r;
+}
 
 struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
 			      const struct chain_view *chain, uint64_t start_ns)
 {
-	struct request *r = w->free_requests;
+	struct request *r = request_take(vq);
 
 	if (!r)
 		return NULL;
-	w->free_requests = r->next;
 	r->worker = w;
 	r->vq = vq;
 	r->device = native_device_ref(device);
@@ -36,8 +71,8 @@ void request_finish(struct request *r, uint32_t written, bool failed)
 	worker_touch(w, vq);
 	memory_table_unref(r->table);
 	native_device_unref(r->device);
-	r->next = w->free_requests;
-	w->free_requests = r;
+	r->next = vq->free_requests;
+	vq->free_requests = r;
 }
 
 struct native_device *native_device_ref(struct native_device *device)

@@ -59,7 +59,7 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 		return 1;
 	}
 	w->moved = 0;
-	while (served < WORKER_TURN && w->free_requests && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+	while (served < WORKER_TURN && requests_left(vq) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
 		int64_t written;
 
 		if (served++ == 0)
@@ -134,6 +134,7 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 	if (queue_ops(vq))
 		queue_ops(vq)->detached(vq->device, w, vq);
 	native_device_unref(vq->device);
+	requests_drop(vq);
 	vq->device = NULL;
 	vq->detaching = NULL;
 	vq->kicked = false;
@@ -142,10 +143,14 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 
 static int attach(struct worker *w, struct virtqueue *vq, struct native_device *device)
 {
-	int rc = worker_add_doorbells(w, vq);
+	int rc = device->ops->queue ? 0 : requests_make(vq);
 
-	if (rc < 0)
+	if (rc == 0)
+		rc = worker_add_doorbells(w, vq);
+	if (rc < 0) {
+		requests_drop(vq);
 		return rc;
+	}
 	if (vq->doorbell_fds[DOORBELL_KICK] < 0)
 		w->kickless++;
 	vq->device = native_device_ref(device);
@@ -335,7 +340,7 @@ static void worker_sleep(struct worker *w)
 	bool ready = false;
 
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
-		if (!vq->detaching && !queue_arm(vq) && w->free_requests)
+		if (!vq->detaching && !queue_arm(vq) && (queue_ops(vq) || requests_left(vq)))
 			ready = true;
 	store_relaxed(&w->sleeping, 1);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -20,7 +20,7 @@ struct blk_segment { /* 5.2.6: struct virtio_blk_discard_write_zeroes */
 	uint32_t flags;
 };
 
-struct request { /* one request that waits for I/O; from its worker's pool; worker thread */
+struct request { /* one request that waits for I/O; from its queue's pool; worker thread */
 	struct inflight link;           /* first, so that a link is a request */
 	struct request *next;           /* in the free list or a reactor's done list */
 	struct worker *worker;
@@ -39,6 +39,7 @@ struct request { /* one request that waits for I/O; from its worker's pool; work
 	struct iovec *io_iov;           /* what is left of it */
 	uint32_t io_count;              /* may be more than KERNEL_IOV_MAX: see request_pieces */
 	uint64_t offset, length;        /* in the file; what is left */
+	bool may_block;                 /* where it is begun: the file has no non-blocking I/O */
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
 	struct request *with;           /* further requests that the same I/O serves */
@@ -122,7 +123,7 @@ struct native_device *native_device_ref(struct native_device *device);
 
 /* ---- worker ---- */
 
-#define WORKER_REQUESTS 512    /* request contexts a worker has; when they are out, its queues wait */
+#define QUEUE_REQUESTS 256     /* requests of a queue that may wait for I/O at once; then the queue waits, and it alone */
 /*
  * A queue's turn, after which the next queue has its own: so many chains, so long, or so many bytes copied. A chain of
  * more bytes than that is done in parts, one a turn; whoever shares the worker waits for a part, not for the chain.
@@ -176,7 +177,6 @@ struct worker {
 	struct virtqueue *queues;
 	struct virtqueue *touched[64];  /* queues with unpublished elements; beyond it they are published at once */
 	uint32_t touched_count;
-	struct request *free_requests, *requests;
 	struct request *parts, **parts_tail; /* what worker_submit_part was given, in order */
 	uint64_t moved;                 /* bytes copied in this turn, as far as its queue counts them */
 	uint64_t poll_ns;               /* the adaptive window */
@@ -188,14 +188,33 @@ struct worker {
 /* worker.c: rounds, until WORKER_QUIT came; one of them, without waiting: true when anything happened. */
 void worker_run(struct worker *w);
 bool worker_round(struct worker *w);
+/* io_threads.c: threads for I/O that blocks, a few a device. Worker thread, but for io_perform. */
+struct io_threads *io_threads_new(struct worker *w);
+void io_threads_submit(struct io_threads *threads, struct request *r);
+/* Requests whose I/O is over, linked by `next`, or NULL; it is looked for again whenever the worker is about to sleep. */
+struct request *io_threads_done(struct io_threads *threads);
+/* Only once nothing is in flight. */
+void io_threads_free(struct io_threads *threads);
+/* r's I/O, here and now: io_uring's res. */
+int io_perform(const struct request *r);
 /* mailbox.c: the worker's side of its commands. */
 struct worker_command *worker_take_inbox(struct worker *w);
 void worker_acknowledge(struct worker *w, struct worker_command *command, int result);
+/* Any thread, after it has pushed something for a worker that may sleep. */
+void worker_wake(struct worker *w);
 /* Elements were pushed to `vq`: publish and notify it at the end of this round. */
 void worker_touch(struct worker *w, struct virtqueue *vq);
 /* Submit the next part of a long transfer: in its turn, for the kernel may copy it while it takes it. */
 void worker_submit_part(struct worker *w, struct request *r);
-/* A request for a popped chain, with the chain's heads and table; NULL when the pool is empty. */
+/* The requests of a queue, for as long as a worker has it; -ENOMEM. */
+int requests_make(struct virtqueue *vq);
+void requests_drop(struct virtqueue *vq);
+static inline bool requests_left(const struct virtqueue *vq)
+{
+	return vq->free_requests || vq->pool_used < vq->pool_size;
+}
+
+/* A request for a popped chain, with the chain's heads and table; NULL when no request is left. */
 struct request *request_start(struct worker *w, struct virtqueue *vq, struct native_device *device,
 			      const struct chain_view *chain, uint64_t start_ns);
 /* Push, count and recycle. */

@@ -62,8 +62,8 @@ static void *worker_main(void *argument)
 
 static void worker_release(struct worker *w)
 {
-	close(w->wake_fd);
-	free(w->requests);
+	if (w->wake_fd >= 0)
+		close(w->wake_fd);
 	free(w);
 }
 
@@ -106,14 +106,10 @@ struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, 
 	for (uint32_t i = 0; i < cpu_count; i++)
 		w->cpus[i] = cpus[i];
 	strncpy(w->name, name, sizeof(w->name) - 1);
-	w->requests = calloc(WORKER_REQUESTS, sizeof(*w->requests));
-	if (!w->requests || w->wake_fd < 0) {
+	if (w->wake_fd < 0) {
+		*error = -errno;
 		worker_release(w);
 		return NULL;
-	}
-	for (uint32_t i = 0; i < WORKER_REQUESTS; i++) {
-		w->requests[i].next = w->free_requests;
-		w->free_requests = &w->requests[i];
 	}
 	w->quit = &starting; /* the thread answers it like a command, once its reactor is open */
 	*error = thread_start(w);
