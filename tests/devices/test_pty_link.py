@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -43,45 +42,48 @@ def another_daemon(*paths: Path) -> Iterator[tuple[subprocess.Popen[str], list[s
             process.kill()
 
 
-@contextmanager
-def terminals_up_to(target: str) -> Iterator[None]:
-    """Terminals of nobody's take every free number below that of ``target``, so the next one that opens gets it."""
-    with ExitStack() as stack:
-        while True:
-            ours, theirs = os.openpty()
-            if os.ttyname(theirs) == target:
-                os.close(ours)
-                os.close(theirs)
-                break
-            stack.callback(os.close, ours)
-            stack.callback(os.close, theirs)
-        yield
+@pytest.fixture
+def next_terminals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The terminals that the kernel will give the next two consoles, in this order."""
+    pairs = [os.openpty() for _ in range(2)]
+    names = [os.ttyname(theirs) for _, theirs in pairs]
+    monkeypatch.setattr(os, "openpty", lambda: pairs.pop(0))
+    return names
 
 
-def test_the_new_terminal_may_have_the_number_of_the_killed_daemons(tmp_path: Path) -> None:
+def test_the_new_terminal_may_have_the_number_of_the_killed_daemons(tmp_path: Path, next_terminals: list[str]) -> None:
     path = tmp_path / "tty"
-    with another_daemon(path) as (process, (target,)):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with terminals_up_to(target), no_fd_leaks():
-        device = console(path)
-        assert str(path.readlink()) == target, "the test has made it so"
-        device.close()
+    path.symlink_to(next_terminals[0])
+    device, other = console(path), console(tmp_path / "other")
+    assert str(path.readlink()) == next_terminals[0]
+    device.close()
+    other.close()
     assert not path.is_symlink()
 
 
-def test_consoles_that_change_numbers_at_a_restart_do_not_find_each_other(tmp_path: Path) -> None:
+def test_consoles_that_change_numbers_at_a_restart_do_not_find_each_other(
+    tmp_path: Path, next_terminals: list[str]
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    with another_daemon(one, two) as (process, targets):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with terminals_up_to(targets[0]):
-        second, first = console(two), console(one)  # now the link of `one` leads to the terminal of `two`
-        assert two.readlink() != one.readlink()
-        first.close()
-        second.close()
+    one.symlink_to(next_terminals[0])
+    two.symlink_to(next_terminals[1])
+    second, first = console(two), console(one)  # the link of `one` led to the new terminal of `two`
+    assert [str(two.readlink()), str(one.readlink())] == next_terminals
+    first.close()
+    second.close()
     assert not one.is_symlink()
     assert not two.is_symlink()
+
+
+def test_the_link_of_a_daemon_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "tty"
+    with another_daemon(path) as (process, _):
+        process.kill()
+        process.wait()
+        assert path.is_symlink()
+        device = console(path)
+    assert Path(os.path.realpath(path)).is_char_device()
+    device.close()
 
 
 def test_another_daemon_that_has_the_old_number_for_another_path_is_not_taken_for_this_one(tmp_path: Path) -> None:
