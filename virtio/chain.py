@@ -59,18 +59,19 @@ class Chain:
 
     def read_into(self, room: memoryview) -> int:
         """Like ``read``, but into ``room``, as far as it goes: without a copy in between. Returns how many bytes."""
-        length = min(len(room), self.readable_length - self._read)
+        length = min(room.nbytes, self.readable_length - self._read)
         if length == 0:
             return 0
-        done: int = lib.chain_read(self._alive(), self._read, ffi.from_buffer(room), length)
+        done: int = lib.chain_read(self._alive(), self._read, ffi.from_buffer(room, require_writable=True), length)
         self._read += done
         return done
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append ``data`` to the device-writable bytes; returns how many fitted."""
+        """Append ``data`` to the device-writable bytes; returns how many bytes fitted."""
         if self.withdrawn:
             return 0
-        done: int = lib.chain_write(self._alive(), self.written, ffi.from_buffer(data), len(data)) if len(data) else 0
+        buffer = ffi.from_buffer(data)  # counts bytes, however wide the items of a view are
+        done: int = lib.chain_write(self._alive(), self.written, buffer, len(buffer)) if len(buffer) else 0
         self.written += done
         return done
 

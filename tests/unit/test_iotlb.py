@@ -198,6 +198,45 @@ def test_a_buffer_at_the_very_end_of_addresses_can_be_mapped(rings: Rings, ring:
     assert next_miss(device) == IotlbMiss(0x10, READ)
 
 
+@pytest.mark.parametrize("ring", FORMATS)
+@pytest.mark.parametrize("how", ["invalidate all", "invalidate the end", "clear"])
+def test_the_last_byte_of_all_addresses_can_be_mapped_and_unmapped(rings: Rings, ring: str, how: str) -> None:
+    driver = make_driver(ring, rings.memory(), 8)
+    device = device_behind_iommu(rings, driver)
+    learn_ring(device)
+    memory = driver.memory
+    last = (1 << 64) - 1
+    memory.write(memory.gpa + 0x9000, b"z")
+    learn(device, last, 1, uva=memory.uva + 0x9000)
+    driver.add_elements([Element(last, 1, False)])
+    device.vq.resume()
+    (chain,) = device.pop()
+    assert chain.data == b"z"
+    device.drop(chain)
+    if how == "clear":
+        device.iotlb.clear()
+    else:
+        device.iotlb.invalidate(*((0, last) if how == "invalidate all" else (last - 4095, 4096)))
+    learn_ring(device)
+    driver.add_elements([Element(last, 1, False)])
+    assert next_miss(device) == IotlbMiss(last, READ)
+
+
+@pytest.mark.parametrize("ring", FORMATS)
+def test_a_buffer_in_too_many_pieces_is_not_said_to_be_outside_memory(rings: Rings, ring: str) -> None:
+    driver = make_driver(ring, rings.memory(), 8)
+    device = device_behind_iommu(rings, driver)
+    learn_ring(device)
+    memory = driver.memory
+    for page in range(16_400):  # the same page again and again: none of them lies behind the one before it
+        learn(device, (1 << 40) + page * 4096, 4096, uva=memory.uva + 0x8000)
+    driver.add_elements([Element(1 << 40, 16_400 * 4096, True)])
+    device.vq.resume()
+    assert device.pop() == []
+    assert device.fault == lib.VQ_FAULT_PIECES
+    assert "lies in too many pieces" in str(device.vq.report().error)
+
+
 @pytest.mark.parametrize(
     ("size", "uva", "perm"), [(0, 0, BOTH), (4096, 0, 0), (4096, 0, 4), (4096, (1 << 64) - 4095, BOTH)]
 )

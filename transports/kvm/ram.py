@@ -31,8 +31,8 @@ class GuestRam:
 
     def write(self, gpa: int, data: bytes) -> None:
         """Copy ``data`` to ``gpa``. ``ValueError``: it lies outside; ``HostError``: the host has no memory left."""
-        self._check(gpa, len(data))
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
+        self._check(gpa, len(view))
         while view:
             try:
                 done = os.pwrite(self.fd.fileno(), view, gpa)

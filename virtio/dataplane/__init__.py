@@ -31,6 +31,7 @@ FAULTS: Final[dict[int, str]] = {
     lib.VQ_FAULT_INDIRECT_SIZE: "an indirect table of impossible size",
     lib.VQ_FAULT_ORDER: "a device-readable descriptor after a device-writable one",
     lib.VQ_FAULT_ADDRESS: "a buffer lies outside guest memory",
+    lib.VQ_FAULT_PIECES: "a chain lies in too many pieces of guest memory, of regions or of an IOMMU",
     lib.VQ_FAULT_EMPTY_BUFFER: "a descriptor of length 0",
     lib.VQ_FAULT_TOTAL_LENGTH: "a chain of more than 4 GiB",
     lib.VQ_FAULT_RING_ADDRESS: "the ring lies outside guest memory",

@@ -95,6 +95,7 @@ uint32_t interrupt_status_value(struct interrupt_status *status);
 #define VQ_FAULT_REQUEST_MAX 18
 #define VQ_FAULT_DEVICE 19
 #define VQ_FAULT_RING_PIECES 20
+#define VQ_FAULT_PIECES 21
 
 #define VQ_SPACE_GPA 0
 #define VQ_SPACE_UVA 1

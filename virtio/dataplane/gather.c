@@ -25,7 +25,7 @@ int chain_add(struct virtqueue *vq, struct chain_view *chain, const struct desc 
 		return virtqueue_fail(vq, VQ_FAULT_ORDER, head, d->addr, d->len);
 	if (unlikely(chain->readable_len + chain->writable_len + left > UINT32_MAX))
 		return virtqueue_fail(vq, VQ_FAULT_TOTAL_LENGTH, head, d->addr, d->len);
-	if (unlikely(addr + left < addr))
+	if (unlikely(addr + (left - 1) < addr)) /* the last byte of all addresses is one, too */
 		return virtqueue_fail(vq, VQ_FAULT_ADDRESS, head, d->addr, d->len);
 	if (write)
 		chain->writable_len += left;
@@ -39,8 +39,10 @@ int chain_add(struct virtqueue *vq, struct chain_view *chain, const struct desc 
 		n = virtqueue_translate(vq, addr, left, write ? DP_PERM_WRITE : DP_PERM_READ, &hva);
 		if (unlikely(n == VQ_MISS))
 			return VQ_MISS;
-		if (unlikely(n <= 0 || at == CHAIN_IOV_MAX))
+		if (unlikely(n <= 0))
 			return virtqueue_fail(vq, VQ_FAULT_ADDRESS, head, d->addr, d->len);
+		if (unlikely(at == CHAIN_IOV_MAX))
+			return virtqueue_fail(vq, VQ_FAULT_PIECES, head, d->addr, d->len);
 		chain->iov[at] = (struct iovec){ hva, (size_t)n };
 		if (write)
 			chain->writable_count++;

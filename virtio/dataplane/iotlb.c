@@ -126,7 +126,8 @@ void iotlb_invalidate(struct iotlb *tlb, uint64_t iova, uint64_t size)
 	if (size == 0)
 		return;
 	pthread_mutex_lock(&tlb->lock);
-	drop_range(tlb, iova, range_last(iova, size));
+	/* All 2^64 bytes have no size that fits: the largest one says so, and the last byte is one of them. */
+	drop_range(tlb, iova, size == UINT64_MAX ? UINT64_MAX : range_last(iova, size));
 	pthread_mutex_unlock(&tlb->lock);
 }
 
