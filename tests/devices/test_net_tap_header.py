@@ -105,3 +105,55 @@ async def test_headers_are_no_longer_than_the_packet_and_no_shorter_than_any(
     body[34 - 12 + 12] = offset
     head = header(NEEDS_CSUM, GSO["tcp4"], 0, 10, 34, 16)
     assert (await heard(tap, head, ADDRESSES + body, 0, setting))[2] == length
+
+
+LIES = {
+    "a checksum before the frame": header(NEEDS_CSUM, 0, 0, 0, 13, 0),
+    "a checksum behind the frame": header(NEEDS_CSUM, 0, 0, 0, 34, 0xFFFF),
+    "a checksum that begins behind the frame": header(NEEDS_CSUM, 0, 0, 0, 0xFFF0, 16),
+    "segments of no size": header(NEEDS_CSUM, GSO["tcp4"], 54, 0, 34, 16),
+    "segments of no kind": header(NEEDS_CSUM, 2, 54, 1400, 34, 16),
+    "ECN without segments": header(NEEDS_CSUM, 0x80, 54, 1400, 34, 16),
+}
+
+
+@every_reactor
+@pytest.mark.parametrize("without", [0, F_GUEST_OFFLOADS], ids=["offloads", "none"])
+async def test_a_header_that_lies_costs_its_frame_and_no_other(
+    tap: SocketAsTap, setting: Setting, without: int
+) -> None:
+    device = Net("lan", NetOptions(backend="tap", tap="hb0"), 1, 256)
+    frame = ADDRESSES + packet("tcp4", b"x" * 100)[0]
+    async with plugged(device, setting, without=without) as p:
+        queue = p.guest.queues[0]
+        for _ in range(len(LIES) + 1):
+            queue.driver.add([], [20000])
+        queue.kick()
+        for lie in LIES.values():
+            tap.host.send(lie + frame)
+        tap.host.send(header(0) + frame)
+        (used,) = await queue.used()
+        assert used.buffers[0][12 : used.written] == frame
+        assert device.native_device.counters().misreceived == len(LIES)
+
+
+@every_reactor
+@pytest.mark.parametrize("short", [b"x", bytes(12), bytes(12) + ADDRESSES + b"\x08"], ids=len)
+async def test_what_is_too_short_for_a_frame_does_not_hold_up_those_behind_it(
+    tap: SocketAsTap, setting: Setting, short: bytes
+) -> None:
+    device = Net("lan", NetOptions(backend="tap", tap="hb0"), 1, 256)
+    frame = ADDRESSES + packet("tcp4", b"x" * 100)[0]
+    async with plugged(device, setting) as p:
+        queue = p.guest.queues[0]
+        count = 200  # more than one turn looks at
+        for _ in range(10):
+            queue.driver.add([], [20000])
+        queue.kick()
+        tap.host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        for _ in range(count):
+            tap.host.send(short)
+        tap.host.send(header(0) + frame)
+        (used,) = await queue.used()
+        assert used.buffers[0][12 : used.written] == frame
+        assert device.native_device.counters().misreceived == count

@@ -64,6 +64,9 @@ bool driver_used(struct driver *d, uint32_t *tag, uint32_t *written);
 bool driver_wait_begin(struct driver *d);
 void driver_wait_end(struct driver *d);
 
+/* So many of this thread's next calls of malloc find no memory. */
+extern __thread unsigned int malloc_fails;
+
 /* Deterministic randomness, the same everywhere. */
 static inline uint32_t random_next(uint64_t *state)
 {

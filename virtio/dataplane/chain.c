@@ -65,6 +65,7 @@ int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max
 		if (!chains[count]) { /* no memory: the driver gets the chain back, empty */
 			virtqueue_push(vq, view.head, view.slots, 0);
 			virtqueue_publish(vq);
+			virtqueue_notify(vq);
 			break;
 		}
 		count++;

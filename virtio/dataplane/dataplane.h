@@ -179,6 +179,7 @@ struct virtqueue {
 	int doorbell_fds[DOORBELL_KINDS]; /* whichever rings, the queue is looked at */
 	int call_fd, err_fd;
 	struct interrupt_status *interrupt_status; /* virtio-mmio only: set before call_fd is written */
+	bool unsaid;              /* something was pushed since the driver was last notified */
 	uint32_t inflight;
 	uint32_t epoch;           /* grows whenever the queue forgets its ring */
 	union {

@@ -7,11 +7,29 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
+
+#define HUGETLBFS_MAGIC 0x958458f6 /* linux/magic.h */
+
+/* The unit in which the file is mapped, and must be unmapped: munmap(2) refuses anything else of huge pages. */
+static uint64_t page_size(int fd)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs) == 0 && (uint32_t)fs.f_type == HUGETLBFS_MAGIC)
+		return (uint64_t)fs.f_bsize;
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+static uint64_t round_up(uint64_t size, uint64_t page)
+{
+	return (size + page - 1) & ~(page - 1);
+}
 
 struct mapping *mapping_new(int fd, uint64_t offset, uint64_t size, int *error)
 {
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), skew = offset & (page - 1);
+	uint64_t page, skew, whole;
 	struct mapping *m;
 	struct stat st;
 	uint8_t *base;
@@ -34,20 +52,19 @@ struct mapping *mapping_new(int fd, uint64_t offset, uint64_t size, int *error)
 		*error = -ENOMEM;
 		return NULL;
 	}
-	/* Huge page files want offsets in huge pages: map from the start of the file's page, skip the skew. */
-	base = mmap(NULL, size + skew, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)(offset - skew));
-	if (base == MAP_FAILED && errno == EINVAL && offset) {
-		skew = offset;
-		base = mmap(NULL, size + skew, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-	}
+	/* Whole pages of the file, which may be huge ones: map from the start of the first, skip the skew. */
+	page = page_size(fd);
+	skew = offset & (page - 1);
+	whole = round_up(size + skew, page);
+	base = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)(offset - skew));
 	if (base == MAP_FAILED) {
 		*error = -errno;
 		free(m);
 		return NULL;
 	}
-	madvise(base, size + skew, MADV_DONTDUMP);
+	madvise(base, whole, MADV_DONTDUMP);
 	m->map_base = base;
-	m->map_size = size + skew;
+	m->map_size = whole;
 	m->base = base + skew;
 	m->size = size;
 	m->refs = 1;

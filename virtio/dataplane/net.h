@@ -165,6 +165,9 @@ static inline uint32_t net_header_size(const struct net_device *net)
  */
 bool net_frame_read(struct net_device *net, const struct chain_view *chain, struct iovec *iov, struct net_frame *frame);
 
+/* What the header of a frame of `length` bytes claims lies inside the frame, and is of a kind that there is. */
+bool net_header_plausible(const struct net_header *header, uint32_t length);
+
 /* NO_BUFFERS may go better later, the others never: REFUSED is too large (for the buffers, the ring, the MTU), MALFORMED has a header that lies. */
 enum net_result { NET_DELIVERED, NET_NO_BUFFERS, NET_REFUSED, NET_MALFORMED };
 /* Write a frame to the guest as it is. */

@@ -13,18 +13,31 @@ static bool gso_allowed(const struct net_device *net, uint8_t gso_type)
 	}
 }
 
+bool net_header_plausible(const struct net_header *header, uint32_t length)
+{
+	bool sums = header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
+
+	if (sums && (header->csum_start < ETHERNET_SIZE || header->csum_start + header->csum_offset + 2u > length))
+		return false;
+	switch (header->gso_type & ~VIRTIO_NET_HDR_GSO_ECN) {
+	case VIRTIO_NET_HDR_GSO_NONE: return header->gso_type == VIRTIO_NET_HDR_GSO_NONE;
+	case VIRTIO_NET_HDR_GSO_TCPV4:
+	case VIRTIO_NET_HDR_GSO_TCPV6:
+	case VIRTIO_NET_HDR_GSO_UDP_L4: return header->gso_size;
+	default: return false;
+	}
+}
+
 /* 5.1.6.2.1: what the driver must not do in a header; only negotiated offloads, and only inside the frame. */
 static bool header_honest(const struct net_device *net, const struct net_header *header, uint32_t length)
 {
-	if (header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
-		if (!net_has(net, VIRTIO_NET_F_CSUM))
-			return false;
-		if (header->csum_start < ETHERNET_SIZE || header->csum_start + header->csum_offset + 2u > length)
-			return false;
-	}
+	if (header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM && !net_has(net, VIRTIO_NET_F_CSUM))
+		return false;
+	if (!net_header_plausible(header, length))
+		return false;
 	if (header->gso_type == VIRTIO_NET_HDR_GSO_NONE)
 		return true;
-	return header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM && header->gso_size && gso_allowed(net, header->gso_type);
+	return header->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM && gso_allowed(net, header->gso_type);
 }
 
 bool net_frame_read(struct net_device *net, const struct chain_view *chain, struct iovec *iov, struct net_frame *frame)

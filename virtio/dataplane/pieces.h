@@ -77,7 +77,10 @@ static inline uint64_t pieces_write(struct pieces *to, const void *buffer, uint6
 	return done;
 }
 
-/* Copy from pieces to pieces, say from one guest's memory into another's. */
+/*
+ * Copy from pieces to pieces, say from one guest's memory into another's. They may overlap: a driver whose frames come
+ * back to it may post one buffer for both ways, which is its own affair.
+ */
 static inline uint64_t pieces_move(struct pieces *to, struct pieces *from, uint64_t length)
 {
 	uint64_t done = 0, n, room;
@@ -88,7 +91,7 @@ static inline uint64_t pieces_move(struct pieces *to, struct pieces *from, uint6
 			n = room;
 		if (n > length - done)
 			n = length - done;
-		memcpy(target, source, n);
+		memmove(target, source, n);
 		from->at += n;
 		to->at += n;
 		done += n;

@@ -31,7 +31,7 @@ void virtqueue_forget(struct virtqueue *vq)
 	vq->table = vq->ring_table = NULL;
 	vq->iotlb = NULL;
 	vq->inflight_heads = NULL;
-	vq->configured = vq->resolved = vq->parked = false;
+	vq->configured = vq->resolved = vq->parked = vq->unsaid = false;
 	vq->inflight = 0;
 	vq->epoch++;
 	store_release(&vq->fault, VQ_FAULT_NONE);
@@ -279,8 +279,10 @@ void virtqueue_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_
 {
 	vq->inflight_heads[head / 64] &= ~(1ull << (head & 63));
 	vq->inflight--;
-	if (likely(vq->ring_table && !load_relaxed(&vq->fault)))
-		vq->ops->push(vq, head, slots, written);
+	if (unlikely(!vq->ring_table || load_relaxed(&vq->fault)))
+		return;
+	vq->ops->push(vq, head, slots, written);
+	vq->unsaid = true;
 }
 
 void virtqueue_publish(struct virtqueue *vq)
@@ -293,6 +295,9 @@ void virtqueue_notify(struct virtqueue *vq)
 {
 	if (unlikely(!vq->ring_table || load_relaxed(&vq->fault)))
 		return;
+	if (!vq->unsaid) /* all of it was notified of before: without EVENT_IDX the driver would be interrupted twice */
+		return;
+	vq->unsaid = false;
 	if (!vq->ops->needs_notify(vq)) {
 		stat_add(&vq->stats.notifications_suppressed, 1);
 		return;
