@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +186,7 @@ class _Claim(NamedTuple):
     owner: str
     shared: bool
     read_only: bool = False
+    is_socket: bool = False
 
 
 def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None], folder: Path) -> Iterator[Finding]:
@@ -198,13 +201,45 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
         if number is not None and inherited.setdefault(number, draft.name) != draft.name:
             message = f'{number} is already the socket of device "{inherited[number]}"'
             yield Finding(("devices", draft.name, "socket_fd"), message, "give each a socket of its own")
-    for claim in _claims(drafts, sockets):
+    claims = [*_claims(drafts, sockets)]
+    yield from _check_characters(claims)
+    yield from _check_reached_by_guests(drafts, claims, folder)
+    for claim in claims:
         first = users.setdefault(os.path.realpath(folder / claim.file), claim)  # takes loops and closed folders
         if first is not claim and not (first.shared and claim.shared):
             hint = "give each a file of its own"
             if claim.read_only and first.read_only:
                 hint += ", or set read_only = true on all of them"
             yield Finding(claim.path, f"{claim.file} is already {first.owner}", hint)
+
+
+def _check_characters(claims: Iterable[_Claim]) -> Iterator[Finding]:
+    """Paths are written into logs, tables, command lines and XML, and no XML holds a control character."""
+    for claim in claims:
+        found = next((c for c in str(claim.file) if unicodedata.category(c) == "Cc" or c in "\ufffe\uffff"), None)
+        if found is not None:
+            yield Finding(claim.path, f"has a character that no path here may have: {found!r}", "choose another name")
+
+
+def _check_reached_by_guests(
+    drafts: Iterable[DeviceDraft], claims: Collection[_Claim], folder: Path
+) -> Iterator[Finding]:
+    """Sockets of ours at a path where a guest reaches the host: it would speak to a device or to another guest.
+
+    Where that is its options say: ``numbered_path``, which an underscore and the number of a port follow.
+    """
+    sockets = [claim for claim in claims if claim.is_socket]
+    for draft in drafts:
+        prefix: Path | None = getattr(draft.options, "numbered_path", None)
+        if prefix is None:
+            continue
+        start = os.path.realpath((folder / prefix).parent) + f"/{prefix.name}_"
+        for claim in sockets:
+            whole = os.path.realpath((folder / claim.file).parent) + f"/{claim.file.name}"
+            number = whole.removeprefix(start)
+            if number != whole and re.fullmatch(r"0|[1-9][0-9]{0,9}", number, re.ASCII) and int(number) < 1 << 32:
+                message = f'{claim.file} is where the guest of device "{draft.name}" reaches port {number} of the host'
+                yield Finding(claim.path, message, "choose another name for one of the two")
 
 
 def check_sockets(
@@ -230,21 +265,28 @@ def check_sockets(
 def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None]) -> Iterator[_Claim]:
     for name, socket in sockets.items():
         if socket is not None:
-            yield _Claim(("daemon", name), socket, f"the daemon's {name.removesuffix('_socket')} socket", False)
+            yield _Claim(
+                ("daemon", name), socket, f"the daemon's {name.removesuffix('_socket')} socket", False, is_socket=True
+            )
     for draft in drafts:
         path = ("devices", draft.name)
         if "socket" not in draft.faulty:
-            yield _Claim((*path, "socket"), draft.common.socket, f'the socket of device "{draft.name}"', False)
+            owner = f'the socket of device "{draft.name}"'
+            yield _Claim((*path, "socket"), draft.common.socket, owner, False, is_socket=True)
         if draft.options is not None:
             read_only: bool | None = getattr(draft.options, "read_only", None)
+            made: Collection[KeyPath] = getattr(draft.options, "socket_paths", {})
             for key, file in _paths_in(draft.options):
                 shared = bool(read_only) or key[0] in getattr(draft.options, "only_read", ())
                 owner = f'the {".".join(key)} of device "{draft.name}"'
-                yield _Claim((*path, *key), file, owner, shared, key == ("path",) and read_only is not None)
+                yield _Claim(
+                    (*path, *key), file, owner, shared, key == ("path",) and read_only is not None, key in made
+                )
             # Files that the device makes beside those its options name: ``derived_paths``, by the options' keys.
             derived: Mapping[str, Path] = getattr(draft.options, "derived_paths", {})
             for name, file in derived.items():
-                yield _Claim((*path, name), file, f'made beside the {name} of device "{draft.name}"', False)
+                owner = f'made beside the {name} of device "{draft.name}"'
+                yield _Claim((*path, name), file, owner, False, is_socket=True)
 
 
 def _paths_in(value: object) -> Iterator[tuple[KeyPath, Path]]:

@@ -44,6 +44,39 @@ def test_a_nul_character_is_reported_at_its_key_wherever_it_stands(
     assert "1 mistake in" in said
 
 
+CONSOLE = '[devices.c]\ntype = "console"\nsocket = "c.sock"\n'
+
+
+@pytest.mark.parametrize("code", [0x01, 0x0A, 0x1B, 0x7F, 0x85, 0x9B, 0xFFFE], ids=hex)
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (DISK.replace("disk.sock", "a@b.sock"), "c.toml:4: [devices.disk] socket"),
+        (DISK.replace("disk.img", "a@b.img"), "c.toml:3: [devices.disk] path"),
+        (CONSOLE + 'backend = "pty"\npath = "a@b"\n', "c.toml:5: [devices.c] path"),
+        (
+            CONSOLE + 'ports = [{ name = "p", backend = "socket", path = "a@b" }]\n',
+            "c.toml:4: [devices.c] ports.0.path",
+        ),
+        (CONSOLE + '[daemon]\ncontrol = "a@b"\n', "c.toml:5: [daemon] control"),
+    ],
+    ids=["socket", "image", "pty", "port", "control"],
+)
+def test_a_path_with_a_control_character_which_no_xml_can_hold_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, place: str, code: int
+) -> None:
+    said = check(tmp_path, text.replace("@", f"\\u{code:04x}"), capsys)
+    assert f"{place}: has a character that no path here may have: {chr(code)!r}" in said
+    assert "1 mistake in" in said
+    assert all(character.isprintable() or character == "\n" for character in said)
+
+
+def test_a_path_with_any_other_letter_is_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "Größe \u65e5\u672c <&'> \U0001f514.img"
+    (tmp_path / name).write_bytes(bytes(1 << 20))
+    check(tmp_path, DISK.replace("disk.img", name), capsys, 0)
+
+
 def test_a_socket_among_symbolic_links_that_go_in_circles_is_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,7 +247,7 @@ def test_a_vsocks_path_leaves_room_for_the_number_of_every_port(
 ) -> None:
     longest = "/" + "0" * 95
     said = check(tmp_path, f'{GUEST}path = "{longest}0"\n', capsys)
-    assert f"c.toml:5: [devices.v] path: {longest}0_4294967294 is 108 bytes long" in said
+    assert f"c.toml:5: [devices.v] path: {longest}0_4294967295 is 108 bytes long" in said
     check(tmp_path, f'{GUEST}path = "{longest}"\n', capsys, 0)
 
 

@@ -39,3 +39,36 @@ def test_the_socket_for_messages_is_nobody_elses(tmp_path: Path, capsys: pytest.
 def test_a_path_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     assert check(tmp_path, guest("one", f'cid = 5\npath = "{path}"')) == 78
     assert "is a folder, and a socket needs a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        guest("two", 'cid = 6\npath = "v_80"'),  # its guest could be reached as from the host
+        guest("v_7", 'cid = 6\npath = "other"').replace('"v_7.sock"', '"v_7"'),
+        '[devices.con]\ntype = "console"\nsocket = "con.sock"\nbackend = "socket"\npath = "./x/../v_4294967295"\n',
+        '[devices.chip]\ntype = "gpio"\nsocket = "chip.sock"\nbackend = "simulated"\nlines = ["a"]\ncontrol = "v_0"\n',
+        '[daemon]\ncontrol = "v_1"\n',
+    ],
+    ids=["guest", "front-end", "console", "lines", "control"],
+)
+def test_no_socket_of_ours_is_where_a_guest_reaches_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    assert check(tmp_path, other, guest("one", 'cid = 5\npath = "v"')) == 78
+    assert 'is where the guest of device "one" reaches port ' in capsys.readouterr().err
+
+
+def test_a_guest_does_not_reach_its_own_front_ends_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, '[devices.one]\ntype = "vsock"\nsocket = "v_9"\ncid = 5\npath = "v"\n') == 78
+    assert "[devices.one] socket: v_9 is where the guest of device" in capsys.readouterr().err
+
+
+def test_names_that_no_port_gives_and_files_that_are_no_sockets_are_free(tmp_path: Path) -> None:
+    (tmp_path / "v_2").write_bytes(bytes(1 << 20))
+    tables = [
+        guest(f"g{number}", f'cid = {10 + number}\npath = "{name}"')
+        for number, name in enumerate(("v_", "v_01", "v_x", "v_4294967296", "v_-1", "v80", "sub_v_1"))
+    ]
+    disk = '[devices.disk]\ntype = "blk"\nsocket = "disk.sock"\npath = "v_2"\n'
+    assert check(tmp_path, guest("one", 'cid = 5\npath = "v"'), disk, *tables) == 0

@@ -33,6 +33,7 @@ from virtio.devices.vsock_packet import (
     Key,
     Packet,
 )
+from virtio.devices.vsock_shares import BUFFER, ConnectionShares, Shares
 from virtio.errors import HostError
 
 VIRTIO_VSOCK_F_STREAM: Final = 0
@@ -44,11 +45,6 @@ EVENTS: Final = 2
 
 VIRTIO_VSOCK_EVENT_TRANSPORT_RESET: Final = bytes(4)  # le32 id, 0
 
-BUFFER: Final = 256 * 1024
-"""What the guest may send on one connection before it is taken (Linux's own default), and the longest message."""
-BUFFER_OF_MANY: Final = 32 * 1024
-"""The same for connections beyond the first ``FEW``: so all of them together hold some 60 MiB at most."""
-FEW: Final = 128
 PIECE: Final = 64 * 1024
 """Most bytes of one packet to the guest, however large its buffers are."""
 RESETS_MAX: Final = 1024
@@ -91,7 +87,9 @@ class Vsock(Device):
         self._options = options
         self._connections: dict[Key, Connection] = {}
         self._waiting: deque[Connection] = deque()  # those with something for the guest, in turn
+        self._shares = ConnectionShares(name, options.connections, self.cid)
         self._last_words: set[Connection] = set()  # those that are over for the guest, and not yet for the host
+        self._last_words_shares = Shares(LAST_WORDS_MAX, self.cid)
         self._resets: deque[Packet] = deque()
         self._something = trio.Event()
         self._events = trio.Event()
@@ -123,6 +121,7 @@ class Vsock(Device):
         for connection in self._connections.values():
             self._end(connection)
         self._connections.clear()
+        self._shares.clear()
         self._waiting.clear()
         self._resets.clear()
         self._events = trio.Event()
@@ -166,7 +165,7 @@ class Vsock(Device):
             if port is None:
                 return
             host_port = next(self._ports)
-            connection = self._add(Key(port, CID_HOST, host_port, kind), State.ASKING)
+            connection = self._add(Key(port, CID_HOST, host_port, kind), State.ASKING, CID_HOST)
             if connection is None or not await self._accepted(connection):
                 return
             try:
@@ -186,16 +185,20 @@ class Vsock(Device):
                 connection.reset()
         return connection.state is State.OPEN
 
-    def _add(self, key: Key, state: State) -> Connection | None:
-        """A new connection, unless there are too many, or this one exists, or the driver does not know its type."""
+    def _add(self, key: Key, state: State, by: int) -> Connection | None:
+        """A new connection, opened by the cid ``by``.
+
+        None: there are too many, or ``by`` has its share of them; this one exists; the driver does not know its type.
+        """
         is_known = key.type == VIRTIO_VSOCK_TYPE_STREAM or (
             key.type == VIRTIO_VSOCK_TYPE_SEQPACKET and self.driver_features >> VIRTIO_VSOCK_F_SEQPACKET & 1
         )
-        count = len(self._connections)
-        if not is_known or key in self._connections or count >= self._options.connections:
+        if not is_known or key in self._connections:
             return None
-        buffer_size = BUFFER if count < FEW else BUFFER_OF_MANY
-        connection = Connection(key, self.cid, buffer_size, state, self._send)
+        buffer_size = self._shares.take(by)
+        if buffer_size is None:
+            return None
+        connection = Connection(key, self.cid, buffer_size, state, self._send, opened_by=by)
         self._connections[key] = connection
         return connection
 
@@ -206,7 +209,7 @@ class Vsock(Device):
         if connection is not None:
             connection.reset()  # 5.10.6.4: what is connected cannot connect
             return
-        connection = self._add(key, State.ASKED)
+        connection = self._add(key, State.ASKED, self.cid)
         if connection is None:
             self._refuse(packet)
             return
@@ -235,14 +238,16 @@ class Vsock(Device):
         try:
             await connection.run()
         finally:
-            self._last_words.discard(connection)
+            if connection in self._last_words:
+                self._last_words.remove(connection)
+                self._last_words_shares.give_back(connection.key.peer_cid)
 
     async def _connect_guest(self, connection: Connection) -> None:
         """To another guest of the group: it is asked, and its answer is ours."""
         key, group = connection.key, self._options.group
         other = _GUESTS.get((group, key.peer_cid)) if group is not None else None
         mirrored = Key(key.peer_port, self.cid, key.guest_port, key.type)
-        asked = other._add(mirrored, State.ASKING) if other is not None else None
+        asked = other._add(mirrored, State.ASKING, self.cid) if other is not None else None
         if other is None or asked is None:
             connection.reset()
             return
@@ -311,7 +316,7 @@ class Vsock(Device):
         What the guest sent before it shut its side is the host's to read, so such a connection goes on without the
         guest, which may use its ports again. It ends by itself (``LAST_WORDS_SECONDS``), even if the device is reset.
         """
-        goes_on = connection.has_last_words and len(self._last_words) < LAST_WORDS_MAX
+        goes_on = connection.has_last_words and self._last_words_shares.take(connection.key.peer_cid)
         connection.drop(last_words=goes_on)
         if goes_on:
             self._last_words.add(connection)
@@ -402,3 +407,4 @@ class Vsock(Device):
     def _forget(self, connection: Connection) -> None:
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
+            self._shares.give_back(connection.opened_by, connection.buffer_size)

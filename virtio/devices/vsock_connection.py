@@ -63,13 +63,21 @@ class Connection:
     """
 
     def __init__(
-        self, key: Key, guest_cid: int, buffer_size: int, state: State, send: Callable[[Connection], None]
+        self,
+        key: Key,
+        guest_cid: int,
+        buffer_size: int,
+        state: State,
+        send: Callable[[Connection], None],
+        *,
+        opened_by: int,
     ) -> None:
         self.key: Final = key
+        self.opened_by: Final = opened_by  # the cid of the one who asked for it
+        self.buffer_size: Final = buffer_size
         self.state = state
         self.queued = False  # the device's: it stands in line for the guest's buffers
         self._guest_cid = guest_cid
-        self._buffer_size = buffer_size
         self._send = send
         self._socket: sockets.socket | None = None
         self._changed = trio.Event()
@@ -153,7 +161,7 @@ class Connection:
 
     def wants(self, length: int) -> bool:
         """Whether the guest may send so many bytes now; one that sends more breaks the protocol (5.10.6.3.1)."""
-        return self.state is State.OPEN and self._rx_cnt - self._fwd_cnt + length <= self._buffer_size
+        return self.state is State.OPEN and self._rx_cnt - self._fwd_cnt + length <= self.buffer_size
 
     def take(self, packet: Packet, data: memoryview) -> None:
         """A packet of the guest's for this connection, and its data. One that breaks the protocol resets it."""
@@ -206,7 +214,7 @@ class Connection:
 
     def _update_credit(self) -> None:
         """Tell the guest of room that it does not know of, once it thinks that there is less than half."""
-        if self._rx_cnt - self._told_fwd_cnt >= self._buffer_size // 2 and self._fwd_cnt != self._told_fwd_cnt:
+        if self._rx_cnt - self._told_fwd_cnt >= self.buffer_size // 2 and self._fwd_cnt != self._told_fwd_cnt:
             self._tell(VIRTIO_VSOCK_OP_CREDIT_UPDATE)
 
     # ---- to the guest ----
@@ -255,7 +263,7 @@ class Connection:
         self._due.discard(VIRTIO_VSOCK_OP_CREDIT_UPDATE)
         return Packet(
             *(key.peer_cid, self._guest_cid, key.peer_port, key.guest_port),
-            *(length, key.type, op, flags, self._buffer_size, self._fwd_cnt & _MASK),
+            *(length, key.type, op, flags, self.buffer_size, self._fwd_cnt & _MASK),
         )
 
     # ---- the host's socket ----
@@ -264,7 +272,7 @@ class Connection:
         """The host's end, which ``run`` serves and closes."""
         socket.setblocking(False)
         if self._is_seqpacket:
-            host.prepare_for_messages(socket, self._buffer_size)
+            host.prepare_for_messages(socket, self.buffer_size)
         self._socket = socket
 
     async def run(self) -> None:

@@ -9,6 +9,7 @@ which a program of the host listens. Where whole messages travel (SOCK_SEQPACKET
 from __future__ import annotations
 
 import errno
+import re
 import select
 import socket as sockets
 from pathlib import Path
@@ -30,7 +31,7 @@ COMMAND_MAX: Final = 32
 COMMAND_SECONDS: Final = 10
 _SO_PEEK_OFF: Final = 42  # asm-generic/socket.h; Python has no name for it
 _CREDENTIALS_SPACE: Final = sockets.CMSG_SPACE(12)  # struct ucred
-PORT_MAX: Final = 0xFFFF_FFFE  # the last number means any port
+PORT_MAX: Final = 0xFFFF_FFFF
 
 log = structlog.get_logger()
 
@@ -91,8 +92,20 @@ async def read_command(socket: sockets.socket) -> int | None:
             line += piece
             if not piece or not is_stream:
                 break
-    word, _, number = line.removesuffix(b"\n").removesuffix(b"\r").partition(b" ")
-    if word != b"CONNECT" or not number.isdigit() or int(number) > PORT_MAX or (is_stream and line[-1:] != b"\n"):
+    return None if is_stream and line[-1:] != b"\n" else _port_of(line)
+
+
+def _port_of(line: bytes) -> int | None:
+    """The port of a command, in all the ways that Firecracker and cloud-hypervisor take it.
+
+    CONNECT in any case, any white space between and around the words, a plus sign or zeros before the number, and words
+    behind it that mean nothing. A command longer than their buffer (32 bytes) is refused, for its port would be cut.
+    """
+    try:
+        word, number, *_ = line.decode().split()
+    except ValueError:  # no text, or too few words
+        return None
+    if word.lower() != "connect" or not re.fullmatch(r"\+?[0-9]+", number, re.ASCII) or int(number) > PORT_MAX:
         return None
     return int(number)
 

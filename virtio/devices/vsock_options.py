@@ -19,7 +19,7 @@ class VsockOptions(DeviceOptions):
     )
     path: Path = Field(
         description="The Unix socket on which the host connects to the guest (CONNECT PORT); the guest's connections "
-        "to port N of the host come to path_N."
+        "to port N of the host come to path_N, which is no other socket of this file."
     )
     group: str | None = Field(
         None,
@@ -27,7 +27,13 @@ class VsockOptions(DeviceOptions):
         max_length=63,
         description="Guests of one group may connect to each other. Default: to the host only.",
     )
-    connections: int = Field(512, ge=1, le=16384, description="Connections at most; further ones are refused.")
+    connections: int = Field(
+        512,
+        ge=1,
+        le=16384,
+        description="Connections at most; further ones are refused. Another guest of the group has at most as many as "
+        "it leaves free, and an eighth is left to the host and to this guest.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -45,6 +51,11 @@ class VsockOptions(DeviceOptions):
     def socket_paths(self) -> dict[tuple[str, ...], Path]:
         """The longest of them: where a guest's connection to the last port goes."""
         return {("path",): self.path_of_port(PORT_MAX)}
+
+    @property
+    def numbered_path(self) -> Path:
+        """What an underscore and the number of a port follow where the guest reaches the host: no socket of ours."""
+        return self.path
 
     def path_of_port(self, port: int) -> Path:
         """Where a program of the host waits for the guest's connections to ``port``."""
