@@ -49,7 +49,10 @@ class Floods:
 
     def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         text = str(event.get("event", ""))
-        if text in LIMITED_AT_ITS_SOURCE or "left_out" in event:
+        if text in LIMITED_AT_ITS_SOURCE:
+            self.left_out += int(event.get("left_out", 0))
+            return event
+        if "left_out" in event:
             return event
         device = str(event.get("device", ""))
         most = OF_A_DEVICE if device else OF_THE_DAEMON

@@ -7,6 +7,7 @@ console's receive queue) pulls with ``await queue.next_chain()`` instead.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -18,7 +19,13 @@ from virtio.virtqueue import Virtqueue
 from virtio.waist import Doorbell
 
 BATCH: Final = 64
-"""Chains popped at once, or fewer that hold a MiB; between batches other tasks of the daemon have their turn."""
+"""Chains popped at once, or fewer that hold a MiB."""
+
+TURN_NS: Final = 500_000
+"""How long a queue is served before the other tasks of the daemon have their turn: other guests' queues, their control
+planes. One chain is never interrupted, so a device does little for each, or waits in between."""
+
+now_ns: Callable[[], int] = time.monotonic_ns
 
 POLL_SECONDS: Final = 0.001
 """How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
@@ -41,6 +48,7 @@ class Queue:
         self._outstanding: dict[Chain, None] = {}  # what the device has, oldest first
         self._idle = trio.Event()
         self._waiting: trio.CancelScope | None = None  # for a doorbell
+        self._turn_began = now_ns()
         self.spawned: trio.Nursery  # for as long as the queue runs
 
     def _pop(self, limit: int) -> list[Chain]:
@@ -127,6 +135,14 @@ class Queue:
         if self._waiting is not None:
             self._waiting.cancel()  # the poll set is left at once, before the task runs again
 
+    @property
+    def _turn_is_over(self) -> bool:
+        return now_ns() - self._turn_began >= TURN_NS
+
+    async def _let_others_run(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._turn_began = now_ns()
+
     def chain_at_hand(self) -> Chain | None:
         """The next chain of the queue, taken, if the driver made one available: the caller completes it."""
         chains = self._pop(1)
@@ -140,11 +156,14 @@ class Queue:
 
     async def next_chain(self) -> Chain:
         """The next chain of the queue, taken: the caller completes it. Waits for the driver where there is none."""
+        if self._turn_is_over:
+            await self._let_others_run()
         while True:
             chain = self.chain_at_hand()
             if chain is not None:
                 return chain
             await self._wait_for_kick()
+            self._turn_began = now_ns()
 
     async def serve(self, handle: Callable[[Queue, Chain], Awaitable[None]]) -> None:
         """Hand every chain to ``handle``, for ever. Cancelled in the middle, what was not handled is un-popped."""
@@ -155,8 +174,13 @@ class Queue:
                 continue
             done: list[Chain] = []
             handled = 0
+            self._turn_began = now_ns()
             try:
                 for chain in chains:
+                    if handled and self._turn_is_over:
+                        self.push(done)  # whoever waits for these need not wait for the rest
+                        done = []
+                        await self._let_others_run()
                     await handle(self, chain)
                     handled += 1
                     if not chain.taken:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from virtio import spec
 from virtio.config_space import VIRTIO_CONSOLE_CONFIG
 from virtio.device import Chain, Device, DeviceOptions, Queue
-from virtio.devices.console_port import LogEnd, Pending, PortEnd, PtyEnd, SocketEnd
+from virtio.devices.console_port import LineShare, LogEnd, Pending, PortEnd, PtyEnd, SocketEnd
 
 VIRTIO_CONSOLE_F_SIZE: Final = 0
 VIRTIO_CONSOLE_F_MULTIPORT: Final = 1
@@ -38,8 +38,6 @@ CONTROL_TRANSMIT: Final = 3
 EMERG_WR_OFFSET: Final = 8
 PORTS_MAX: Final = 31
 CONTROL_BACKLOG: Final = 4096
-PIECE: Final = 64 * 1024
-"""Bytes of the guest's output handled at once."""
 
 
 class EndOptions(DeviceOptions):
@@ -122,6 +120,7 @@ class Console(Device):
         self._control: deque[bytes] = deque(maxlen=CONTROL_BACKLOG)
         self._control_news = trio.Event()
         self._columns, self._rows = options.columns, options.rows
+        self._line_share = LineShare()  # of the log, for all its ports
         self._ports: list[_Port] = []
         try:
             self._add_port("console", options)
@@ -144,7 +143,7 @@ class Console(Device):
     def make_end(self, number: int, name: str, options: EndOptions, pending: Pending) -> PortEnd:
         """Where port ``number`` ends on the host; what comes from there goes to ``pending``."""
         if options.path is None:
-            return LogEnd(self.name, name)
+            return LogEnd(self.name, name, self._line_share)
         if options.backend == "pty":
             return PtyEnd(options.path, pending, self._columns, self._rows)
         return SocketEnd(options.path, pending, lambda: self._announce_open(number))
@@ -233,9 +232,9 @@ class Console(Device):
         chain.op = 1
         end = self._port_of(queue.index).end
         # A buffer may claim 4 GiB (the same page again and again): in pieces, and others have their turn between them.
-        end.send(chain.read(PIECE))
+        end.send(chain.read(end.piece))
         with trio.CancelScope(shield=True):  # a stop in the middle would send the first pieces twice
-            while piece := chain.read(PIECE):
+            while piece := chain.read(end.piece):
                 await trio.lowlevel.checkpoint()
                 end.send(piece)
 

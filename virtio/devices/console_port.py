@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 import termios
+import time
 import tty
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +33,30 @@ PENDING_MAX: Final = 64 * 1024
 LINE_MAX: Final = 1024
 """Longest line of the log."""
 
+LINES_AT_ONCE: Final = 1000
+LINES_A_SECOND: Final = 50
+"""Lines of the log that one device's ports may fill: what a boot prints at once, and then so many a second."""
+
+FLOOD_SECONDS: Final = 1.0
+"""How long lines are left out before a line reports how many."""
+
+PIECE: Final = 512
+UNREAD_PIECE: Final = 64 * 1024
+"""Bytes of a guest's output handled at once: as many lines as take a millisecond to log, or what is only counted."""
+
+
+_LINE: Final = re.compile(rb"[^\r\n]+[\r\n]*|[\r\n]+")
+
 
 class PortEnd(Protocol):
     """One host end: ``run`` lives as long as the device, ``send`` takes what the guest wrote and never waits."""
 
     connected: bool
+
+    @property
+    def piece(self) -> int:
+        """How many bytes are sent at once: between two pieces other tasks have their turn."""
+        ...
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None: ...
     def send(self, data: bytes) -> None: ...
@@ -75,21 +96,78 @@ class Pending:
         self._drained.set()
 
 
+class LineShare:
+    """How many lines of the log the ports of one device may still fill: a boot's worth, and some each second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lines = float(LINES_AT_ONCE)
+        self._at = clock()
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._lines = min(self._lines + (now - self._at) * LINES_A_SECOND, LINES_AT_ONCE)
+        self._at = now
+
+    @property
+    def exhausted(self) -> bool:
+        if self._lines < 1:
+            self._refill()
+        return self._lines < 1
+
+    def take(self) -> bool:
+        """One line, if there is one."""
+        if self.exhausted:
+            return False
+        self._lines -= 1
+        return True
+
+
 class LogEnd:
-    """Every line the guest writes becomes a line of the daemon's log."""
+    """Every line the guest writes becomes a line of the daemon's log, as far as the device's share goes."""
 
     connected = True
 
-    def __init__(self, device: str, port: str) -> None:
+    def __init__(self, device: str, port: str, share: LineShare) -> None:
         self._log = structlog.get_logger().bind(device=device, port=port)
         self._line = bytearray()
+        self._share = share
+        self._left_out = 0
+        self._flood = trio.Event()
+
+    @property
+    def piece(self) -> int:
+        return UNREAD_PIECE if self._share.exhausted else PIECE
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
+        while True:
+            await self._flood.wait()
+            await trio.sleep(FLOOD_SECONDS)
+            self._report_flood()
+
+    def _report_flood(self) -> None:
+        if self._left_out:
+            self._log.warning("guest console", line="too many lines: not all are logged", left_out=self._left_out)
+        self._left_out = 0
+        self._flood = trio.Event()
+
+    def _leave_out(self, lines: int) -> None:
+        self._left_out += lines
+        if lines:
+            self._flood.set()
+
+    def _skip(self, data: bytes) -> None:
+        """Counted, not looked at: a guest may print more than there is time to read."""
+        self._leave_out(max(data.count(b"\n"), data.count(b"\r"), len(data) // LINE_MAX))
+        self._line[:] = data[max(data.rfind(b"\n"), data.rfind(b"\r")) + 1 :][-LINE_MAX + 1 :]
 
     def send(self, data: bytes) -> None:
-        for piece in data.splitlines(keepends=True):
-            self._line += piece
+        for match in _LINE.finditer(data):
+            if self._share.exhausted:
+                self._skip(data[match.start() :])
+                return
+            self._line += match.group()
             while len(self._line) >= LINE_MAX:
                 self._tell(self._line[:LINE_MAX])
                 del self._line[:LINE_MAX]
@@ -99,17 +177,22 @@ class LogEnd:
 
     def _tell(self, line: bytearray) -> None:
         text = line.decode("utf-8", "backslashreplace").rstrip()
-        if text:
+        if text and not self._share.take():
+            self._leave_out(1)
+        elif text:
             # What would steer the terminal of whoever reads the log is shown instead of obeyed.
             shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
             self._log.info("guest console", line=shown)
 
     def close(self) -> None:
+        self._report_flood()
         self._line.clear()
 
 
 class SocketEnd:
     """A Unix socket that listens at ``path`` (mode 0600); one reader at a time, a new one takes over."""
+
+    piece: Final = UNREAD_PIECE
 
     def __init__(self, path: Path, pending: Pending, changed: Callable[[], None]) -> None:
         self._path = path
@@ -175,6 +258,7 @@ class SocketEnd:
 class PtyEnd:
     """A pseudo terminal; ``path`` is a symbolic link to it (``screen PATH``)."""
 
+    piece: Final = UNREAD_PIECE
     connected = True
 
     def __init__(self, path: Path, pending: Pending, columns: int, rows: int) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from virtio.devices.console import Console, ConsoleOptions, EndOptions
-from virtio.devices.console_port import Pending, PortEnd
+from virtio.devices.console_port import UNREAD_PIECE, Pending, PortEnd
 from virtio.devices.unix_socket import Outbox
 
 READ_SIZE: Final = 4096
@@ -59,6 +59,7 @@ class TerminalEnd:
     """
 
     connected = True
+    piece: Final = UNREAD_PIECE
 
     def __init__(
         self, pending: Pending, read_fd: int, write_fd: int, escapes: Escapes | None, leave: Callable[[], None]
