@@ -70,6 +70,7 @@ c-check: setup
 bench: setup ## figures beside qemu-storage-daemon and DPDK (takes minutes; wants a quiet machine)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
 	@$(BIN)/python -m tests.bench.vsock
+	@$(BIN)/python -m tests.bench.neighbour
 
 stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py

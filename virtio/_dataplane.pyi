@@ -16,6 +16,7 @@ class _Lib:
     DP_E_SHORT_FILE: int
     DP_E_NOT_EVENTFD: int
     DP_E_NOT_NOTIFIER: int
+    DP_E_KEPT_FULL: int
     DP_E_RING_ALIGN: int
     DP_E_RING_SIZE: int
     DP_E_BASE: int
@@ -51,6 +52,7 @@ class _Lib:
     VQ_FAULT_DEVICE: int
     VQ_FAULT_RING_PIECES: int
     VQ_FAULT_PIECES: int
+    VQ_FAULT_KICK_FD: int
     VQ_SPACE_GPA: int
     VQ_SPACE_UVA: int
     VQ_SPACE_IOVA: int
@@ -138,6 +140,7 @@ class _Lib:
     def virtqueue_push_many(self, a0: Any, a1: Any, a2: Any, a3: Any, /) -> None: ...
     def virtqueue_rewind(self, a0: Any, a1: Any, a2: Any, /) -> None: ...
     def chain_drop(self, a0: Any, /) -> None: ...
+    def virtqueue_broken(self, a0: Any, /) -> int: ...
     def virtqueue_arm(self, a0: Any, /) -> int: ...
     def virtqueue_disarm(self, a0: Any, /) -> None: ...
     def virtqueue_signal(self, a0: Any, /) -> None: ...

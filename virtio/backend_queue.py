@@ -19,7 +19,7 @@ import trio
 from virtio import spec
 from virtio.device import Device
 from virtio.device_calls import DeviceCalls
-from virtio.errors import HostError, PeerError
+from virtio.errors import HostError, KeptFullError, PeerError
 from virtio.fd import OwnedFd, eventfd_id
 from virtio.memory import MemoryTable
 from virtio.running import QueueDriver
@@ -194,4 +194,4 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except HostError as error:
-        raise PeerError(str(error)) from error
+        raise PeerError(str(error), final=isinstance(error, KeptFullError)) from error

@@ -39,11 +39,16 @@ class GuestError(HyperbellError):
 
 
 class PeerError(HyperbellError):
-    """The front-end broke the protocol; ends one connection. ``request`` names the message."""
+    """The front-end broke the protocol; ends one connection. ``request`` names the message.
 
-    def __init__(self, message: str, *, request: str = "") -> None:
+    ``final``: the connection ends also where the front-end asked for a reply that could refuse the request, for the
+    request is an attack or would cost others time if it were repeated.
+    """
+
+    def __init__(self, message: str, *, request: str = "", final: bool = False) -> None:
         super().__init__(f"{request}: {message}" if request else message)
         self.request = request
+        self.final = final
 
 
 class HostError(HyperbellError):
@@ -52,3 +57,7 @@ class HostError(HyperbellError):
     def __init__(self, message: str, *, errno: int = 0) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class KeptFullError(HostError):
+    """A descriptor to be signalled would hold whoever signals it, because the other side keeps it full."""

@@ -116,7 +116,9 @@ class Queue:
             return
         fds = [fd for kind in Doorbell if (fd := self._vq.doorbell_fd(kind)) >= 0]
         with trio.CancelScope() as self._waiting:
-            if self._vq.doorbell_fd(Doorbell.KICK) < 0:
+            if self._vq.broken:
+                await trio.sleep_forever()  # its eventfd may be one that is readable for ever
+            elif self._vq.doorbell_fd(Doorbell.KICK) < 0:
                 await trio.sleep(POLL_SECONDS)
             elif len(fds) == 1:
                 await trio.lowlevel.wait_readable(fds[0])

@@ -186,6 +186,11 @@ class Virtqueue:
         """Ask for kicks; True when the ring was empty even after that, so that waiting is right."""
         return bool(lib.virtqueue_arm(self.pointer))
 
+    @property
+    def broken(self) -> bool:
+        """No kick is of interest before the queue is set up again."""
+        return bool(lib.virtqueue_broken(self.pointer))
+
     def disarm(self) -> None:
         lib.virtqueue_disarm(self.pointer)
 

@@ -14,7 +14,7 @@ import pytest
 from ring_device import FORMATS, RingDevice, Rings, make_driver, put_one, read_counter
 
 from virtio.dataplane import lib
-from virtio.errors import HostError
+from virtio.errors import HostError, KeptFullError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import SplitDriver
 from virtio.testing.virtqueue_driver import Desc
@@ -111,11 +111,19 @@ def test_without_a_call_fd_nobody_is_interrupted_and_nothing_is_lost(rings: Ring
     assert device.interrupts() == 0
 
 
-def test_setting_a_full_blocking_call_fd_ends_and_breaks_the_queue(rings: Rings) -> None:
+def test_a_full_blocking_call_fd_is_refused_and_the_one_before_it_stays(rings: Rings) -> None:
     device = rings.device(SplitDriver(rings.memory(), 8))
-    device.vq.set_call(OwnedFd(eventfd(0, FULL)))
-    assert device.fault == lib.VQ_FAULT_CALL_FD
-    assert read_counter(device.event_fd) == 1
+    device.interrupts()
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(
+            KeptFullError, match="call fd of queue 0: a blocking eventfd that the other side keeps full"
+        ):
+            device.vq.set_call(OwnedFd(eventfd(0, FULL)))
+    assert open_descriptors() == before
+    assert device.fault == 0
+    lib.virtqueue_signal(device.vq.pointer)
+    assert device.interrupts() == 1
 
 
 @pytest.mark.parametrize("ring", FORMATS)
@@ -200,6 +208,42 @@ def test_a_kick_fd_that_counts_down_by_one_is_read_once_a_wake_up(rings: Rings) 
     device = rings.device(SplitDriver(rings.memory(), 8))
     device.vq.set_kick(OwnedFd(eventfd(os.EFD_SEMAPHORE, 1000)))
     assert [device.vq.take_kicks() for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("count", [1, 3000, 5000])
+def test_a_kick_fd_that_counts_down_is_served_to_its_end(rings: Rings, count: int) -> None:
+    device = rings.device(SplitDriver(rings.memory(), 8))
+    device.vq.set_kick(OwnedFd(eventfd(os.EFD_SEMAPHORE | os.EFD_NONBLOCK, count)))
+    takes = 0
+    while device.vq.take_kicks():
+        takes += 1
+    assert takes <= 4096
+    assert device.vq.stats([], True, 0).kicks == count
+    assert device.fault == 0
+
+
+@pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK])
+def test_a_kick_fd_that_counts_down_without_end_breaks_its_queue_after_so_many_kicks(rings: Rings, flags: int) -> None:
+    device = rings.device(SplitDriver(rings.memory(), 8))
+    device.vq.set_kick(OwnedFd(eventfd(os.EFD_SEMAPHORE | flags, FULL)))
+    takes = 0
+    while not device.fault:
+        device.vq.take_kicks()
+        takes += 1
+        assert takes <= 4096
+    assert device.fault == lib.VQ_FAULT_KICK_FD
+    assert device.vq.broken
+
+
+def test_an_eventfd_that_is_kicked_once_at_a_time_never_breaks_its_queue(rings: Rings) -> None:
+    device = rings.device(SplitDriver(rings.memory(), 8))
+    fd = eventfd()
+    device.vq.set_kick(OwnedFd(os.dup(fd)))
+    for _ in range(10_000):
+        os.eventfd_write(fd, 1)
+        assert device.vq.take_kicks() == 1
+    assert device.fault == 0
+    os.close(fd)
 
 
 # ---- pipes and sockets ----

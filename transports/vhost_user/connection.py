@@ -162,6 +162,9 @@ class Connection:
         try:
             value = await self._carry_out(request)
         except HyperbellError as error:
+            if isinstance(error, PeerError) and error.final:
+                self.session.close()
+                raise
             reply = self.session.reject(request, error)  # raises when the front-end cannot be told
             what = "a missing queue" if _is_about_a_missing_queue(request) else request.name
             if what not in self._refused:

@@ -9,13 +9,14 @@ import os
 from typing import Final
 
 from virtio._dataplane import ffi, lib
-from virtio.errors import GuestError, HostError
+from virtio.errors import GuestError, HostError, KeptFullError
 
 __all__ = ["FAULTS", "check", "ffi", "guest_error", "lib"]
 
 _OWN_CODES: Final[dict[int, str]] = {
     lib.DP_E_SHORT_FILE: "the file ends before the region does (or is not a regular file)",
     lib.DP_E_NOT_EVENTFD: "not an eventfd",
+    lib.DP_E_KEPT_FULL: "a blocking eventfd that the other side keeps full",
     lib.DP_E_NOT_NOTIFIER: "neither an eventfd nor a pipe's write end nor a Unix socket",
 }
 
@@ -39,6 +40,7 @@ FAULTS: Final[dict[int, str]] = {
     lib.VQ_FAULT_MEMORY_GONE: "the file behind guest memory was truncated",
     lib.VQ_FAULT_SHAPE: "a request without the parts its device needs",
     lib.VQ_FAULT_CALL_FD: "the call eventfd is kept full by the other side",
+    lib.VQ_FAULT_KICK_FD: "its kick eventfd counts down by one (EFD_SEMAPHORE) from a number without end",
     lib.VQ_FAULT_REQUEST_MAX: "a request of more bytes than its device takes (request_max)",
     lib.VQ_FAULT_DEVICE: "its device failed, as the log says",
 }
@@ -48,6 +50,8 @@ def check(code: int, what: str) -> int:
     """Return ``code`` when it is a success (>= 0), else raise ``HostError`` that says ``what`` failed and why."""
     if code >= 0:
         return code
+    if code == lib.DP_E_KEPT_FULL:
+        raise KeptFullError(f"{what}: {_OWN_CODES[code]}")
     if code in _OWN_CODES:
         raise HostError(f"{what}: {_OWN_CODES[code]}")
     raise HostError(f"{what}: {os.strerror(-code)}", errno=-code)

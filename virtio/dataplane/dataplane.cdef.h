@@ -9,6 +9,7 @@
 #define DP_E_SHORT_FILE -5001
 #define DP_E_NOT_EVENTFD -5002
 #define DP_E_NOT_NOTIFIER -5005
+#define DP_E_KEPT_FULL -5006 /* a blocking eventfd that its owner keeps full */
 #define DP_E_RING_ALIGN -5003
 #define DP_E_RING_SIZE -5004
 #define DP_E_BASE -5006
@@ -96,6 +97,7 @@ uint32_t interrupt_status_value(struct interrupt_status *status);
 #define VQ_FAULT_DEVICE 19
 #define VQ_FAULT_RING_PIECES 20
 #define VQ_FAULT_PIECES 21
+#define VQ_FAULT_KICK_FD 22
 
 #define VQ_SPACE_GPA 0
 #define VQ_SPACE_UVA 1
@@ -168,7 +170,10 @@ int eventfd_check(int fd);
 void virtqueue_set_memory_at_rest(struct virtqueue *vq, struct memory_table *table);
 /* Take ownership of an eventfd (DP_E_NOT_EVENTFD: anything else, ownership stays with the caller); -1: none. */
 int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd);
-/* The same for an eventfd, a pipe's write end or a Unix socket (DP_E_NOT_NOTIFIER: anything else). */
+/*
+ * The same for an eventfd, a pipe's write end or a Unix socket (DP_E_NOT_NOTIFIER: anything else; a call fd that would
+ * hold its signaller: DP_E_KEPT_FULL).
+ */
 int virtqueue_set_call(struct virtqueue *vq, int fd);
 int virtqueue_set_err(struct virtqueue *vq, int fd);
 /* The eventfd of that kind (DOORBELL_*), or -1; owned by the queue. */
@@ -210,6 +215,8 @@ void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint
 void virtqueue_rewind(struct virtqueue *vq, struct chain **chains, uint32_t count);
 /* Free a chain without returning it to the driver (the queue is being reset). */
 void chain_drop(struct chain *c);
+/* 1: broken, so no kick is of interest before it is set up again. */
+int virtqueue_broken(struct virtqueue *vq);
 /* 1: kicks are on and the ring was empty after that; 0: there is work. */
 int virtqueue_arm(struct virtqueue *vq);
 void virtqueue_disarm(struct virtqueue *vq);

@@ -6,7 +6,7 @@
 
 bool worker_doorbell_leaves(const struct virtqueue *vq, uint32_t kind)
 {
-	return vq->detaching || (vq->ringing && vq->ringing->doorbell == kind);
+	return vq->detaching || load_relaxed(&vq->fault) || (vq->ringing && vq->ringing->doorbell == kind);
 }
 
 static int doorbell_add(struct worker *w, struct virtqueue *vq, uint32_t kind)

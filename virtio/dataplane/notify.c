@@ -6,7 +6,7 @@
  * set nor relied upon.
  *
  * A call eventfd may be blocking, and the peer can fill it up and leave it full. A plain write is by far the cheapest
- * signal, so it is bounded instead: while a thread signals, a timer of its own sends it SIGRTMIN+5 every 10 ms, and a
+ * signal, so it is bounded instead: while a thread signals, a timer of its own sends it SIGRTMIN+5 every 2 ms, and a
  * write that sits in the kernel then ends with EINTR. The timer stops itself when the thread has not signalled for a
  * whole tick, so an idle thread costs nothing.
  */
@@ -23,7 +23,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TICK_NS 10000000
+#define TICK_NS 2000000
+#define ONES_MAX 4096      /* kicks in a row that counted 1, after which an eventfd is asked for more */
+#define COUNTDOWN_MAX 1024 /* how often it may have one more at once: a semaphore's count is a number of wake-ups */
 #define TICK_SIGNAL (SIGRTMIN + 5)
 
 static __thread struct {
@@ -188,6 +190,12 @@ static void fd_replace(int *slot, int fd)
 	*slot = fd;
 }
 
+/* Would a signal of ours wait for the peer? */
+static bool kept_full(int fd)
+{
+	return !is_writable(fd) && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
+}
+
 static int notifier_replace(int *slot, uint8_t *kind, int fd)
 {
 	int rc = fd < 0 ? 0 : notify_kind(fd);
@@ -208,16 +216,37 @@ int virtqueue_set_doorbell(struct virtqueue *vq, uint32_t kind, int fd)
 	return rc;
 }
 
+/* The peer has gone, or is about to bring another one: no fault of the driver's, and its requests are served. */
+static void call_lost(struct virtqueue *vq, int rc)
+{
+	close(vq->call_fd);
+	vq->call_fd = -1;
+	stat_add(&vq->stats.notifications_lost, 1);
+	store_release(&vq->call_error, (uint32_t)-rc);
+	virtqueue_raise_event(vq);
+}
+
 int virtqueue_set_call(struct virtqueue *vq, int fd)
 {
-	int rc = notifier_replace(&vq->call_fd, &vq->call_kind, fd);
+	int kind = fd < 0 ? 0 : notify_kind(fd), rc = 0;
 
-	if (rc < 0)
-		return rc;
+	if (kind < 0)
+		return kind;
+	if (fd >= 0) {
+		if (kind == NOTIFY_EVENTFD && kept_full(fd))
+			return DP_E_KEPT_FULL;
+		/* Completions may have come before the fd was set, so a new one is signalled once. */
+		if (vq->interrupt_status)
+			interrupt_status_raise(vq->interrupt_status, INTERRUPT_USED_BUFFER);
+		rc = notify(fd, (uint32_t)kind);
+		if (rc == -EINTR) /* it was filled up in between */
+			return DP_E_KEPT_FULL;
+	}
+	fd_replace(&vq->call_fd, fd);
+	vq->call_kind = (uint8_t)kind;
 	store_release(&vq->call_error, 0);
-	/* Completions may have come before the fd was set, so a new one is signalled once. */
-	if (fd >= 0)
-		virtqueue_signal(vq);
+	if (rc < 0)
+		call_lost(vq, rc);
 	return 0;
 }
 
@@ -237,16 +266,34 @@ void virtqueue_signal(struct virtqueue *vq)
 	rc = notify(vq->call_fd, vq->call_kind);
 	if (likely(rc == 0))
 		return;
-	close(vq->call_fd);
-	vq->call_fd = -1;
-	if (rc == -EINTR) {
-		virtqueue_fail(vq, VQ_FAULT_CALL_FD, 0, 0, 0);
+	if (rc != -EINTR) {
+		call_lost(vq, rc);
 		return;
 	}
-	/* The peer has gone, or is about to bring another one: no fault of the driver's, and its requests are served. */
-	stat_add(&vq->stats.notifications_lost, 1);
-	store_release(&vq->call_error, (uint32_t)-rc);
-	virtqueue_raise_event(vq);
+	close(vq->call_fd);
+	vq->call_fd = -1;
+	virtqueue_fail(vq, VQ_FAULT_CALL_FD, 0, 0, 0);
+}
+
+/*
+ * An eventfd that counts down (EFD_SEMAPHORE) stays readable for as long as its peer likes: 2^64 wake-ups for nothing.
+ * No other one has 1 in it again and again, each time at once.
+ */
+static void countdown(struct virtqueue *vq, uint32_t kind)
+{
+	uint64_t count = 1;
+	struct iovec iov = { &count, sizeof(count) };
+	uint32_t more = 0;
+
+	if (++vq->ones[kind] < ONES_MAX)
+		return;
+	vq->ones[kind] = 0;
+	while (more < COUNTDOWN_MAX && count == 1 &&
+	       preadv2(vq->doorbell_fds[kind], &iov, 1, -1, RWF_NOWAIT) == sizeof(count))
+		more++;
+	stat_add(&vq->stats.kicks[kind], more);
+	if (more == COUNTDOWN_MAX)
+		virtqueue_fail(vq, VQ_FAULT_KICK_FD, 0, 0, 0);
 }
 
 static uint64_t doorbell_take(struct virtqueue *vq, uint32_t kind)
@@ -261,6 +308,10 @@ static uint64_t doorbell_take(struct virtqueue *vq, uint32_t kind)
 	if (count > UINT32_MAX)
 		count = UINT32_MAX;
 	stat_add(&vq->stats.kicks[kind], count);
+	if (count == 1)
+		countdown(vq, kind);
+	else
+		vq->ones[kind] = 0;
 	return count;
 }
 

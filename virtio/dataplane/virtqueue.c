@@ -306,6 +306,11 @@ void virtqueue_notify(struct virtqueue *vq)
 	virtqueue_signal(vq);
 }
 
+int virtqueue_broken(struct virtqueue *vq)
+{
+	return load_relaxed(&vq->fault) != VQ_FAULT_NONE;
+}
+
 bool virtqueue_runnable(struct virtqueue *vq)
 {
 	return vq->configured && !vq->parked && !load_relaxed(&vq->fault);

@@ -99,6 +99,9 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 		if (virtqueue_take_kicks(vq) && !served && !vq->parked)
 			stat_add(&vq->stats.empty_wakeups, 1);
 		vq->kicked = false;
+		/* Nothing rings a broken queue: its eventfd may be one that is readable for ever. */
+		if (unlikely(load_relaxed(&vq->fault)))
+			worker_remove_doorbells(w, vq);
 	}
 	return served;
 }
