@@ -25,7 +25,7 @@ from config.checks import (
     resolved_workers,
 )
 from config.origins import KeyPath, Origins
-from config.problems import ConfigError, Problem, closest, explain, toml_value
+from config.problems import ConfigError, Problem, closest, explain, misspelt, toml_value
 from config.schema import (
     DEFAULT_WORKER,
     NAME,
@@ -243,9 +243,17 @@ class _Loader:
         return named
 
     def _model(
-        self, model: type[Model], path: KeyPath, table: Tree, known_keys: Collection[str] | None = None
+        self,
+        model: type[Model],
+        path: KeyPath,
+        table: Tree,
+        known_keys: Collection[str] | None = None,
+        unknown: Collection[str] = (),
     ) -> Model | None:
-        """``table`` as ``model``, or ``None`` after recording each of its errors."""
+        """``table`` as ``model``, or ``None`` after recording each of its errors.
+
+        A missing key that is only misspelt, among the ``unknown`` ones of its table too, is not said to be missing.
+        """
         for key, value in table.items():
             if _holds_nul(value):
                 self._add((*path, key), "holds a NUL character", "no name, path or address may have one")
@@ -253,8 +261,13 @@ class _Loader:
         try:
             return _parse(model, table)
         except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                if detail["type"] != "missing" or self.whole:
+            details = error.errors(include_url=False)
+            strange = {detail["loc"] for detail in details if detail["type"] == "extra_forbidden"}
+            strange |= {(key,) for key in unknown}
+            for detail in details:
+                *table_of, wanted = detail["loc"] or ("",)
+                beside = [str(loc[-1]) for loc in strange if list(loc[:-1]) == table_of]
+                if detail["type"] != "missing" or (self.whole and not misspelt(str(wanted), beside)):
                     location = tuple(str(part) for part in detail["loc"])
                     self._add(path + location, *explain(detail, model, known_keys or model.model_fields))
             return None
@@ -264,7 +277,14 @@ class _Loader:
         path = ("devices", name)
         shared = {key: table[key] for key in table if key in _COMMON_KEYS}
         device_type = self._device_type(path, shared)
-        common, faulty = self._model(DeviceConfig, path, shared), frozenset[str]()
+        unknown = table.keys() - _COMMON_KEYS
+        if device_type is not None:
+            unknown -= device_type.options.model_fields.keys()
+        else:  # which keys are its type's is not known, but not those that every device must have
+            for meant in (misspelt(key, unknown) for key in ("type", "socket") if key not in table):
+                if meant:
+                    self._add((*path, meant), "unknown key", closest(meant, ("type", "socket")))
+        common, faulty = self._model(DeviceConfig, path, shared, unknown=unknown), frozenset[str]()
         if common is None:
             common, faulty = _salvage(shared)
         options: BaseModel | None = None

@@ -60,6 +60,11 @@ def closest(name: str, known: Collection[str]) -> str:
     return "known here: " + ", ".join(sorted(known))
 
 
+def misspelt(name: str, unknown: Collection[str]) -> str:
+    """The key among the ``unknown`` ones that was meant to be ``name``, or ""."""
+    return next(iter(difflib.get_close_matches(name, sorted(unknown), n=1, cutoff=0.7)), "")
+
+
 def toml_value(value: object) -> str:
     """``value`` as one would write it in TOML, shortened."""
     if isinstance(value, dict):

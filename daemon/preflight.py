@@ -5,7 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from daemon.doorbell_report import load
 from virtio.devices.blk import BlkOptions
 from virtio.devices.net import NetOptions
 from virtio.errors import HostError
+from virtio.worker import number_ranges
 
 PACKAGES: Final = ("config", "daemon", "transports", "virtio")
 """Our top-level packages; other distributions use some of these names too."""
@@ -33,8 +34,8 @@ def host_notes(config: Config) -> Iterator[Problem]:
     for name, worker in config.workers.items():
         absent = sorted(set(worker.cpus or ()) - usable)
         if absent:
-            message = f"this host has no CPU {', '.join(map(str, absent))} for the daemon"
-            yield config.problem(("workers", name, "cpus"), message, f"it has: {_ranges(usable)}")
+            message = f"this host has no CPU {number_ranges(absent)} for the daemon"
+            yield config.problem(("workers", name, "cpus"), message, f"it has: {number_ranges(usable)}")
     yield from _folder_notes(config)
     yield from _group_notes(config, ("daemon", "hypercall_socket_group"), config.daemon.hypercall_socket_group)
     if config.daemon.doorbell_costs is not None:
@@ -130,17 +131,6 @@ def _group_exists(name: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """``{0, 1, 2, 5}`` as ``0-2,5``, the way the configuration takes them."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def foreign_packages() -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +27,17 @@ REACTORS: Final[dict[str, int]] = {
     "epoll": lib.REACTOR_EPOLL,
 }
 _REACTOR_NAMES: Final = {number: name for name, number in REACTORS.items()}
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """``{0, 1, 2, 5}`` as ``0-2,5``, the way the configuration takes them."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 @dataclass(slots=True)
@@ -88,7 +99,7 @@ class Worker:
             thread_name, self._reactor, self._poll_us, list(self._cpus), len(self._cpus), done_fd, error
         )
         if self._pointer == ffi.NULL:
-            cpus = f" on CPUs {list(self._cpus)}" if self._cpus else ""
+            cpus = f" on CPUs {number_ranges(self._cpus)}" if self._cpus else ""
             check(error[0], f"starting worker {self.name}{cpus}")
             raise HostError(f"starting worker {self.name}{cpus} failed")
 

@@ -198,9 +198,15 @@ async def test_two_devices_may_share_a_worker_and_one_leaves_without_a_trace(rea
 
 
 async def test_a_worker_for_a_cpu_that_is_not_there_says_so() -> None:
-    with pytest.raises(HostError, match=r"starting worker far on CPUs \[4000\]"):
-        async with Worker("far", cpus=[4000]):
+    with pytest.raises(HostError, match=r"starting worker far on CPUs 3998-4000,9999"):
+        async with Worker("far", cpus=[3998, 3999, 4000, 9999]):
             raise AssertionError("unreachable")
+
+
+async def test_any_cpu_set_that_has_a_cpu_of_this_host_works() -> None:
+    """As many CPUs as the configuration takes, with numbers beyond what this host has."""
+    async with Worker("wide", cpus=range(10000)):
+        assert os.sched_getaffinity(worker_threads()["hb-wide"]) >= os.sched_getaffinity(0)
 
 
 async def test_a_worker_stays_on_its_cpus() -> None:

@@ -7,6 +7,8 @@
 
 #include "dataplane.h"
 
+#include <sched.h>
+
 /* ---- native devices and their requests ---- */
 
 /* Data of SEG_MAX segments and some crossings of memory regions. A request of more pieces allocates its own array. */
@@ -165,8 +167,8 @@ struct worker {
 	uint64_t turn_ns;               /* WORKER_TURN_NS; tests have others */
 	uint64_t thread;                /* pthread_t */
 	uint32_t reactor_wanted;
-	uint32_t cpu_count;
-	uint32_t cpus[64];
+	cpu_set_t *cpus;                /* where its thread may run; NULL: anywhere */
+	size_t cpus_size;
 	char name[16];
 	/* any thread */
 	struct worker_command *inbox;   /* atomic stack: Python pushes, the worker takes it whole */

@@ -13,12 +13,7 @@
 
 static int thread_prepare(struct worker *w)
 {
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	for (uint32_t i = 0; i < w->cpu_count; i++)
-		CPU_SET(w->cpus[i], &set);
-	if (w->cpu_count && sched_setaffinity(0, sizeof(set), &set) < 0)
+	if (w->cpus && sched_setaffinity(0, w->cpus_size, w->cpus) < 0)
 		return -errno;
 	pthread_setname_np(pthread_self(), w->name);
 	return 0;
@@ -64,6 +59,7 @@ static void worker_release(struct worker *w)
 {
 	if (w->wake_fd >= 0)
 		close(w->wake_fd);
+	CPU_FREE(w->cpus);
 	free(w);
 }
 
@@ -83,15 +79,31 @@ static int thread_start(struct worker *w)
 	return -rc;
 }
 
+/* A set for the largest number among them: the C library's own has room for 1024 CPUs. */
+static bool keep_cpus(struct worker *w, const uint32_t *cpus, uint32_t count)
+{
+	uint32_t most = 0;
+
+	if (count == 0)
+		return true;
+	for (uint32_t i = 0; i < count; i++)
+		most = cpus[i] > most ? cpus[i] : most;
+	w->cpus = CPU_ALLOC(most + 1ul);
+	if (!w->cpus)
+		return false;
+	w->cpus_size = CPU_ALLOC_SIZE(most + 1ul);
+	CPU_ZERO_S(w->cpus_size, w->cpus);
+	for (uint32_t i = 0; i < count; i++)
+		CPU_SET_S(cpus[i], w->cpus_size, w->cpus);
+	return true;
+}
+
 struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, const uint32_t *cpus,
 			  uint32_t cpu_count, int done_fd, int *error)
 {
 	struct worker_command starting = { 0 };
 	struct worker *w;
 
-	*error = -EINVAL;
-	if (cpu_count > ARRAY_SIZE(w->cpus))
-		return NULL;
 	*error = -ENOMEM;
 	w = calloc(1, sizeof(*w));
 	if (!w)
@@ -102,12 +114,13 @@ struct worker *worker_new(const char *name, uint32_t reactor, uint32_t poll_us, 
 	w->turn_ns = WORKER_TURN_NS;
 	w->poll_ns = w->poll_max_ns;
 	w->reactor_wanted = reactor;
-	w->cpu_count = cpu_count;
-	for (uint32_t i = 0; i < cpu_count; i++)
-		w->cpus[i] = cpus[i];
 	strncpy(w->name, name, sizeof(w->name) - 1);
 	if (w->wake_fd < 0) {
 		*error = -errno;
+		worker_release(w);
+		return NULL;
+	}
+	if (!keep_cpus(w, cpus, cpu_count)) {
 		worker_release(w);
 		return NULL;
 	}
