@@ -28,6 +28,19 @@ class DiskBackend(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class DirectIo:
+    """Direct I/O on this host: what buffers (``memory_align``), offsets and lengths (``offset_align``) are aligned to.
+
+    ``cached_fd``: the same file through the page cache, for the block in which an image ends; needed where
+    ``offset_align`` is more than the disk's block size.
+    """
+
+    memory_align: int
+    offset_align: int
+    cached_fd: OwnedFd | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DiskSetup:
     """What a native disk is made of. ``capacity`` in 512-byte sectors; ``serial`` up to 20 bytes (5.2.6, GET_ID)."""
 
@@ -35,13 +48,15 @@ class DiskSetup:
     capacity: int
     fd: OwnedFd | None
     block_size: int
-    direct: bool
+    direct: DirectIo | None
     read_only: bool
     discard: bool
     write_zeroes: bool
     max_discard_sectors: int
     max_write_zeroes_sectors: int
     serial: bytes
+    erase_align: int = 1
+    """What a discard is aligned to, or the storage refuses it."""
     news_fd: OwnedFd | None = None
     """An eventfd, written when there is an error that ``errors`` has not reported yet."""
 
@@ -76,12 +91,16 @@ class NativeDisk(NativeDevice):
         raw = ffi.new("struct blk_setup *")
         raw.backend, raw.capacity, raw.block_size = int(setup.backend), setup.capacity, setup.block_size
         raw.fd = setup.fd.fileno() if setup.fd is not None else -1
-        raw.direct, raw.read_only = setup.direct, setup.read_only
+        raw.read_only = setup.read_only
+        raw.cached_fd, raw.erase_align = -1, setup.erase_align
+        if setup.direct is not None:
+            raw.direct, raw.memory_align, raw.offset_align = True, setup.direct.memory_align, setup.direct.offset_align
+            raw.cached_fd = setup.direct.cached_fd.fileno() if setup.direct.cached_fd is not None else -1
         raw.discard, raw.write_zeroes = setup.discard, setup.write_zeroes
         raw.max_discard_sectors = setup.max_discard_sectors
         raw.max_write_zeroes_sectors = setup.max_write_zeroes_sectors
         raw.serial = setup.serial[:20]
-        raw.inline_io = setup.fd is not None and not setup.direct and file_is_memory(setup.fd)
+        raw.inline_io = setup.fd is not None and setup.direct is None and file_is_memory(setup.fd)
         raw.news_fd = setup.news_fd.fileno() if setup.news_fd is not None else -1
         error = ffi.new("int *")
         pointer = lib.blk_new(raw, error)
@@ -136,6 +155,13 @@ class NativeDisk(NativeDevice):
     def close(self) -> None:
         """Let go of the disk, and so of the image and its lock; a worker in the middle of a request does so later."""
         self.pointer = ffi.NULL
+
+
+def direct_alignment(fd: OwnedFd) -> tuple[int, int]:
+    """What direct I/O on this file is aligned to on this host: memory, and offsets and lengths."""
+    memory, offset = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+    check(lib.blk_direct_alignment(fd.fileno(), memory, offset), "looking at the image's direct I/O")
+    return memory[0], offset[0]
 
 
 def file_is_memory(fd: OwnedFd) -> bool:

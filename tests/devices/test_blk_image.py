@@ -120,14 +120,6 @@ async def test_a_shrunken_image_is_announced_too(setting: Setting, tmp_path: Pat
         assert len(contents(image)) == MIB // 2
 
 
-def test_a_last_piece_of_less_than_a_block_is_left_out(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    image.write_bytes(bytes(3 * SECTOR + 100))
-    disk = make_disk("file", image)
-    assert int.from_bytes(disk.config_space()[:8], "little") == 3
-    disk.close()
-
-
 # --- a full file system ---
 
 

@@ -4,6 +4,8 @@
 
 #include "worker.h"
 
+#include <pthread.h>
+
 #define SECTOR_SHIFT 9
 
 /* 5.2.6: status byte. */
@@ -31,6 +33,8 @@ struct blk_device {
 	uint32_t no_nowait;          /* atomic: this file knows no RWF_NOWAIT; any I/O of it may block */
 	uint32_t no_zero_range;      /* atomic: ... FALLOC_FL_ZERO_RANGE */
 	uint8_t *memory;             /* BLK_BACKEND_MEMORY */
+	bool shares_blocks;          /* fixed: direct I/O on blocks of the host's that hold several of the guest's */
+	struct { pthread_mutex_t mutex; struct blk_range *oldest, *newest; } ranges;
 	struct blk_errors errors;    /* atomic */
 	uint32_t news;               /* atomic: Python was woken for an error and has not looked yet */
 	struct blk_lane *lanes;      /* atomic, grows at its head */
@@ -38,6 +42,9 @@ struct blk_device {
 	int *sync_fds;               /* before the first queue is attached, then fixed; ours */
 	uint32_t sync_fd_count;
 };
+
+/* What a request's bounce buffer is used for: data alone, a block around a part of it, and that block's way back. */
+enum { BLK_STAGE_MOVE, BLK_STAGE_AROUND, BLK_STAGE_BACK, BLK_STAGE_CACHED };
 
 /* One request as read from its chain: the data pieces without header and status. */
 struct blk_request {
@@ -68,11 +75,24 @@ void blk_io_done(struct request *r, int result);
 int blk_file_now(struct blk_device *blk, struct blk_request *q);
 /* Hand r's I/O to the reactor / end the request with this VIRTIO_BLK_S_* / with an error of the storage's. */
 void blk_submit(struct request *r);
+/* ... but no more of it at once than a turn may have; `first`: nothing of it was submitted yet. */
+void blk_submit_part(struct request *r, bool first);
 void blk_finish(struct request *r, int status);
 /* `error`: an errno, or BLK_FILE_ENDED. */
 void blk_fail(struct request *r, int error);
 /* The sync of this request, or of the batch it was in, ended: go on with the request. */
 void blk_sync_done(struct request *r, int result);
+
+/* ---- blk_direct.c, blk_ranges.c ---- */
+
+/* Begin a read or write whose pieces are set, of a device with direct I/O. */
+void blk_direct_begin(struct request *r);
+/* `done` bytes, at least one, of a request with a bounce buffer. */
+void blk_bounce_done(struct request *r, uint64_t done);
+/* Claim these bytes of the image for r; false: blk_range_granted is called later. */
+bool blk_range_claim(struct blk_device *blk, struct request *r, uint64_t first, uint64_t end);
+void blk_range_release(struct blk_device *blk, struct request *r);
+void blk_range_granted(struct request *r);
 
 /* ---- blk_segments.c ---- */
 
@@ -81,6 +101,8 @@ int blk_segments_now(struct blk_device *blk, const struct blk_request *q);
 /* Start the next segment of one, or the sync that makes it durable, or finish. */
 void blk_segment_next(struct request *r);
 void blk_segment_done(struct request *r, int result);
+/* The range of r's segment is r's now. */
+void blk_segment_begin(struct request *r);
 
 /* ---- blk_flush.c ---- */
 
@@ -124,6 +146,27 @@ static inline bool blk_sync_failed(const struct blk_device *blk)
 static inline bool blk_writethrough(const struct blk_device *blk)
 {
 	return !load_relaxed(&blk->writeback);
+}
+
+/* Not a write and a sync: one I/O, with FUA where there is FUA. */
+static inline int blk_write_flags(const struct blk_device *blk)
+{
+	return blk_writethrough(blk) ? RWF_DSYNC : 0;
+}
+
+/* Skip `n` bytes of the pieces. */
+static inline void iov_skip(struct iovec **iov, uint32_t *count, uint64_t n)
+{
+	while (n && *count) {
+		if (n < (*iov)->iov_len) {
+			(*iov)->iov_base = (uint8_t *)(*iov)->iov_base + n;
+			(*iov)->iov_len -= n;
+			return;
+		}
+		n -= (*iov)->iov_len;
+		(*iov)++;
+		(*count)--;
+	}
 }
 
 #endif

@@ -10,17 +10,20 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
-
-#define BOUNCE_MAX (256u << 10)
 
 int blk_file_inline(int fd)
 {
 	struct statfs fs;
+	struct stat about;
 
-	if (fstatfs(fd, &fs) < 0)
+	if (fstatfs(fd, &fs) < 0 || fstat(fd, &about) < 0)
 		return -errno;
+	/* The node of a block device lies on a devtmpfs, whose type is that of a tmpfs; its data does not. */
+	if (S_ISBLK(about.st_mode))
+		return 0;
 	return fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
 }
 
@@ -32,37 +35,7 @@ int blk_file_may_block(int fd)
 	return preadv2(fd, &piece, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP;
 }
 
-/* ---- pieces ---- */
-
-/* Skip `n` bytes of the pieces. */
-static void pieces_skip(struct iovec **iov, uint32_t *count, uint64_t n)
-{
-	while (n && *count) {
-		if (n < (*iov)->iov_len) {
-			(*iov)->iov_base = (uint8_t *)(*iov)->iov_base + n;
-			(*iov)->iov_len -= n;
-			return;
-		}
-		n -= (*iov)->iov_len;
-		(*iov)++;
-		(*count)--;
-	}
-}
-
-static bool pieces_aligned(const struct iovec *iov, uint32_t count, uint32_t block_size)
-{
-	for (uint32_t i = 0; i < count; i++)
-		if (((uintptr_t)iov[i].iov_base | iov[i].iov_len) & (block_size - 1))
-			return false;
-	return true;
-}
-
 /* ---- at once ---- */
-
-static int write_flags(const struct blk_device *blk)
-{
-	return blk_writethrough(blk) ? RWF_DSYNC : 0; /* not a write and a sync: one I/O, with FUA where there is FUA */
-}
 
 static ssize_t transfer_once(int fd, const struct blk_request *q, off_t at, int flags)
 {
@@ -97,7 +70,7 @@ static uint64_t transfer_now(int fd, struct blk_request *q, int flags, int *erro
 		done += (uint64_t)n;
 		if (likely(done == q->data_len))
 			break;
-		pieces_skip(&q->data, &q->data_count, (uint64_t)n);
+		iov_skip(&q->data, &q->data_count, (uint64_t)n);
 	}
 	return done;
 }
@@ -121,7 +94,7 @@ int blk_file_now(struct blk_device *blk, struct blk_request *q)
 	case BLK_OP_WRITE_ZEROES:
 		return blk_segments_now(blk, q);
 	default:
-		if (transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? write_flags(blk) : 0, &error) == q->data_len)
+		if (transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0, &error) == q->data_len)
 			return VIRTIO_BLK_S_OK;
 		blk_count_error(blk, q->op, error);
 		return VIRTIO_BLK_S_IOERR;
@@ -139,6 +112,8 @@ void blk_finish(struct request *r, int status)
 {
 	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
 
+	if (unlikely(r->range.claimed))
+		blk_range_release((struct blk_device *)r->device, r);
 	free(r->bounce);
 	free(r->many);
 	*r->status_hva = (uint8_t)status;
@@ -160,7 +135,7 @@ void blk_sync_done(struct request *r, int result)
 }
 
 /* Of a file in the page cache the kernel may copy at once what it is handed. */
-static void submit_trimmed(struct request *r, bool first)
+void blk_submit_part(struct request *r, bool first)
 {
 	struct blk_device *blk = (struct blk_device *)r->device;
 
@@ -169,51 +144,6 @@ static void submit_trimmed(struct request *r, bool first)
 		blk_submit(r);
 	else
 		worker_submit_part(r->worker, r);
-}
-
-/*
- * O_DIRECT wants aligned buffers; the guest's may lie anywhere. What does not fit goes through a buffer of ours, a
- * piece at a time: a request may claim gigabytes (the same page again and again), and there may be hundreds of them.
- */
-static bool bounce_begin(struct request *r, uint32_t block_size)
-{
-	uint64_t size = r->length < BOUNCE_MAX ? r->length : BOUNCE_MAX;
-
-	if (posix_memalign((void **)&r->bounce, block_size < 4096 ? 4096 : block_size, size)) {
-		r->bounce = NULL;
-		return false;
-	}
-	r->guest_iov = r->io_iov;
-	r->guest_count = r->io_count;
-	r->io_iov = &r->bounce_iov;
-	r->io_count = 1;
-	return true;
-}
-
-static void bounce_copy(const struct request *r, uint64_t length)
-{
-	uint8_t *at = r->bounce;
-
-	for (uint32_t i = 0; length; i++) {
-		uint64_t n = r->guest_iov[i].iov_len < length ? r->guest_iov[i].iov_len : length;
-
-		if (r->io == IO_READ)
-			memcpy(r->guest_iov[i].iov_base, at, n);
-		else
-			memcpy(at, r->guest_iov[i].iov_base, n);
-		at += n;
-		length -= n;
-	}
-}
-
-static void bounce_submit(struct request *r)
-{
-	uint64_t length = r->length < BOUNCE_MAX ? r->length : BOUNCE_MAX;
-
-	if (r->io == IO_WRITE)
-		bounce_copy(r, length);
-	r->bounce_iov = (struct iovec){ r->bounce, length };
-	blk_submit(r);
 }
 
 /*
@@ -248,19 +178,18 @@ void blk_io_done(struct request *r, int result)
 		transfer_failed(r, -result);
 		return;
 	}
-	if (r->bounce && r->io == IO_READ)
-		bounce_copy(r, (uint32_t)result);
+	if (r->bounce) {
+		blk_bounce_done(r, (uint32_t)result);
+		return;
+	}
 	r->offset += (uint32_t)result;
 	r->length -= (uint32_t)result;
 	if (r->length == 0) {
 		blk_finish(r, VIRTIO_BLK_S_OK);
-	} else if (r->bounce) {
-		pieces_skip(&r->guest_iov, &r->guest_count, (uint32_t)result);
-		bounce_submit(r);
 	} else {
 		blk_part_restore(r);
-		pieces_skip(&r->io_iov, &r->io_count, (uint32_t)result);
-		submit_trimmed(r, false);
+		iov_skip(&r->io_iov, &r->io_count, (uint32_t)result);
+		blk_submit_part(r, false);
 	}
 }
 
@@ -294,19 +223,17 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 		return BLK_PENDING;
 	}
 	r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
-	r->flags = q->op == BLK_OP_WRITE ? write_flags(blk) : 0;
+	r->flags = q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0;
 	r->offset = (q->sector << SECTOR_SHIFT) + done;
 	r->length = q->data_len - done;
 	if (!blk->setup.direct)
 		w->moved += q->data_len;
 	if (!blk_keep_pieces(r, q))
-		blk_finish(r, VIRTIO_BLK_S_IOERR);
-	else if (!blk->setup.direct || pieces_aligned(r->io_iov, r->io_count, blk->setup.block_size))
-		submit_trimmed(r, true);
-	else if (bounce_begin(r, blk->setup.block_size))
-		bounce_submit(r);
+		blk_fail(r, ENOMEM);
+	else if (blk->setup.direct)
+		blk_direct_begin(r);
 	else
-		blk_finish(r, VIRTIO_BLK_S_IOERR);
+		blk_submit_part(r, true);
 	return BLK_PENDING;
 }
 

@@ -61,13 +61,57 @@ int blk_segments_now(struct blk_device *blk, const struct blk_request *q)
 
 /* ---- through the reactor ---- */
 
+/*
+ * A block device erases whole blocks of its own. Of a discard that covers some in part those are left as they are, for a
+ * discard is advice (5.2.6.2: the data may be anything afterwards); false: none is left.
+ */
+static bool trim(struct request *r, uint32_t align)
+{
+	uint64_t end = (r->offset + r->length) & ~((uint64_t)align - 1);
+
+	r->offset = (r->offset + align - 1) & ~((uint64_t)align - 1);
+	r->length = end > r->offset ? end - r->offset : 0;
+	return r->length > 0;
+}
+
+void blk_segment_begin(struct request *r)
+{
+	struct blk_device *blk = (struct blk_device *)r->device;
+	const struct blk_segment *s = &r->segments[r->segment];
+	uint32_t align = blk->setup.erase_align;
+	int mode = fallocate_mode(blk, r->op, s);
+
+	r->offset = s->sector << SECTOR_SHIFT;
+	r->length = (uint64_t)s->sectors << SECTOR_SHIFT;
+	if ((r->offset | r->length) & (align - 1)) {
+		if (r->op != BLK_OP_DISCARD) {
+			mode = 0;
+		} else if (!trim(r, align)) {
+			r->segment++;
+			blk_segment_next(r);
+			return;
+		}
+	}
+	r->zeroing = mode == 0;
+	r->io = r->zeroing ? IO_WRITE : IO_FALLOCATE;
+	/* Zeroes in the midst of a larger block of the host's go through the page cache, which knows how to. */
+	r->fd = r->zeroing && blk->shares_blocks ? blk->setup.cached_fd : blk->setup.fd;
+	r->flags = mode;
+	r->io_iov = r->iov;
+	r->io_count = 1;
+	r->iov[0] = (struct iovec){ (void *)(uintptr_t)zeroes, r->length < ZERO_CHUNK ? r->length : ZERO_CHUNK };
+	blk_submit(r);
+}
+
 /* Start the next segment of a discard or write-zeroes, or the sync that makes it durable, or finish. */
 void blk_segment_next(struct request *r)
 {
 	struct blk_device *blk = (struct blk_device *)r->device;
 	const struct blk_segment *s;
-	int mode;
+	uint64_t mask = ~((uint64_t)blk->setup.offset_align - 1), end;
 
+	if (unlikely(r->range.claimed))
+		blk_range_release(blk, r);
 	while (r->segment < r->segment_count && r->segments[r->segment].sectors == 0)
 		r->segment++;
 	if (r->segment == r->segment_count) {
@@ -80,16 +124,9 @@ void blk_segment_next(struct request *r)
 		return;
 	}
 	s = &r->segments[r->segment];
-	mode = fallocate_mode(blk, r->op, s);
-	r->offset = s->sector << SECTOR_SHIFT;
-	r->length = (uint64_t)s->sectors << SECTOR_SHIFT;
-	r->zeroing = mode == 0;
-	r->io = r->zeroing ? IO_WRITE : IO_FALLOCATE;
-	r->flags = mode;
-	r->io_iov = r->iov;
-	r->io_count = 1;
-	r->iov[0] = (struct iovec){ (void *)(uintptr_t)zeroes, r->length < ZERO_CHUNK ? r->length : ZERO_CHUNK };
-	blk_submit(r);
+	end = (s->sector + s->sectors) << SECTOR_SHIFT;
+	if (!blk->shares_blocks || blk_range_claim(blk, r, (s->sector << SECTOR_SHIFT) & mask, (end + ~mask) & mask))
+		blk_segment_begin(r);
 }
 
 void blk_segment_done(struct request *r, int result)

@@ -249,7 +249,10 @@ struct blk_setup {
 	int fd;               /* FILE and BLOCK_DEVICE; a duplicate is made; -1 otherwise */
 	uint32_t backend;     /* BLK_BACKEND_* */
 	uint32_t block_size;  /* logical block size: 512 .. 4096 */
-	uint32_t direct;      /* the fd is O_DIRECT: buffers must be aligned */
+	uint32_t direct;      /* the fd is O_DIRECT */
+	uint32_t memory_align, offset_align; /* what direct I/O takes: powers of two; offset_align of lengths, too */
+	uint32_t erase_align; /* what fallocate takes: a block device's own block size, else 1 */
+	int cached_fd;        /* the file without O_DIRECT; a duplicate is made; -1: offset_align is at most block_size */
 	uint32_t inline_io;   /* the file's I/O never blocks for long (tmpfs): plain preadv on the worker */
 	uint32_t read_only;
 	uint32_t discard;     /* offer DISCARD */
@@ -270,6 +273,11 @@ struct blk_errors { /* what the storage answered, by request and errno; any thre
 
 /* 1: the file lies where its I/O never waits for a device (tmpfs, ramfs); 0: it may wait; or -errno. */
 int blk_file_inline(int fd);
+/*
+ * What direct I/O on this O_DIRECT fd takes, which has to be aligned: from the kernel (statx, STATX_DIOALIGN), or, where
+ * the file system does not say, by trying. 0, or -errno: no direct I/O.
+ */
+int blk_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
 struct native_device *blk_new(const struct blk_setup *setup, int *error);
 void native_device_unref(struct native_device *device);
 /* Any thread, at any time. */

@@ -218,7 +218,10 @@ static void blk_free(struct native_device *device)
 		munmap(blk->memory, blk->setup.capacity << SECTOR_SHIFT);
 	if (blk->setup.fd >= 0)
 		close(blk->setup.fd);
+	if (blk->setup.cached_fd >= 0)
+		close(blk->setup.cached_fd);
 	blk_flush_free(blk);
+	pthread_mutex_destroy(&blk->ranges.mutex);
 	free(blk);
 }
 
@@ -226,6 +229,7 @@ static const struct native_ops blk_ops = {
 	.serve = blk_serve,
 	.io_done = blk_io_done,
 	.proceed = blk_proceed,
+	.resumed = blk_range_granted,
 	.free = blk_free,
 };
 
@@ -239,6 +243,10 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 	blk->native.ops = &blk_ops;
 	blk->native.refs = 1;
 	blk->setup = *setup;
+	blk->setup.cached_fd = -1;
+	blk->setup.erase_align = setup->erase_align ? setup->erase_align : 1;
+	pthread_mutex_init(&blk->ranges.mutex, NULL);
+	blk->shares_blocks = setup->direct && setup->offset_align > setup->block_size;
 	blk->capacity = setup->capacity;
 	blk->writeback = 1;
 	blk->discards = setup->discard;
@@ -256,9 +264,10 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 	if (setup->fd >= 0) {
 		/* A duplicate shares the open file, and with it the lock: both live until the last of them closes. */
 		blk->setup.fd = dup(setup->fd);
-		if (blk->setup.fd < 0) {
+		if (blk->setup.fd >= 0 && setup->cached_fd >= 0)
+			blk->setup.cached_fd = dup(setup->cached_fd);
+		if (blk->setup.fd < 0 || (setup->cached_fd >= 0 && blk->setup.cached_fd < 0)) {
 			*error = -errno;
-			blk->setup.fd = -1;
 			blk_free(&blk->native);
 			return NULL;
 		}

@@ -53,6 +53,7 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 	r->bounce = NULL;
 	r->many = NULL;
 	r->trimmed = 0;
+	r->range.claimed = false;
 	r->segment = r->segment_count = 0;
 	r->zeroing = false;
 	r->link.start_ns = start_ns;
@@ -73,6 +74,34 @@ void request_finish(struct request *r, uint32_t written, bool failed)
 	native_device_unref(r->device);
 	r->next = vq->free_requests;
 	vq->free_requests = r;
+}
+
+void request_hand_over(struct request *r)
+{
+	struct worker *w = r->worker;
+	struct request *head = load_relaxed(&w->handed);
+
+	do
+		r->next = head;
+	while (!__atomic_compare_exchange_n(&w->handed, &head, r, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+	worker_wake(w);
+}
+
+bool worker_take_handed(struct worker *w)
+{
+	struct request *r = __atomic_exchange_n(&w->handed, NULL, __ATOMIC_ACQ_REL), *next, *ordered = NULL;
+	bool any = r != NULL;
+
+	for (; r; r = next) { /* handed over first, resumed first */
+		next = r->next;
+		r->next = ordered;
+		ordered = r;
+	}
+	for (r = ordered; r; r = next) {
+		next = r->next;
+		r->device->ops->resumed(r);
+	}
+	return any;
 }
 
 struct native_device *native_device_ref(struct native_device *device)

@@ -298,6 +298,8 @@ bool worker_round(struct worker *w)
 {
 	bool busy = obey_commands(w);
 
+	if (unlikely(load_relaxed(&w->handed)))
+		busy |= worker_take_handed(w);
 	busy |= serve_queues(w);
 	busy |= submit_parts(w);
 	busy |= w->reactor->turn(w, 0);
@@ -347,7 +349,7 @@ static void worker_sleep(struct worker *w)
 			ready = true;
 	store_relaxed(&w->sleeping, 1);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	if (!ready && !load_relaxed(&w->inbox)) {
+	if (!ready && !load_relaxed(&w->inbox) && !load_relaxed(&w->handed)) {
 		w->reactor->turn(w, w->kickless ? KICKLESS_SLEEP_NS : WAIT_FOREVER);
 		stat_add(&w->stats.wakeups, 1);
 	}

@@ -22,6 +22,13 @@ struct blk_segment { /* 5.2.6: struct virtio_blk_discard_write_zeroes */
 	uint32_t flags;
 };
 
+struct blk_range { /* bytes of an image that a request may change; its device's mutex: blk_ranges.c */
+	struct blk_range *previous, *next;
+	uint64_t first, end;
+	uint32_t before;                /* earlier ones that it overlaps */
+	bool claimed;
+};
+
 struct request { /* one request that waits for I/O; from its queue's pool; worker thread */
 	struct inflight link;           /* first, so that a link is a request */
 	struct request *next;           /* in the free list or a reactor's done list */
@@ -45,12 +52,16 @@ struct request { /* one request that waits for I/O; from its queue's pool; worke
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
 	struct request *with;           /* further requests that the same I/O serves */
-	uint8_t *bounce;                /* aligned copy of a part of the data, or NULL */
+	uint8_t *bounce;                /* aligned copy of a part of the data, or NULL; blk_direct.c */
 	struct iovec bounce_iov;
 	struct iovec *guest_iov;        /* with a bounce buffer: the guest's pieces from that part on */
 	uint32_t guest_count;
 	uint32_t whole_count;           /* io_count and ... */
 	uint64_t trimmed;               /* ... what the last of io_iov has beyond the part of the transfer under way */
+	uint64_t at;                    /* where in the image guest_iov begins */
+	uint32_t skip, piece;           /* where in the buffer, and how long the part is */
+	uint32_t stage;                 /* BLK_STAGE_* */
+	struct blk_range range;
 	uint32_t segment, segment_count;
 	bool zeroing;                   /* write-zeroes by plain writes */
 	struct iovec iov[REQUEST_IOV_MAX];
@@ -116,6 +127,8 @@ struct native_ops {
 	void (*io_done)(struct request *r, int result);
 	/* Worker thread: do the next part of virtqueue.unfinished; true: that was the last one, and r is finished. */
 	bool (*proceed)(struct request *r);
+	/* Worker thread: r, which waited for something of the device's, may go on. */
+	void (*resumed)(struct request *r);
 	/* Worker thread: WORKER_NUDGE came. NULL: it means nothing to this device. */
 	void (*nudged)(struct native_device *device, struct worker *w);
 	void (*free)(struct native_device *device);
@@ -173,6 +186,7 @@ struct worker {
 	/* any thread */
 	struct worker_command *inbox;   /* atomic stack: Python pushes, the worker takes it whole */
 	struct worker_command *done;    /* atomic stack: the worker pushes, Python takes it whole */
+	struct request *handed;         /* atomic stack: requests of this worker that may go on */
 	int sleeping;                   /* atomic: whoever posts a command must write wake_fd */
 	struct worker_stats stats;
 	/* worker thread */
@@ -187,6 +201,12 @@ struct worker {
 	struct iovec scratch[CHAIN_IOV_MAX];
 };
 
+/* Any thread: r may go on, on its own worker, which lives until then. */
+void request_hand_over(struct request *r);
+/* Worker thread: resume what was handed over. */
+bool worker_take_handed(struct worker *w);
+/* Any thread: something was pushed for the worker. */
+void worker_wake(struct worker *w);
 /* worker.c: rounds, until WORKER_QUIT came; one of them, without waiting: true when anything happened. */
 void worker_run(struct worker *w);
 bool worker_round(struct worker *w);

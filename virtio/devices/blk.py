@@ -14,9 +14,9 @@ from virtio import spec
 from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
 from virtio.device import Device, DeviceOptions, Storage, StorageErrors
 from virtio.devices.image import Image, open_again, open_image
+from virtio.devices.image_size import extend_image, usable_size
 from virtio.devices.storage_log import StorageLog, explain
 from virtio.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
-from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
@@ -64,6 +64,20 @@ class BlkOptions(DeviceOptions):
     read_only: bool = Field(False, description="Refuse every write, whatever the guest asks for.")
     serial: str = Field("", max_length=20, pattern=r"^[\x20-\x7e]*$", description="Serial number, up to 20 characters.")
     direct: bool = Field(False, description="O_DIRECT: past the host's page cache.")
+    block_size: Literal[512, 4096] = Field(
+        512,
+        description="Logical block size: the unit in which the guest reads, writes and counts, partition tables too. "
+        "It is never taken from the host: what direct I/O cannot take there goes through a buffer.",
+    )
+    physical_block_size: Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536] = Field(
+        4096,
+        description="The block that the guest should align its writes to; a hint, of at least block_size.",
+    )
+    tail: Literal["refuse", "extend", "cut"] = Field(
+        "refuse",
+        description="An image whose size is no multiple of block_size. refuse: the device fails and says so; extend: "
+        "the file is made longer, by zeroes, to the next multiple; cut: the guest never sees the last piece.",
+    )
     write_cache: Literal["writeback", "writethrough"] = Field(
         "writeback", description="writeback: durable after a flush; writethrough: every write is durable when answered."
     )
@@ -80,8 +94,12 @@ class BlkOptions(DeviceOptions):
             raise ValueError(f'path and backend = "{self.backend}" exclude each other')
         if self.backend != "file" and self.direct:
             raise ValueError(f'direct has no meaning with backend = "{self.backend}"')
-        if self.size is not None and self.size % SECTOR_SIZE:
-            raise ValueError(f"size is not a multiple of {SECTOR_SIZE}")
+        if self.size is not None and self.size % self.block_size:
+            raise ValueError(f"size is not a multiple of {self.block_size} (block_size)")
+        if self.physical_block_size < self.block_size:
+            raise ValueError(f"physical_block_size = {self.physical_block_size} is less than block_size")
+        if self.tail == "extend" and self.read_only:
+            raise ValueError('tail = "extend" writes to the image, and read_only forbids it; set tail = "cut"')
         return self
 
 
@@ -111,7 +129,9 @@ class Blk(Device):
         self._options = options
         self._image: Image | None = None
         if options.path is not None:
-            self._image = open_image(options.path, read_only=options.read_only, direct=options.direct)
+            self._image = open_image(
+                options.path, read_only=options.read_only, direct=options.direct, block_size=options.block_size
+            )
         self._news = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._capacity = self._measure()
@@ -124,17 +144,15 @@ class Blk(Device):
         self._disk.set_writeback(self._writeback)
 
     def _measure(self) -> int:
-        """Capacity in sectors; a last piece of less than a block is left out."""
-        if self._image is None:
-            return (self._options.size or 0) // SECTOR_SIZE
-        blocks = self._image.size() // self._block_size
-        if blocks == 0:
-            raise HostError(f"{self._options.path}: the image is empty; give it a size: truncate -s 10G FILE")
-        return blocks * self._block_size // SECTOR_SIZE
-
-    @property
-    def _block_size(self) -> int:
-        return self._image.block_size if self._image is not None else SECTOR_SIZE
+        """Capacity in sectors."""
+        image, options = self._image, self._options
+        if image is None:
+            return (options.size or 0) // SECTOR_SIZE
+        there = image.size()
+        size = usable_size(options, there, image.is_block_device)
+        if size > there:
+            extend_image(image, options, size)
+        return size // SECTOR_SIZE
 
     def _setup(self) -> DiskSetup:
         backend = {"memory": DiskBackend.MEMORY, "null": DiskBackend.NULL}.get(self._options.backend, DiskBackend.FILE)
@@ -145,8 +163,9 @@ class Blk(Device):
             backend=backend,
             capacity=self._capacity,
             fd=self._image.fd if self._image is not None else None,
-            block_size=self._block_size,
-            direct=self._options.direct,
+            block_size=self._options.block_size,
+            direct=self._image.direct if self._image is not None else None,
+            erase_align=self._image.erase_align if self._image is not None else 1,
             read_only=self._options.read_only,
             discard=writable,
             write_zeroes=writable,
@@ -191,8 +210,8 @@ class Blk(Device):
         self._disk.set_writeback(on)
 
     def config_space(self) -> bytes:
-        image, block = self._image, self._block_size
-        physical = image.physical_block_size if image is not None else 4096
+        # All that a guest builds on is configured: it finds the same disk on every host. The hints are the host's.
+        image, block, physical = self._image, self._options.block_size, self._options.physical_block_size
         alignment = max(physical // SECTOR_SIZE, 1)
         # A request has a header and a status beside its data. Once rings are set up, the smallest of them is known.
         segments = max(min(SEG_MAX, min((self.queue_size, *self.ring_sizes.values())) - 2), 1)
@@ -208,7 +227,7 @@ class Blk(Device):
             "blk_size": block,
             "physical_block_exp": max((physical // block).bit_length() - 1, 0),
             "alignment_offset": 0,
-            "min_io_size": min((image.minimum_io if image is not None else 0) // block, 0xFFFF),
+            "min_io_size": min(max(image.minimum_io if image is not None else 0, physical) // block, 0xFFFF),
             "opt_io_size": (image.optimal_io if image is not None else 0) // block,
             "writeback": int(self._writeback),
             "num_queues": self.queue_count,
@@ -285,4 +304,4 @@ class Blk(Device):
     def _close_files(self) -> None:
         self._news.close()
         if self._image is not None:
-            self._image.fd.close()
+            self._image.close()

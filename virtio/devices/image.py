@@ -7,17 +7,20 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
+from virtio.disk import DirectIo, direct_alignment
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
-_BLKPBSZGET = 0x127B
 _BLKIOMIN = 0x1278
 _BLKIOOPT = 0x1279
+
+_NO_DIRECT_IO: Final = "this file system has no direct I/O (tmpfs, for one); leave out direct = true"
 
 # struct flock of Linux on 64 bits: l_type, l_whence, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -25,12 +28,12 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An opened image. Sizes in bytes; ``optimal_io`` 0: nothing known."""
+    """An opened image. Sizes in bytes; ``minimum_io`` and ``optimal_io`` 0: nothing known."""
 
     fd: OwnedFd
     is_block_device: bool
-    block_size: int
-    physical_block_size: int
+    direct: DirectIo | None
+    erase_align: int
     minimum_io: int
     optimal_io: int
 
@@ -39,9 +42,16 @@ class Image:
         number = self.fd.fileno()
         return _ioctl(number, _BLKGETSIZE64, "Q") if self.is_block_device else os.fstat(number).st_size
 
+    def close(self) -> None:
+        self.fd.close()
+        if self.direct is not None and self.direct.cached_fd is not None:
+            self.direct.cached_fd.close()
 
-def open_image(path: Path, *, read_only: bool, direct: bool) -> Image:
+
+def open_image(path: Path, *, read_only: bool, direct: bool, block_size: int = 512) -> Image:
     """Open and lock the raw image at ``path``; ``HostError`` says what is in the way and what to do.
+
+    ``block_size``: of the disk, whatever direct I/O takes on this host.
 
     The lock is an open-file-description lock on the whole file, exclusive for a writer and shared for readers, so
     two daemons (or two devices) never write one file. It lasts until the last duplicate of the fd is closed.
@@ -56,16 +66,19 @@ def open_image(path: Path, *, read_only: bool, direct: bool) -> Image:
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise HostError(f"{path}: neither a regular file nor a block device")
         _lock(fd, path, read_only)
-        return _examine(fd, stat.S_ISBLK(mode), direct)
+        return _examine(fd, path, read_only, direct, block_size)
     except BaseException:
         fd.close()
         raise
 
 
-def open_again(image: Image, path: Path | None) -> OwnedFd:
-    """Another open file description of the file that ``image`` is, whatever lies at ``path`` by now; not locked."""
+def open_again(image: Image, path: Path | None, *, direct: bool = True) -> OwnedFd:
+    """Another open file description of the file that ``image`` is, whatever lies at ``path`` by now; not locked.
+
+    ``direct`` False: one that goes through the page cache in any case.
+    """
     number = image.fd.fileno()
-    flags = fcntl.fcntl(number, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_DIRECT)
+    flags = fcntl.fcntl(number, fcntl.F_GETFL) & (os.O_ACCMODE | (os.O_DIRECT if direct else 0))
     try:
         return OwnedFd(os.open(f"/proc/self/fd/{number}", flags | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -77,7 +90,7 @@ def _open_trouble(path: Path, error: OSError, read_only: bool, direct: bool) -> 
     if error.errno == errno.ENOENT:
         return f"{path}: {reason}; make it first, for instance: truncate -s 10G {path}"
     if error.errno == errno.EINVAL and direct:
-        return f"{path}: this file system has no direct I/O (tmpfs, for one); leave out direct = true"
+        return f"{path}: {_NO_DIRECT_IO}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not read_only:
         return f"{path}: {reason}; give the daemon's user write access, or set read_only = true"
     return f"{path}: {reason}"
@@ -94,32 +107,24 @@ def _lock(fd: OwnedFd, path: Path, read_only: bool) -> None:
         raise HostError(f"{path}: the image is being {kind} by another device or daemon", errno=errno.EBUSY) from error
 
 
-def _examine(fd: OwnedFd, is_block_device: bool, direct: bool) -> Image:
+def _examine(fd: OwnedFd, path: Path, read_only: bool, direct: bool, block_size: int) -> Image:
     number = fd.fileno()
+    minimum, optimal, erase = 0, 0, 1
+    is_block_device = stat.S_ISBLK(os.fstat(number).st_mode)
     if is_block_device:
-        return Image(
-            fd=fd,
-            is_block_device=True,
-            block_size=_ioctl(number, _BLKSSZGET, "i"),
-            physical_block_size=_ioctl(number, _BLKPBSZGET, "I"),
-            minimum_io=_ioctl(number, _BLKIOMIN, "I"),
-            optimal_io=_ioctl(number, _BLKIOOPT, "I"),
-        )
-    info = os.fstat(number)
-    block_size = _disk_block_size(info.st_dev) if direct else 512
-    physical = max(block_size, min(info.st_blksize, 1 << 16)) if info.st_blksize & (info.st_blksize - 1) == 0 else 512
-    return Image(fd, False, block_size, physical, physical, 0)
+        minimum, optimal = _ioctl(number, _BLKIOMIN, "I"), _ioctl(number, _BLKIOOPT, "I")
+        erase = _ioctl(number, _BLKSSZGET, "i")
+    image = Image(fd, is_block_device, None, erase, minimum, optimal)
+    return replace(image, direct=_direct_io(image, path, read_only, block_size)) if direct else image
 
 
-def _disk_block_size(device: int) -> int:
-    """The logical block size of the disk under a file system: what direct I/O has to be aligned to."""
-    sysfs = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    for queue in (sysfs / "queue", sysfs / ".." / "queue"):  # a disk, or a partition of it
-        try:
-            return int((queue / "logical_block_size").read_text())
-        except (OSError, ValueError):
-            continue
-    return 4096  # no block device that we can see (network, overlay): the alignment that suits every disk
+def _direct_io(image: Image, path: Path, read_only: bool, block_size: int) -> DirectIo:
+    try:
+        memory, offset = direct_alignment(image.fd)
+    except HostError as error:
+        raise HostError(f"{path}: {_NO_DIRECT_IO}", errno=error.errno) from error
+    cached = open_again(image, path, direct=False) if offset > block_size and not read_only else None
+    return DirectIo(memory, offset, cached)
 
 
 def _ioctl(fd: int, request: int, form: str) -> int:
