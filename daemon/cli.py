@@ -27,6 +27,7 @@ from daemon.catalogue import device_types
 from daemon.control import ask
 from daemon.doorbells import run as run_doorbells
 from daemon.failures import leaves
+from daemon.host_checks import become
 from daemon.links import EPILOG as LINK_EPILOG
 from daemon.links import add_options as add_link_options
 from daemon.microvm_options import EPILOG as MICROVM_EPILOG
@@ -34,7 +35,7 @@ from daemon.microvm_options import add_options as add_microvm_options
 from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
 from daemon.new_device import add_arguments as add_new_device_arguments
 from daemon.new_device import new_device
-from daemon.preflight import check_inherited_sockets, foreign_packages, host_notes
+from daemon.preflight import check_inherited_sockets, foreign_packages, host_faults, host_notes
 from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu, without_kvm
 from daemon.show import render
 from daemon.state import version
@@ -145,7 +146,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Say everything that is wrong with a configuration."""
+    if arguments.user is not None:
+        become(arguments.user)
     config = load_config(arguments.file)
+    faults = host_faults(config, as_daemon=arguments.user is not None)
+    if faults:
+        raise ConfigError(faults)
     for package, owners in foreign_packages().items():
         raise HostError(
             f'the package "{package}" here belongs to {", ".join(owners)} too, which may have overwritten ours; '
@@ -268,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     options.add_serve_options(add("serve", serve, "run the daemon in the foreground", options.SERVE_EPILOG))
-    options.add_file(add("check", check, "print every mistake in a configuration", options.CHECK_EPILOG))
+    options.add_check_options(add("check", check, "print every mistake in a configuration", options.CHECK_EPILOG))
     _add_attaching(add)
     options.add_qemu_options(
         add("qemu", qemu, "start QEMU so that its guest can ring by hypercall", options.QEMU_EPILOG)

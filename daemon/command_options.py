@@ -29,7 +29,10 @@ example:
 CHECK_EPILOG: Final = """\
 FILE and its drop-ins FILE.d/*.toml are merged in the order of their names; the later file wins, key by key.
 Mistakes are printed as FILE:LINE: [TABLE] KEY: what is wrong, with a second line that says what would be right,
-and the exit status is 78. Notes are about this host and change nothing.
+and the exit status is 78. What lies at a path and can never be served (a directory as an image, an image of no whole
+blocks) is a mistake, too. Notes are about this host as it is now, and change nothing.
+
+  sudo hyperbell check --user hyperbell /etc/hyperbell/hyperbell.toml
 """
 QEMU_EPILOG: Final = """\
 The daemon must run with [daemon] hypercall_socket, and the guest needs -accel kvm, -cpu host,hv-relaxed and
@@ -94,6 +97,12 @@ def add_log_options(parser: argparse.ArgumentParser, default: str | None) -> Non
 
 def add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="configuration (TOML)")
+
+
+def add_check_options(parser: argparse.ArgumentParser) -> None:
+    add_file(parser)
+    text = "look at this host as that user, the service's for instance: what it may not open is a mistake (as root)"
+    parser.add_argument("--user", metavar="USER", help=text)
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ from config.loader import Config, Device
 from config.origins import KeyPath
 from config.problems import Problem
 from daemon.doorbell_report import load
+from daemon.host_checks import host_state, socket_faults
+from daemon.image_checks import image_faults, image_notes
 from virtio.devices.blk import BlkOptions
 from virtio.devices.net import NetOptions
 from virtio.errors import HostError
@@ -45,6 +47,16 @@ def host_notes(config: Config) -> Iterator[Problem]:
             yield config.problem(("daemon", "doorbell_costs"), str(error))
     for device in config.devices.values():
         yield from _device_notes(config, device)
+    yield from image_notes(config)
+    yield from host_state(config)
+
+
+def host_faults(config: Config, *, as_daemon: bool = False) -> list[Problem]:
+    """What of a correct configuration ``serve`` would refuse on this host: it is there, but of the wrong kind.
+
+    ``as_daemon``: this process is the daemon's user, so what it may not open counts too.
+    """
+    return [*image_faults(config, as_daemon=as_daemon), *socket_faults(config)]
 
 
 def _device_notes(config: Config, device: Device) -> Iterator[Problem]:

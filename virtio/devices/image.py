@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from virtio.devices.remedies import remedy
 from virtio.disk import DirectIo, direct_alignment
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -39,13 +40,18 @@ class Image:
 
     def size(self) -> int:
         """Its size now: files and block devices may be resized while they are served."""
-        number = self.fd.fileno()
-        return _ioctl(number, _BLKGETSIZE64, "Q") if self.is_block_device else os.fstat(number).st_size
+        return size_of(self.fd)
 
     def close(self) -> None:
         self.fd.close()
         if self.direct is not None and self.direct.cached_fd is not None:
             self.direct.cached_fd.close()
+
+
+def size_of(fd: OwnedFd) -> int:
+    """The size of a regular file or a block device in bytes."""
+    about = os.fstat(fd.fileno())
+    return _ioctl(fd.fileno(), _BLKGETSIZE64, "Q") if stat.S_ISBLK(about.st_mode) else about.st_size
 
 
 def open_image(path: Path, *, read_only: bool, direct: bool, block_size: int = 512) -> Image:
@@ -87,13 +93,12 @@ def open_again(image: Image, path: Path | None, *, direct: bool = True) -> Owned
 
 def _open_trouble(path: Path, error: OSError, read_only: bool, direct: bool) -> str:
     reason = os.strerror(error.errno or 0)
-    if error.errno == errno.ENOENT:
+    help_for = remedy(path, error.errno or 0, writing=not read_only)
+    if error.errno == errno.ENOENT and not help_for:
         return f"{path}: {reason}; make it first, for instance: truncate -s 10G {path}"
     if error.errno == errno.EINVAL and direct:
         return f"{path}: {_NO_DIRECT_IO}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not read_only:
-        return f"{path}: {reason}; give the daemon's user write access, or set read_only = true"
-    return f"{path}: {reason}"
+    return f"{path}: {reason}; {help_for}" if help_for else f"{path}: {reason}"
 
 
 def _lock(fd: OwnedFd, path: Path, read_only: bool) -> None:

@@ -1,0 +1,287 @@
+"""``hyperbell check`` sees what ``serve`` would refuse on this host, and names the key and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from daemon.cli import main
+from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.remedies import remedy
+from virtio.errors import HostError
+
+ROOT: Final = Path(__file__).parents[2]
+MIB: Final = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def write(folder: Path, *lines: str, daemon: str = 'metrics = "off"') -> Path:
+    """A configuration with one disk whose further keys these are."""
+    text = [f"[daemon]\n{daemon}", '[devices.disk]\ntype = "blk"', f'socket = "{folder}/disk.sock"', *lines]
+    file = folder / "hyperbell.toml"
+    file.write_text("\n".join(text) + "\n")
+    return file
+
+
+def check(file: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(["check", str(file)])
+    return status, capsys.readouterr().err
+
+
+def image(folder: Path, content: bytes, size: int = MIB) -> Path:
+    path = folder / "disk.img"
+    path.write_bytes(content)
+    os.truncate(path, size)
+    return path
+
+
+# --- what can be no image ---
+
+
+def directory(folder: Path) -> Path:
+    (folder / "images").mkdir()
+    return folder / "images"
+
+
+def fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "fifo")
+    return folder / "fifo"
+
+
+def unix_socket(folder: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(folder / "sock"))
+    return folder / "sock"
+
+
+KINDS: Final[dict[str, Callable[[Path], Path]]] = {
+    "is a directory": directory,
+    "is a FIFO": fifo,
+    "is a socket": unix_socket,
+    "is a character device": lambda folder: Path("/dev/null"),
+    "is empty": lambda folder: image(folder, b"", 0),
+    "no multiple of block_size = 512": lambda folder: image(folder, b"", 1_000_300),
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_what_can_be_no_image_is_refused_by_check_as_by_the_device(
+    what: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = KINDS[what](folder)
+    status, text = check(write(folder, f'path = "{path}"'), capsys)
+    assert status == 78
+    assert f"[devices.disk] path: {path}" in text
+    assert what in text
+    with pytest.raises(HostError):
+        Blk("disk", BlkOptions(path=path), 1, 64)
+
+
+def test_an_image_of_no_whole_blocks_names_the_keys_that_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = image(folder, b"", 1_000_300)
+    text = check(write(folder, f'path = "{path}"'), capsys)[1]
+    assert 'tail = "extend"' in text
+    assert 'tail = "cut"' in text
+    assert check(write(folder, f'path = "{path}"', 'tail = "cut"'), capsys)[0] == 0
+    assert path.stat().st_size == 1_000_300  # check changes nothing
+    assert check(write(folder, f'path = "{path}"', 'tail = "extend"'), capsys)[0] == 0
+    assert path.stat().st_size == 1_000_300
+
+
+def test_direct_io_that_the_file_system_has_not_is_refused_at_its_key(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image(folder, b"")
+
+    def refuse(fd: object) -> tuple[int, int]:
+        raise HostError("no", errno=errno.EINVAL)
+
+    monkeypatch.setattr("daemon.image_checks.direct_alignment", refuse)
+    status, text = check(write(folder, f'path = "{path}"', "direct = true"), capsys)
+    assert (status, "[devices.disk] direct: " in text) == (78, True)
+
+
+# --- what is no raw disk: a note, and never a guess ---
+
+
+def mbr(start: int, count: int, kind: int = 0x83) -> bytes:
+    entry = struct.pack("<B3sB3sII", 0, b"", kind, b"", start, count)
+    return bytes(446) + entry + bytes(48) + b"\x55\xaa"
+
+
+def gpt(unit: int, last: int) -> bytes:
+    return bytes(unit) + b"EFI PART".ljust(32, b"\0") + struct.pack("<Q", last)
+
+
+LOOKS = {
+    "qcow2": (b"QFI\xfb\0\0\0\3", "qemu-img convert -f qcow2"),
+    "vmdk": (b"KDMV", "qemu-img convert -f vmdk"),
+    "vhdx": (b"vhdxfile", "qemu-img convert -f vhdx"),
+    "vhd": (b"conectix", "qemu-img convert -f vpc"),
+    "luks": (b"LUKS\xba\xbe\0\2", "cryptsetup"),
+    "ISO": (bytes(0x8001) + b"CD001", "read_only = true"),
+    "compressed (zstd)": (b"\x28\xb5\x2f\xfd", "unzstd"),
+    "shorter than its partition table": (mbr(2048, 4096), "cut off"),
+    "counts in blocks of 4096": (gpt(4096, 255), "set block_size = 4096"),
+    f"shorter than its partition table says: {4096 * 512}": (gpt(512, 4095), "cut off"),
+}
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_what_looks_like_something_else_than_a_raw_disk_is_noted_and_served(
+    what: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, hint = LOOKS[what]
+    path = image(folder, content)
+    status, text = check(write(folder, f'path = "{path}"'), capsys)
+    assert status == 0
+    assert f"note: {folder}/hyperbell.toml:" in text
+    assert what in text
+    assert hint in text
+    disk = Blk("disk", BlkOptions(path=path), 1, 64)
+    assert int.from_bytes(disk.config_space()[:8], "little") == MIB // 512
+    disk.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", mbr(64, 1024), gpt(512, 2047), mbr(1, 0xFFFF_FFFF, 0xEE), b"\xeb\x3c" + mbr(1, 1)[2:]]
+)
+def test_an_ordinary_image_is_no_note(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(write(folder, f'path = "{image(folder, content)}"'), capsys) == (0, "")
+
+
+# --- sockets, ports, interfaces, memory ---
+
+
+def test_a_file_where_a_socket_is_to_be_made_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "disk.sock").write_text("precious")
+    file = write(folder, 'backend = "null"\nsize = "1M"')
+    status, text = check(file, capsys)
+    assert status == 78
+    assert f"[devices.disk] socket: {folder}/disk.sock exists and is no socket" in text
+
+
+def test_a_socket_and_a_port_that_are_in_use_are_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as path, socket.create_server(("127.0.0.1", 0)) as port:
+        path.bind(str(folder / "disk.sock"))
+        path.listen()
+        taken = f"127.0.0.1:{port.getsockname()[1]}"
+        file = write(folder, 'backend = "null"\nsize = "1M"', daemon=f'metrics = "{taken}"')
+        status, text = check(file, capsys)
+    assert status == 0
+    assert f"[daemon] metrics: {taken}: Address already in use" in text
+    assert f"[devices.disk] socket: {folder}/disk.sock is in use" in text
+
+
+def test_interfaces_that_are_missing_or_of_another_kind_are_noted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "hyperbell.toml"
+    net = '[devices.{0}]\ntype = "net"\nbackend = "tap"\nsocket = "{1}/{0}.sock"\ntap = "{2}"\nbridge = "{3}"\n'
+    tables = net.format("a", folder, "lo", "nosuchbr0") + net.format("b", folder, "nosuchtap0", "lo")
+    file.write_text('[daemon]\nmetrics = "off"\n' + tables)
+    status, text = check(file, capsys)
+    assert status == 0
+    assert '[devices.a] tap: "lo" is an interface, but no tap' in text
+    assert '[devices.a] bridge: this host has no interface "nosuchbr0"' in text
+    assert '[devices.b] bridge: "lo" is an interface, but no bridge' in text
+
+
+def test_a_memory_disk_beyond_the_host_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = check(write(folder, 'backend = "memory"', 'size = "64T"'), capsys)
+    assert status == 0
+    assert "[devices.disk] size: is more than the memory of this host" in text
+
+
+# --- as the service's user ---
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory(prefix="hyperbell-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def check_as(user: str, file: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "daemon.cli", "check", "--user", user, str(file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as another user")
+def test_what_the_services_user_may_not_open_is_refused(open_folder: Path) -> None:
+    path = image(open_folder, b"")
+    path.chmod(0o600)
+    file = write(open_folder, f'path = "{path}"')
+    file.chmod(0o644)
+    result = check_as("nobody", file)
+    assert result.returncode == 78, result.stderr
+    assert f"[devices.disk] path: {path}: Permission denied, by this user" in result.stderr
+    assert "set read_only = true" in result.stderr
+    path.chmod(0o666)
+    assert check_as("nobody", file).returncode == 0
+
+
+def test_looking_as_another_user_takes_root_and_a_user_that_exists(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(folder, 'backend = "null"\nsize = "1M"')
+    assert main(["check", "--user", "no-such-user", str(file)]) == 1
+    assert 'there is no user "no-such-user"' in capsys.readouterr().err
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    other = pwd.getpwuid(0).pw_name
+    assert main(["check", "--user", other, str(file)]) == 1
+    assert "needs root: sudo hyperbell check --user" in capsys.readouterr().err
+
+
+# --- the remedy fits the cause ---
+
+REMEDIES = [
+    # path, errno, under a unit, what helps
+    ("/srv/images/a.img", errno.EROFS, True, "ReadWritePaths=/srv/images"),
+    ("/srv/images/a.img", errno.EROFS, False, "mounted read-only"),
+    ("/home/eva/a.img", errno.EACCES, True, "ProtectHome"),
+    ("/root/a.img", errno.ENOENT, True, "ProtectHome"),
+    ("/home/eva/a.img", errno.EACCES, False, "write access"),
+    ("/dev/null", errno.EPERM, True, "DeviceAllow=/dev/null rw"),
+    ("/srv/a.img", errno.EACCES, True, "write access"),
+]
+
+
+@pytest.mark.parametrize(("path", "number", "unit", "helps"), REMEDIES)
+def test_the_remedy_fits_the_cause(
+    path: str, number: int, unit: bool, helps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    if unit:
+        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+
+    def closed(*arguments: object, **more: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", closed)
+    with pytest.raises(HostError) as caught:
+        Blk("disk", BlkOptions(path=Path(path)), 1, 64)
+    assert helps in str(caught.value)
+    assert helps in remedy(Path(path), number, writing=True)
+
+
+def test_what_is_only_read_is_not_told_to_be_read_only() -> None:
+    assert "read_only" not in remedy(Path("/srv/a.img"), errno.EACCES, writing=False)
