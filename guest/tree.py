@@ -67,7 +67,7 @@ class Tree:
         """A shell script at ``place`` that runs ``program`` of the tree, ``arguments`` before those it is given."""
         settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in (environment or {}).items())
         text = f'#!/bin/sh\n{settings}exec {shlex.join([*self.command(program), *arguments])} "$@"\n'
-        return _stored(place, text.encode())
+        return stored_program(place, text.encode())
 
     def restarting_wrapper(self, place: Path, program: str) -> Path:
         """As ``wrapper``, for a program that starts /proc/self/exe again, which would be the loader.
@@ -76,9 +76,9 @@ class Tree:
         tree's libraries too.
         """
         content = with_interpreter((self.folder / program).read_bytes(), self.folder / LOADER)
-        copy = _stored(place.with_name(f"{place.name}-own"), content)
+        copy = stored_program(place.with_name(f"{place.name}-own"), content)
         words = f'LD_LIBRARY_PATH={shlex.quote(self._library_path())} exec {shlex.quote(str(copy))} "$@"'
-        return _stored(place, f"#!/bin/sh\n{words}\n".encode())
+        return stored_program(place, f"#!/bin/sh\n{words}\n".encode())
 
     def become_root(self) -> None:
         """Make the tree what ``inside`` needs. Its packages must have mawk and dash."""
@@ -95,7 +95,7 @@ class Tree:
         return [*space, "sh", "-c", ENTER, "enter", str(self.folder), str(work), WORK_PLACE, *words]
 
 
-def _stored(place: Path, content: bytes) -> Path:
+def stored_program(place: Path, content: bytes) -> Path:
     """The program ``content`` at ``place``, which is not touched where it has that content: it may be running."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.exists() or place.read_bytes() != content:

@@ -18,7 +18,7 @@ from guest.kernel import Kernel
 from guest.machine import Guest, start_machine
 from guest.suites import open_suite
 
-SUITES = {"6.1": "bookworm", "6.12": "trixie", "7.2": "sid"}
+SUITES = {"6.1": "bookworm", "7.2": "sid"}
 """Debian's own, by the kernel they are. Drivers of blk, net, console and vsock."""
 SERIES_VARIABLE = "HYPERBELL_UML"
 SERIES = "6.1"

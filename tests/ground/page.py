@@ -12,11 +12,14 @@ HEAD = """\
 Written by `make test-ground`, which boots Debian's kernels under Debian's QEMUs, fetched and not installed, and runs
 the tests that need them: `guests` is tests/guests, `nested` tests/nested, `levels` a guest of a guest of a guest. In
 these two the kernel is that of all levels. `libvirt` is a domain with a device of every type that a real libvirtd
-starts. A row is as old as its date. `make test-ground ARGS="--qemu 11.1 --kernel 7.3"` renews one.
+starts. `uml` is User-mode Linux, which has no QEMU: built of Debian's kernel source with a driver for every type of
+device, it uses one of each. `uml-debian` is tests/guests/test_uml.py with Debian's own User-mode Linux.
+A row is as old as its date. `make test-ground ARGS="--qemu 11.1 --kernel 7.3"` renews one.
 
 """
 COLUMNS = ("QEMU", "Linux", "tests", "passed", "failed", "skipped", "guests booted", "seconds", "date")
 NUMERIC = COLUMNS[3:8]
+NO_QEMU = "none"  # User-mode Linux has none
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Row:
 
 
 def _series(version: str) -> tuple[int, ...]:
+    if version == NO_QEMU:
+        return ()
     return tuple(int(part) for part in version.split(".")[:2])
 
 
@@ -59,7 +64,7 @@ def read_rows(page: Path) -> list[Row]:
     rows = []
     for line in text.splitlines():
         words = line.strip("| ").split(" | ")
-        if len(words) == len(COLUMNS) and words[0][0].isdigit():
+        if len(words) == len(COLUMNS) and (words[0] == NO_QEMU or words[0][0].isdigit()):
             passed, failed, skipped, booted, seconds = map(int, words[3:8])
             rows.append(Row(words[0], words[1], words[2], passed, failed, skipped, booted, seconds, words[8]))
     return rows
