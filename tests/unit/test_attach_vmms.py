@@ -190,7 +190,7 @@ def test_user_mode_linux_has_words_for_every_device(file: Path, capsys: pytest.C
     assert "no driver for entropy (rng), pins (gpio), bus (i2c), keys (input):" in note
 
 
-@pytest.mark.parametrize("path", ["/run/a:1.sock", "/run/a b.sock", "/run/a'b.sock", '/run/a"b.sock', "/run/a\tb.sock"])
+@pytest.mark.parametrize("path", ["/run/a:1.sock", "/run/a b.sock", "/run/a'b.sock", '/run/a"b.sock'])
 def test_user_mode_linux_refuses_a_path_that_it_would_cut(
     file: Path, capsys: pytest.CaptureFixture[str], path: str
 ) -> None:
