@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +28,12 @@ from config.schema import (
 
 
 class Finding(NamedTuple):
-    """Something wrong with the value at ``path``; the loader adds file and line."""
+    """Something wrong with the value at ``path``; the loader adds file and line, those of ``other`` to the message."""
 
     path: KeyPath
     message: str
     hint: str
+    other: KeyPath = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,11 @@ def _check_workers(
 
 def check_sharers(
     devices: Iterable[tuple[str, BaseModel, tuple[str, ...]]],
-) -> Iterator[tuple[str, str, str]]:
+) -> Iterator[tuple[str, str, str, str]]:
     """Devices (name, options, workers) that stand on one thing without a lock, which one worker must therefore drive:
-    (device, message, hint) of each that another worker would drive.
+    (device, key, message, hint) of each that another worker would drive; of one too many the key is ``shares_key``.
 
-    What it is their options say: ``shares``, for instance 'the switch "lan"', and ``sharers_max``.
+    What it is their options say: ``shares``, for instance 'the switch "lan"', ``sharers_max``, and ``shares_key``.
     """
     sharers: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for name, options, workers in devices:
@@ -141,29 +142,33 @@ def check_sharers(
         limit: int = getattr(options, "sharers_max", 0)
         if len(workers) > 1:
             message = f"names {len(workers)} workers, but all devices on {thing} must be driven by one"
-            yield name, message, f"for example: worker = {toml_value(workers[0])}"
+            yield name, "worker", message, f"for example: worker = {toml_value(workers[0])}"
         elif len(first_workers) == 1 and workers != first_workers:
             message = (
                 f'{thing} is driven by worker {toml_value(first_workers[0])}, of device "{first}", not by {workers[0]}'
             )
-            yield name, message, f"for example: worker = {toml_value(first_workers[0])}"
+            yield name, "worker", message, f"for example: worker = {toml_value(first_workers[0])}"
         if len(sharers[thing]) == limit + 1:
-            yield name, f"{thing} has room for {limit} devices", "put some of them on another one"
+            key: str = options.shares_key  # type: ignore[attr-defined]  # whoever has a limit has a key
+            yield name, key, f"{thing} has room for {limit} devices", "put some of them on another one"
 
 
 def check_unique(drafts: Iterable[DeviceDraft]) -> Iterator[Finding]:
     """Devices that claim what only one of them can be.
 
-    What it is their options say: ``unique``, a key and what its value means, say ("cid", 'cid 3 of group "lab"').
+    What it is their options say: ``unique``, of a device's name: a key and what its value means, say
+    ("cid", 'cid 3 of group "lab"').
     """
     claimed: dict[str, str] = {}
     for draft in drafts:
-        claim: tuple[str, str] | None = getattr(draft.options, "unique", None)
+        unique: Callable[[str], tuple[str, str] | None] | None = getattr(draft.options, "unique", None)
+        claim = unique(draft.name) if unique is not None else None
         if claim is not None:
             key, thing = claim
             first = claimed.setdefault(thing, draft.name)
             if first != draft.name:
-                yield Finding(("devices", draft.name, key), f'{thing} is already device "{first}"', "give each its own")
+                message, place = f'{thing} is already device "{first}"', ("devices", first, key)
+                yield Finding(("devices", draft.name, key), message, "give each its own", place)
 
 
 def check_files(drafts: Iterable[DeviceDraft], folder: Path) -> Iterator[Finding]:

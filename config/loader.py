@@ -221,8 +221,8 @@ class _Loader:
 
     # Tables
 
-    def _add(self, path: KeyPath, message: str, hint: str = "") -> None:
-        self.problems.append(_problem(self.origins, Finding(path, message, hint)))
+    def _add(self, path: KeyPath, message: str, hint: str = "", other: KeyPath = ()) -> None:
+        self.problems.append(_problem(self.origins, Finding(path, message, hint, other)))
 
     def _table(self, path: KeyPath, value: object) -> Tree | None:
         """``value`` if it is a table; anything else is a problem."""
@@ -332,9 +332,11 @@ class _Loader:
             for draft in drafts
             if draft.options is not None and draft.type is not None
         ]
-        for name, message, hint in check_sharers(sharers):
+        for name, key, message, hint in check_sharers(sharers):
             common = next(draft.common for draft in drafts if draft.name == name)
-            self._add(("devices", name, "workers" if common.workers is not None else "worker"), message, hint)
+            if key == "worker" and common.workers is not None:
+                key = "workers"
+            self._add(("devices", name, key), message, hint)
         sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
         for finding in (*check_paths(drafts, sockets, self.folder), *check_sockets(drafts, sockets, self.folder)):
             self._add(*finding)
@@ -346,10 +348,12 @@ def _problem(origins: Origins, finding: Finding) -> Problem:
     """``finding`` with its place. The first one or two names of its path are the table, the rest the key."""
     path = finding.path
     origin = origins.find(path)
+    message = finding.message
+    if finding.other:
+        other = origins.find(finding.other)
+        message += f" (line {other.line})" if other.file == origin.file else f" ({other.file}:{other.line})"
     depth = {"workers": 2, "devices": 2, "daemon": 1}.get(path[0], 0)
-    return Problem(
-        origin.file, origin.line, ".".join(path[:depth]), ".".join(path[depth:]), finding.message, finding.hint
-    )
+    return Problem(origin.file, origin.line, ".".join(path[:depth]), ".".join(path[depth:]), message, finding.hint)
 
 
 def _parse(model: type[Model], table: Tree) -> Model:

@@ -29,11 +29,15 @@ class Station:
         # 5.1.6.1: a legacy driver's header ends before num_buffers, unless buffers are merged.
         self.header_size = 12 if guest.features & (F_VERSION_1 | F_MRG_RXBUF) else 10
 
-    async def send(self, to: bytes, payload: bytes, header: bytes = PLAIN, pair: int = 0) -> None:
+    async def send(
+        self, to: bytes, payload: bytes, header: bytes = PLAIN, pair: int = 0, source: bytes | None = None
+    ) -> None:
+        """``source``: another address than its own."""
+        addresses = to + (self.mac if source is None else source)
         if self.guest.features & F_VERSION_1:
-            pieces = [header + to + self.mac, payload]
+            pieces = [header + addresses, payload]
         else:  # 5.1.6.6: a legacy driver's header has a descriptor of its own
-            pieces = [header[: self.header_size], to + self.mac + payload]
+            pieces = [header[: self.header_size], addresses + payload]
         await self.guest.queues[2 * pair + TRANSMIT].request(pieces, [])
 
     def listen(self, count: int = 8, size: int = 1600, pair: int = 0) -> None:
@@ -63,17 +67,24 @@ class Station:
 
 @contextlib.asynccontextmanager
 async def lan(
-    reactor: str, ring: str, *without: int, pairs: Sequence[int] = (), mtus: Sequence[int | None] = ()
+    reactor: str,
+    ring: str,
+    *without: int,
+    pairs: Sequence[int] = (),
+    mtus: Sequence[int | None] = (),
+    more: Sequence[dict[str, object]] = (),
 ) -> AsyncIterator[list[Station]]:
     """As many stations on one switch as there are ``without``: the feature bits that each one's driver declines.
 
-    Those that are named in ``pairs`` and ``mtus`` have so many pairs of queues, of which all are used, and that MTU.
+    Those that are named in ``pairs`` and ``mtus`` have so many pairs of queues, of which all are used, and that MTU;
+    those in ``more`` have these options, too.
     """
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(Worker("lan", reactor=reactor))
         stations = []
         for number, bits in enumerate(without):
-            options = NetOptions(backend="switch", switch="lan", mtu=mtus[number] if mtus else None)
+            keys = {"backend": "switch", "switch": "lan", "mtu": mtus[number] if mtus else None}
+            options = NetOptions.model_validate(keys | (more[number] if more else {}))
             device = Net(f"port{number}", options, pairs[number] if pairs else 1, 256)
             stack.callback(device.close)
             backend = await stack.enter_async_context(Backend(device, workers=[worker]))

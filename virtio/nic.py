@@ -39,6 +39,8 @@ class NicCounters:
     """From the guest: on a transmit queue that the front-end had disabled."""
     dropped: int = 0
     """From the guest: nobody was there to take it."""
+    spoofed: int = 0
+    """From the guest: with the address of another port of the switch, which keeps it."""
     no_buffers: int = 0
     """For the guest, which had no receive buffers."""
     refused: int = 0
@@ -70,11 +72,12 @@ class NativeNic(NativeDevice):
         pairs: int,
         *,
         mac: bytes,
+        keeps_mac: bool = False,
         fds: Sequence[OwnedFd] = (),
         switch: NativeSwitch | None = None,
     ) -> None:
         raw = ffi.new("struct net_setup *")
-        raw.backend, raw.pairs, raw.mac = int(backend), pairs, mac
+        raw.backend, raw.pairs, raw.mac, raw.keeps_mac = int(backend), pairs, mac, keeps_mac
         for index, fd in enumerate(fds):
             raw.fds[index] = fd.fileno()
         error = ffi.new("int *")

@@ -11,7 +11,8 @@ from blk_driver import pattern
 from frontend import F_VERSION_1, NEEDS_RESET, Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
 from pydantic import ValidationError
 
-from virtio.devices.net import Net, NetOptions, mac_from_name
+from virtio.devices.net import Net, NetOptions
+from virtio.devices.net_address import mac_from_name
 from virtio.fd import OwnedFd
 from virtio.nic import NicCounters
 from virtio.testing.driver import Element, Used

@@ -15,7 +15,7 @@ from packets import internet_sum
 from guest.initramfs import prepare_initramfs
 from guest.machine import Machine, shared_memory
 from guest.service import free_port, serve
-from virtio.devices.net import mac_from_name
+from virtio.devices.net_address import mac_from_name
 
 pytestmark = pytest.mark.guest
 

@@ -295,6 +295,7 @@ class PortOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     switch: str | None = None
+    shares_key: ClassVar[str] = "switch"
     sharers_max: ClassVar[int] = 3
 
     @property
@@ -334,6 +335,7 @@ def test_devices_that_share_something_must_be_driven_by_one_worker(tmp_path: Pat
     assert found[:2] == (5, "workers")
     assert found[2] == 'names 2 workers, but all devices on the switch "lan" must be driven by one'
     (found,) = port_problems(tmp_path, "".join(port(name) for name in "abcde"))
+    assert found[:2] == (16, "switch")
     assert found[2] == 'the switch "lan" has room for 3 devices'
 
 
@@ -345,8 +347,7 @@ class GuestOptions(BaseModel):
     number: int
     path: Path
 
-    @property
-    def unique(self) -> tuple[str, str] | None:
+    def unique(self, name: str) -> tuple[str, str] | None:
         return ("number", f"number {self.number}") if self.number else None
 
     @property
@@ -374,8 +375,8 @@ def guest_problems(folder: Path, *guests: tuple[str, int, str]) -> list[tuple[st
 def test_what_only_one_device_can_be_is_refused_to_the_second(tmp_path: Path) -> None:
     assert guest_problems(tmp_path, ("a", 1, "a"), ("b", 2, "b"), ("c", 0, "c"), ("d", 0, "d")) == []
     assert guest_problems(tmp_path, ("a", 1, "a"), ("b", 2, "b"), ("c", 1, "c"), ("d", 1, "d")) == [
-        ("devices.c", "number", 'number 1 is already device "a"'),
-        ("devices.d", "number", 'number 1 is already device "a"'),
+        ("devices.c", "number", 'number 1 is already device "a" (line 4)'),
+        ("devices.d", "number", 'number 1 is already device "a" (line 4)'),
     ]
 
 

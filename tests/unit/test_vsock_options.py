@@ -22,7 +22,7 @@ def test_guests_of_one_group_have_each_their_own_cid(tmp_path: Path, capsys: pyt
     one, two = 'cid = 5\npath = "one"\ngroup = "lab"', 'cid = 5\npath = "two"\ngroup = "lab"'
     assert check(tmp_path, guest("one", one), guest("two", two)) == 78
     said = capsys.readouterr().err
-    assert 'c.toml:10: [devices.two] cid: cid 5 of group "lab" is already device "one"' in said
+    assert 'c.toml:10: [devices.two] cid: cid 5 of group "lab" is already device "one" (line 4)' in said
     assert check(tmp_path, guest("one", one), guest("two", two.replace('"lab"', '"office"'))) == 0
 
 

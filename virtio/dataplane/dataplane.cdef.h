@@ -307,7 +307,7 @@ void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes
 #define NET_BACKEND_DATAGRAM 4 /* a socket with one frame a message */
 
 #define NET_PAIRS_MAX 16
-#define NET_SWITCH_PORTS_MAX 64
+#define NET_SWITCH_PORTS_MAX 1024
 
 struct net_switch; /* refcounted; its ports are driven by one worker */
 
@@ -316,6 +316,7 @@ struct net_setup {
 	uint32_t pairs;
 	int fds[NET_PAIRS_MAX]; /* TAP and DATAGRAM: non-blocking; duplicates are made */
 	uint8_t mac[6];
+	uint32_t keeps_mac;     /* SWITCH: no other port may send with that address */
 };
 
 struct net_counters { /* frames lost, by reason; one set a pair, written by its worker, relaxed; read by anyone */
@@ -324,6 +325,7 @@ struct net_counters { /* frames lost, by reason; one set a pair, written by its 
 	uint64_t sent_link_down;
 	uint64_t sent_disabled;   /* on a transmit queue that the front-end disabled */
 	uint64_t dropped;         /* nobody there to take it */
+	uint64_t spoofed;         /* with the address of another port of the switch, which keeps it */
 	/* for the guest */
 	uint64_t no_buffers;      /* which had no receive buffers */
 	uint64_t refused;         /* larger than its buffers or its MTU */

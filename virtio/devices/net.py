@@ -7,7 +7,6 @@ control queue of its own, and then ours is not used.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, ClassVar, Final, Literal
 from weakref import WeakValueDictionary
 
@@ -17,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from virtio import spec
 from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device, Lost
+from virtio.devices.net_address import mac_from_name, parse_mac
 from virtio.devices.net_socket import Peer, open_socket
 from virtio.devices.net_socket_options import SocketOptions
 from virtio.devices.net_user import UserOptions, UserPeer
@@ -90,6 +90,7 @@ _LOST: Final = (
     ("sent_link_down", "transmit", "link_down"),
     ("sent_disabled", "transmit", "disabled"),
     ("dropped", "transmit", "nobody_there"),
+    ("spoofed", "transmit", "another_ports_address"),
     ("no_buffers", "receive", "no_buffers"),
     ("refused", "receive", "too_large"),
     ("received_link_down", "receive", "link_down"),
@@ -102,7 +103,7 @@ _OFFLOADS: Final = sum(1 << bit for bit in (*_FROM_GUEST.values(), *_TO_GUEST.va
 
 
 _KEYS_OF: Final = {
-    "switch": ("switch",),
+    "switch": ("switch", "mac_filter"),
     "tap": ("tap", "tap_fds", "bridge"),
     "socket": tuple(SocketOptions.model_fields),
     "user": tuple(UserOptions.model_fields),
@@ -154,7 +155,13 @@ class NetOptions(SocketOptions, UserOptions):
     mac: str | None = Field(
         None,
         pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$",
-        description="The guest's address. Default: a locally administered one made from the device's name.",
+        description="The guest's address. Default: a locally administered one made from the host's machine id and the "
+        "device's name.",
+    )
+    mac_filter: bool | None = Field(
+        None,
+        description="With a switch: frames that other ports send with this interface's address are lost, so none of "
+        "them takes over its traffic. Default: true where mac is set.",
     )
     mtu: int | None = Field(
         None, ge=MTU_MIN, le=MTU_MAX, description="The MTU the guest is told to use. Default: none is told."
@@ -193,23 +200,27 @@ class NetOptions(SocketOptions, UserOptions):
         """What else stands on the same switch must be driven by the same worker: there is no lock in it."""
         return None if self.switch is None else f'the switch "{self.switch}"'
 
+    shares_key: ClassVar[str] = "switch"
+
     @property
     def sharers_max(self) -> int:
         return PORTS_MAX
 
+    @property
+    def keeps_address(self) -> bool:
+        """No other port of the switch may send with its address."""
+        return self.switch is not None and (self.mac is not None if self.mac_filter is None else self.mac_filter)
+
+    def unique(self, name: str) -> tuple[str, str] | None:
+        """An address is one interface's: of its switch, or of whatever networks the host joins."""
+        if self.backend == "null":
+            return None
+        where = "" if self.switch is None else f' on the switch "{self.switch}"'
+        return "mac", f"the address {self.address(name).hex(':')}{where}"
+
     def address(self, name: str) -> bytes:
         """The address of the device called ``name``."""
         return parse_mac(self.mac) if self.mac else mac_from_name(name)
-
-
-def parse_mac(text: str) -> bytes:
-    return bytes.fromhex(text.replace(":", ""))
-
-
-def mac_from_name(name: str) -> bytes:
-    """Always the same for one name; bit 1 of the first byte: locally administered, bit 0 clear: of one station."""
-    digest = hashlib.sha256(b"hyperbell mac " + name.encode()).digest()
-    return bytes([digest[0] & 0xFC | 2]) + digest[1:6]
 
 
 _SWITCHES: Final[WeakValueDictionary[str, NativeSwitch]] = WeakValueDictionary()
@@ -259,7 +270,14 @@ class Net(Device):
         self._peer = self._open_peer()
         try:
             fds = self._tap.fds if self._tap is not None else (self._peer.fd,) if self._peer is not None else ()
-            self._nic = NativeNic(self._native_backend(), queues, mac=self.mac, fds=fds, switch=self._switch)
+            self._nic = NativeNic(
+                self._native_backend(),
+                queues,
+                mac=self.mac,
+                keeps_mac=options.keeps_address,
+                fds=fds,
+                switch=self._switch,
+            )
         except BaseException:
             self._close_outside()
             raise

@@ -61,8 +61,7 @@ class VsockOptions(DeviceOptions):
         """Where a program of the host waits for the guest's connections to ``port``."""
         return self.path.with_name(f"{self.path.name}_{port}")
 
-    @property
-    def unique(self) -> tuple[str, str] | None:
+    def unique(self, name: str) -> tuple[str, str] | None:
         """Without a group nobody asks for a guest by its cid."""
         return ("cid", f'cid {self.cid} of group "{self.group}"') if self.group is not None else None
 
