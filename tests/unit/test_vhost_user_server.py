@@ -6,6 +6,7 @@ import itertools
 import os
 import resource
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, serving, u64
 
 from transports.vhost_user.endpoint import Connect, Inherit, Listen
-from transports.vhost_user.server import CONNECT_DELAY_MAX, VhostUserServer, serve
+from transports.vhost_user.server import CONNECT_DELAY_MAX, SILENT_SECONDS, VhostUserServer, serve
+from transports.vhost_user.waiting import WAITING_MAX
 from virtio.errors import GuestError, HostError
 from virtio.fd import OwnedFd
 from virtio.waist import QueueBroken
@@ -138,6 +140,78 @@ async def test_a_front_end_that_restarts_is_not_refused_while_its_old_connection
             await new.negotiate()
             assert server.stats.connections == 2
             assert server.stats.refused == 0
+
+
+@pytest.mark.parametrize("said", [b"", wire.message(3)[:5]], ids=["nothing", "half a message"])
+async def test_a_front_end_that_says_nothing_gives_way_to_one_that_speaks(
+    backend: RecordingBackend, path: Path, autojump_clock: trio.testing.MockClock, said: bytes
+) -> None:
+    with capture_logs() as logs:
+        async with serving(backend, Listen(path)) as server:
+            with await FrontEnd.connect(path) as silent, await FrontEnd.connect(path) as speaking:
+                await silent.send(said)
+                with trio.fail_after(10 * SILENT_SECONDS):
+                    await speaking.negotiate()
+                    assert await silent.ended()
+                assert (server.stats.connections, server.stats.refused) == (2, 0)
+    assert [line["event"] for line in logs if line["log_level"] == "warning" and "gave way" in line["event"]]
+
+
+async def test_a_silent_front_end_keeps_its_place_while_nobody_else_speaks(
+    backend: RecordingBackend, path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(backend, Listen(path)) as server:
+        with await FrontEnd.connect(path) as first, await FrontEnd.connect(path), await FrontEnd.connect(path):
+            await trio.sleep(2 * SILENT_SECONDS)
+            await first.negotiate()
+            assert server.stats.connections == 1
+
+
+async def test_a_front_end_that_has_spoken_keeps_its_place_however_long_it_is_silent_then(
+    backend: RecordingBackend, path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(backend, Listen(path)) as server:
+        with await FrontEnd.connect(path) as first, await FrontEnd.connect(path) as early:
+            await trio.testing.wait_all_tasks_blocked()
+            await first.negotiate()
+            assert await early.ended()  # it waited, and is told as soon as the first has spoken
+            await trio.sleep(2 * SILENT_SECONDS)
+            with await FrontEnd.connect(path) as late:
+                assert await late.ended()
+            assert await first.ask(17) == u64(2)
+            assert (server.stats.connections, server.stats.refused) == (1, 2)
+
+
+@pytest.mark.parametrize("dead", [1, 2, 3, WAITING_MAX, 4 * WAITING_MAX])
+async def test_however_many_dead_connections_wait_the_next_one_is_served(
+    backend: RecordingBackend, path: Path, dead: int
+) -> None:
+    async with serving(backend, Listen(path)) as server:
+        old = await FrontEnd.connect(path)
+        await old.negotiate()
+        await old.start_ring()
+        backend.stopping[0] = trio.Event()
+        await old.send(wire.message(11, wire.vring_state(0, 0)))
+        await backend.called("stop_queue")
+        old.close()
+        for _ in range(dead):
+            with await FrontEnd.connect(path):
+                await trio.testing.wait_all_tasks_blocked()
+        with await FrontEnd.connect(path) as new:
+            await trio.testing.wait_all_tasks_blocked()
+            backend.stopping[0].set()
+            await new.negotiate()
+            assert server.stats.refused == 0
+
+
+async def test_any_number_of_silent_front_ends_keeps_nobody_out_who_speaks(
+    backend: RecordingBackend, path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(backend, Listen(path)), AsyncExitStack() as stack:
+        for _ in range(5 * WAITING_MAX):
+            stack.enter_context(await FrontEnd.connect(path))
+        with await FrontEnd.connect(path) as speaking, trio.fail_after(10 * SILENT_SECONDS):
+            await speaking.negotiate()
 
 
 async def test_a_broken_protocol_ends_one_connection_with_one_line(backend: RecordingBackend, path: Path) -> None:

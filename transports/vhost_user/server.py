@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from transports.vhost_user.endpoint import (
     is_listening,
 )
 from transports.vhost_user.stats import ConnectionStats
+from transports.vhost_user.waiting import Waiting, has_hung_up
 from virtio.clients import Door
 from virtio.waist import QueueBroken
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CONNECT_DELAY_MIN: Final = 0.1  # seconds between attempts of the client mode, doubled after each ...
 CONNECT_DELAY_MAX: Final = 5.0  # ... up to this
+SILENT_SECONDS: Final = 3.0  # a front-end that has not sent a message by then gives way to one that speaks
+LOOK_SECONDS: Final = 0.25  # how often that is looked at, while somebody waits for a silent one's place
 RESET_LIMIT: Final = 1.0  # seconds a reset may take when the daemon is being stopped
 
 T = TypeVarTuple("T")
@@ -61,6 +63,8 @@ class VhostUserServer:
         self._log: FilteringBoundLogger = structlog.get_logger().bind(device=backend.name)
         self._connection: Connection | None = None
         self._socket: trio.socket.SocketType | None = None  # of the connection being served
+        self._waiting = Waiting()
+        self._messages_before = 0  # all that were received before the connection being served
         self._refused_in_a_row = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -99,35 +103,49 @@ class VhostUserServer:
     # --- front-ends ---
 
     async def _serve_listener(self, listener: socket.socket, task_status: trio.TaskStatus[None]) -> None:
-        # One place to wait in: a front-end that restarts may connect before its old connection is over.
-        send, receive = trio.open_memory_channel[trio.socket.SocketType](1)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._accept, trio.socket.from_stdlib_socket(listener), send)
+                nursery.start_soon(self._accept, trio.socket.from_stdlib_socket(listener))
                 task_status.started()
-                async for sock in receive:
-                    await self._serve_front_end(sock)
+                while True:
+                    await self._serve_front_end(await self._waiting.next())
         finally:
-            while True:
-                try:
-                    receive.receive_nowait().close()
-                except (trio.WouldBlock, trio.EndOfChannel):
-                    break
-            send.close()
-            receive.close()
+            for sock in self._waiting.take_all():
+                sock.close()
 
-    async def _accept(
-        self, listener: trio.socket.SocketType, send: trio.MemorySendChannel[trio.socket.SocketType]
-    ) -> None:
+    async def _accept(self, listener: trio.socket.SocketType) -> None:
+        """A front-end that restarts may connect before its old connection is over, and so it waits a little."""
         door = Door(listener, "a front-end", self._log)
         while True:
             sock = await door.accept()
-            try:
-                if self._socket is not None and not _has_hung_up(self._socket):
-                    raise trio.WouldBlock
-                send.send_nowait(sock)
-            except trio.WouldBlock:
+            if (self._is_in_use and self._has_spoken) or not self._waiting.add(sock):
                 self._refuse(sock)
+
+    @property
+    def _is_in_use(self) -> bool:
+        return self._socket is not None and not has_hung_up(self._socket)
+
+    @property
+    def _has_spoken(self) -> bool:
+        """The front-end that has the place has sent at least one whole message."""
+        return self.stats.messages > self._messages_before
+
+    async def _give_way(self, scope: trio.CancelScope) -> None:
+        """End a connection that has said nothing for some seconds as soon as another front-end speaks."""
+        patience = trio.current_time() + SILENT_SECONDS
+        while not self._has_spoken:
+            await self._waiting.arrival()
+            if trio.current_time() >= patience and self._waiting.anybody_speaks() and not self._has_spoken:
+                self._log.warning("front-end gave way: it has said nothing, and another speaks", seconds=SILENT_SECONDS)
+                scope.cancel()
+                return
+            await trio.sleep(LOOK_SECONDS)
+        if self._is_in_use:
+            for sock in self._waiting.take_all():
+                if has_hung_up(sock):
+                    sock.close()
+                else:
+                    self._refuse(sock)
 
     def _refuse(self, sock: trio.socket.SocketType) -> None:
         sock.close()
@@ -175,7 +193,7 @@ class VhostUserServer:
         is_forgotten = False
         try:
             try:
-                await connection.run()
+                await self._run(connection)
             except Exception:
                 # A fault of ours must not take the other guests' devices along.
                 self._log.exception("connection ended: internal error")
@@ -188,6 +206,13 @@ class VhostUserServer:
                 with trio.move_on_after(RESET_LIMIT, shield=True):
                     await self._forget_front_end(connection)
             self._socket = None
+
+    async def _run(self, connection: Connection) -> None:
+        self._messages_before = self.stats.messages
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_way, nursery.cancel_scope)
+            await connection.run()
+            nursery.cancel_scope.cancel()
 
     async def _forget_front_end(self, connection: Connection) -> None:
         """Leave nothing of a front-end behind: neither rings nor memory nor its eventfds."""
@@ -207,15 +232,6 @@ class VhostUserServer:
                 self._log.warning("queue broken", queue=event.index, error=str(event.error))
             elif self._connection is not None:
                 self._connection.post(event)
-
-
-def _has_hung_up(sock: trio.socket.SocketType) -> bool:
-    """Whether the other side has closed, though there may still be something to read (or it was closed here)."""
-    if sock.fileno() < 0:
-        return True
-    poll = select.poll()
-    poll.register(sock.fileno(), select.POLLRDHUP)
-    return bool(poll.poll(0))
 
 
 async def serve(
