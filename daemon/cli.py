@@ -25,6 +25,7 @@ from daemon.app import STOP_SIGNALS, App, LogChoice
 from daemon.attach import commands as attaching
 from daemon.catalogue import device_types
 from daemon.control import ask
+from daemon.descriptors import raise_limit, too_few
 from daemon.doorbells import run as run_doorbells
 from daemon.failures import leaves
 from daemon.host_checks import become
@@ -121,8 +122,11 @@ def serve(arguments: argparse.Namespace) -> int:
     choice.apply(config)
     check_inherited_sockets(config)
     notifier = Notifier.from_environment()
+    raise_limit()
     app = App(config, load, choice, notifier, strict=arguments.strict, early_signals=early)
     logger = structlog.get_logger()
+    if shortage := too_few(config):
+        logger.warning(shortage)
     status = EXIT_OK
     # Nothing needs to be undone until now; from here on a signal is kept until the daemon can obey it.
     for number in STOP_SIGNALS:
@@ -159,6 +163,8 @@ def check(arguments: argparse.Namespace) -> int:
         )
     for note in host_notes(config):
         print(f"note: {note}", file=sys.stderr)
+    if shortage := too_few(config):
+        print(f"note: {shortage}", file=sys.stderr)
     devices = ", ".join(f"{device.name} ({device.common.type})" for device in config.devices.values())
     print(f"{config.path}: correct. Devices: {devices}")
     return EXIT_OK

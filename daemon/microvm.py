@@ -22,6 +22,7 @@ from daemon import log
 from daemon.assembly import Assembly, assemble
 from daemon.catalogue import make_devices
 from daemon.control import serve_control
+from daemon.descriptors import raise_limit
 from daemon.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.failures import leaves
 from daemon.links import Links
@@ -209,6 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Lines of the log stand between the guest's: only what needs attention, unless more is wanted.
     log.configure(arguments.log_level or "warning", arguments.log_format or "auto")
     boot = prepare(options)
+    raise_limit()
     end: VmEnd | None = None
     with log.in_background():
         try:

@@ -6,13 +6,20 @@ and does nothing with it gives way to the next one, so that nobody is kept out b
 
 from __future__ import annotations
 
+import array
 import errno
+import os
+import select
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
+
+from virtio.errors import HostError
+from virtio.fd import OwnedFd
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -22,6 +29,9 @@ DELAY_MAX: Final = 1.0  # ... up to this
 SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 LOST: Final = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 """The listening socket itself is of no use; what else accept(2) raises is about one client that has gone."""
+
+ROOM: Final = 32
+"""Descriptors that must be free before a message with some is taken: its own, and what carrying it out needs."""
 
 REMEDY: Final = "raise LimitNOFILE= of the unit (ulimit -n), or serve fewer devices"
 
@@ -74,6 +84,60 @@ class Door:
                 continue
             self._shortage.over()
             return client
+
+
+def room_for(count: int) -> bool:
+    """Whether the process may have so many descriptors more."""
+    taken: list[int] = []
+    try:
+        for _ in range(count):
+            taken.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        for number in taken:
+            os.close(number)
+    return True
+
+
+async def receive_with_descriptors(
+    sock: trio.socket.SocketType, size: int, ancillary_size: int, shortage: Shortage
+) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+    """``recvmsg``, but descriptors that come are left with the kernel until there is room for them.
+
+    The kernel drops those that find no room, and says only that there were more than it could give (MSG_CTRUNC): a
+    peer would lose its connection for our shortage. ``HostError``: that happened, another thread was quicker.
+    """
+    while True:
+        _, _, flags, _ = await sock.recvmsg(1, 0, socket.MSG_PEEK)  # no room for any: truncated where any comes
+        if not flags & socket.MSG_CTRUNC or room_for(ROOM) or _has_left(sock):
+            break
+        await shortage.wait()
+    shortage.over()
+    data, ancillary, flags, _ = await sock.recvmsg(size, ancillary_size, socket.MSG_CMSG_CLOEXEC)
+    if flags & socket.MSG_CTRUNC and not room_for(ROOM):
+        close_descriptors(ancillary)
+        raise HostError(f"out of descriptors: those of a message are lost; {REMEDY}", errno=errno.EMFILE)
+    return data, ancillary, flags
+
+
+def close_descriptors(ancillary: list[tuple[int, int, bytes]]) -> None:
+    for fd in received_descriptors(ancillary):
+        fd.close()
+
+
+def received_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedFd]:
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return [OwnedFd(number) for number in numbers]
+
+
+def _has_left(sock: trio.socket.SocketType) -> bool:
+    poll = select.poll()
+    poll.register(sock.fileno(), 0)  # hanging up is always told
+    return bool(poll.poll(0))
 
 
 @dataclass(eq=False, slots=True)

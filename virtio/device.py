@@ -26,6 +26,11 @@ class DeviceOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def descriptors_max(self) -> int:
+        """The most file descriptors that such a device has of its own, beside its queues' and its front-end's."""
+        return 32
+
 
 class Device:
     """One virtio device.

@@ -16,8 +16,8 @@ import trio
 from transports.qemu_doorbells.descriptors import VcpuStatistics, doorbell_id
 from transports.qemu_doorbells.messages import WIRE_SIZE, Message, Type, parse_message
 from transports.qemu_doorbells.vms import QemuDoorbells, Vm
-from virtio.clients import Door
-from virtio.errors import PeerError
+from virtio.clients import Door, Shortage, receive_with_descriptors, received_descriptors
+from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd
 
 VMS_MAX: Final = 256
@@ -65,6 +65,7 @@ class _Connection:
         self._wake = trio.Event()
         self._vm: Vm = doorbells.connect(_peer_pid(sock), lambda: self._wake.set(), partial(_has_left, sock))
         self._log = structlog.get_logger()
+        self._shortage = Shortage("a message of a QEMU", self._log)
         self._warned = False
 
     async def run(self) -> None:
@@ -76,6 +77,8 @@ class _Connection:
         except* PeerError as group:
             error = group.exceptions[0]
             self._log.warning("a QEMU's connection ended: it broke the protocol", vm=self._vm.name, error=str(error))
+        except* HostError as group:
+            self._log.error("a QEMU's connection ended", vm=self._vm.name, error=str(group.exceptions[0]))
         except* OSError as group:
             self._log.info("a QEMU's connection ended", vm=self._vm.name, error=str(group.exceptions[0]))
         except* Exception as group:
@@ -97,8 +100,10 @@ class _Connection:
 
     async def _receive(self) -> bool:
         """Take one message; False at the end."""
-        data, ancillary, _, _ = await self._socket.recvmsg(WIRE_SIZE + 1, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
-        fds = _received_fds(ancillary)
+        data, ancillary, _ = await receive_with_descriptors(
+            self._socket, WIRE_SIZE + 1, _ANCILLARY_SIZE, self._shortage
+        )
+        fds = received_descriptors(ancillary)
         try:
             if not data:
                 return False
@@ -140,11 +145,3 @@ def _has_left(sock: trio.socket.SocketType) -> bool:
     poll = select.poll()
     poll.register(sock.fileno(), 0)
     return bool(poll.poll(0))
-
-
-def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedFd]:
-    numbers = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-    return [OwnedFd(number) for number in numbers]

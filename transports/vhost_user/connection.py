@@ -35,8 +35,8 @@ from transports.vhost_user.perform import perform
 from transports.vhost_user.session import Session
 from transports.vhost_user.state import Value
 from transports.vhost_user.stats import ConnectionStats
+from virtio.clients import Shortage, receive_with_descriptors, received_descriptors
 from virtio.errors import GuestError, HostError, HyperbellError, PeerError
-from virtio.fd import OwnedFd
 from virtio.spec import VIRTIO_ID_NET
 from virtio.waist import ConfigChanged, IotlbMiss
 
@@ -71,6 +71,7 @@ class Connection:
         self._socket = sock
         self._stats = stats
         self._log = log
+        self._shortage = Shortage("a message of a front-end", log)
         self.session = Session(
             device_features=backend.device_features(),
             queue_count=backend.queue_count,
@@ -241,10 +242,10 @@ class Connection:
 
     async def _receive(self) -> bool:
         """Read some bytes into the session; False at the end of the stream."""
-        data, ancillary, flags, _ = await self._socket.recvmsg(
-            self.session.wanted_bytes, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+        data, ancillary, flags = await receive_with_descriptors(
+            self._socket, self.session.wanted_bytes, _ANCILLARY_SIZE, self._shortage
         )
-        fds = [OwnedFd(number) for number in _received_fds(ancillary)]
+        fds = received_descriptors(ancillary)
         self.session.receive(data, fds, truncated=bool(flags & socket.MSG_CTRUNC))
         return bool(data)
 
@@ -330,11 +331,3 @@ class Connection:
 
 def _is_about_a_missing_queue(request: Request) -> bool:
     return isinstance(request.operation, Refuse) and request.operation.missing_queue is not None
-
-
-def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    numbers = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-    return list(numbers)

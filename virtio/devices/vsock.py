@@ -20,7 +20,7 @@ from virtio.clients import Place, Places
 from virtio.config_space import VIRTIO_VSOCK_CONFIG
 from virtio.device import Chain, Device, Queue
 from virtio.devices.vsock_connection import Connection, State
-from virtio.devices.vsock_host import SOCKET_KINDS, HostListener, connect, read_command
+from virtio.devices.vsock_host import CLIENTS_MAX, SOCKET_KINDS, HostListener, connect, read_command
 from virtio.devices.vsock_options import VsockOptions
 from virtio.devices.vsock_packet import (
     CID_HOST,
@@ -49,8 +49,6 @@ PIECE: Final = 64 * 1024
 """Most bytes of one packet to the guest, however large its buffers are."""
 RESETS_MAX: Final = 1024
 """Resets for packets of no connection that wait for a buffer; without one the guest's own timeout has to do."""
-CLIENTS_MAX: Final = 64
-"""Clients of one socket that have not said yet what they want."""
 FIRST_HOST_PORT: Final = 1 << 30
 """Ports that connections from the host come from, upwards."""
 ANSWER_SECONDS: Final = 10

@@ -27,6 +27,9 @@ SOCKET_KINDS: Final = {
     VIRTIO_VSOCK_TYPE_SEQPACKET: sockets.SOCK_SEQPACKET,
 }
 BACKLOG: Final = 64
+CLIENTS_MAX: Final = 64
+"""Clients of one socket that have not said yet what they want."""
+
 COMMAND_MAX: Final = 32
 COMMAND_SECONDS: Final = 10
 _SO_PEEK_OFF: Final = 42  # asm-generic/socket.h; Python has no name for it

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from virtio.device import DeviceOptions
-from virtio.devices.vsock_host import PORT_MAX
+from virtio.devices.vsock_host import CLIENTS_MAX, PORT_MAX
 from virtio.devices.vsock_packet import CID_FIRST_GUEST, CID_LAST_GUEST
 
 
@@ -41,6 +41,12 @@ class VsockOptions(DeviceOptions):
         if not value.name:
             raise ValueError(f"{value} is a folder, and a socket needs a name")
         return value
+
+    @property
+    def descriptors_max(self) -> int:
+        """Of each connection its socket, and what waits for the other end to leave; clients that have not said yet
+        which port they want, and the sockets on which they come."""
+        return 2 * self.connections + 2 * (CLIENTS_MAX + 1)
 
     @property
     def seqpacket_path(self) -> Path:
