@@ -334,6 +334,11 @@ class DeviceConfig(DeviceTable):
         "Not for QEMU, which accepts the offer and does not know the messages.",
     )
 
+    remote_memory: bool = Field(
+        default=False,
+        description="Accept guest memory in files that another process or host serves (FUSE, NFS, 9p). While a page "
+        "of such a file does not come, the worker that wants it stops, with every device that it drives.",
+    )
     guest: str | None = Field(
         default=None,
         description="The guest whose device this is, where one file serves several: hyperbell qemu-args --guest NAME "

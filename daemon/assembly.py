@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from config.schema import WorkerConfig
+from config.schema import DeviceConfig, WorkerConfig
 from daemon.catalogue import Configured, features_left_out, features_off
 from virtio.backend import Backend
 from virtio.device import Device
@@ -88,4 +88,5 @@ def make_backend(device: Device, configured: Configured, threads: Mapping[str, W
         workers=[threads[name] for name in configured.workers],
         queue_size_max=configured.common.queue_size,
         features_off=features_off(configured),
+        remote_memory=isinstance(configured.common, DeviceConfig) and configured.common.remote_memory,
     )

@@ -25,6 +25,7 @@ from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd
 from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
+from virtio.memory_files import MemoryFiles
 from virtio.new_driver import DriverWatch
 from virtio.running import PumpedQueue, QueueDriver, WorkerQueue
 from virtio.stats import BackendStats
@@ -43,6 +44,7 @@ class Backend:
 
     ``workers``: for native devices, the workers its queues are spread over (queue i goes to worker i mod n).
     ``features_off``: bit numbers the operator turned off. ``queue_size_max``: the largest ring accepted.
+    ``remote_memory``: guest memory may be files of FUSE, NFS and the like.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Backend:
         workers: Sequence[Worker] = (),
         queue_size_max: int = spec.VIRTQUEUE_SIZE_MAX,
         features_off: Collection[int] = (),
+        remote_memory: bool = False,
     ) -> None:
         if device.native and not workers:
             raise ValueError(f"{device.name}: a native device needs a worker")
@@ -63,6 +66,7 @@ class Backend:
         self._driver_features = 0
         self._status = 0
         self._table = MemoryTable()
+        self._memory_files = MemoryFiles(allow_remote=remote_memory)
         self._iotlb = Iotlb()
         self._queues: list[BackendQueue] = []
         self._drivers = DriverWatch(self._queues)
@@ -232,12 +236,13 @@ class Backend:
 
     async def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """The whole new table. On ``HostError`` the old one stays and the fds of new regions are closed."""
-        before = self._table
         try:
+            await self._memory_files.check([region for region in regions if region not in self._table.mappings])
+            before = self._table
             after = MemoryTable(regions, before)
-        except HostError:
+        except BaseException:
             for region in regions:
-                if region not in before.mappings:
+                if region not in self._table.mappings:
                     region.fd.close()
             raise
         self._table = after

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, may_block
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -131,7 +131,7 @@ def received_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[OwnedF
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-    return [OwnedFd(number) for number in numbers]
+    return [OwnedFd(number, may_block=may_block(number)) for number in numbers]
 
 
 def _has_left(sock: trio.socket.SocketType) -> bool:

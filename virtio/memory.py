@@ -15,6 +15,13 @@ def install_sigbus_guard() -> None:
     check(lib.sigbus_install(), "installing the SIGBUS handler")
 
 
+def file_system(fd: int) -> int:
+    """The magic number of the file system that ``fd`` is on. It is asked, and may take its time. ``HostError``."""
+    kind = ffi.new("uint32_t *")
+    check(lib.file_system(fd, kind), "asking for the file system of guest memory")
+    return int(kind[0])
+
+
 class Mapping:
     """One region's mmap; unmapped when the last table and chain that use it are gone."""
 

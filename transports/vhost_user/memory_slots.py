@@ -50,7 +50,9 @@ class MemoryTable:
         return kept if len(kept) < len(self.regions) else None
 
     def has(self, description: RegionDescription, fd: OwnedFd) -> bool:
-        """Whether exactly this region of this file is in the table."""
+        """Whether exactly this region of this file is in the table. A file that may not be asked is another one."""
+        if fd.may_block:
+            return False
         return any(_is(one, description) and os.path.sameopenfile(one.fd.fileno(), fd.fileno()) for one in self.regions)
 
     def holds(self, uva: int, size: int) -> bool:

@@ -33,6 +33,9 @@ struct memory_region {
 	struct mapping *mapping;
 };
 
+/* The magic number (statfs(2)) of the file system that `fd` is on; it may take its time to answer. 0 or -errno. */
+int file_system(int fd, uint32_t *magic);
+
 /* Map `size` bytes of `fd` at `offset`; NULL and *error on failure (DP_E_SHORT_FILE: file ends before). */
 struct mapping *mapping_new(int fd, uint64_t offset, uint64_t size, int *error);
 void mapping_unref(struct mapping *m);

@@ -27,6 +27,16 @@ static uint64_t round_up(uint64_t size, uint64_t page)
 	return (size + page - 1) & ~(page - 1);
 }
 
+int file_system(int fd, uint32_t *magic)
+{
+	struct statfs st;
+
+	if (fstatfs(fd, &st) < 0)
+		return -errno;
+	*magic = (uint32_t)st.f_type;
+	return 0;
+}
+
 struct mapping *mapping_new(int fd, uint64_t offset, uint64_t size, int *error)
 {
 	uint64_t page, skew, whole;

@@ -169,16 +169,16 @@ int notify_kind(int fd)
 {
 	int rc = eventfd_check(fd), flags, domain = 0;
 	socklen_t size = sizeof(domain);
-	struct stat st;
 
 	if (rc != DP_E_NOT_EVENTFD)
 		return rc < 0 ? rc : NOTIFY_EVENTFD;
 	flags = fcntl(fd, F_GETFL);
-	if (flags < 0 || fstat(fd, &st) < 0)
+	if (flags < 0)
 		return -errno;
-	if (S_ISFIFO(st.st_mode) && (flags & O_ACCMODE) != O_RDONLY)
+	/* No fstat: a file's may have to wait for the process or the host that serves its file system. */
+	if (fcntl(fd, F_GETPIPE_SZ) > 0 && (flags & O_ACCMODE) != O_RDONLY)
 		return NOTIFY_PIPE;
-	if (S_ISSOCK(st.st_mode) && getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX)
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX)
 		return NOTIFY_SOCKET;
 	return DP_E_NOT_NOTIFIER;
 }
