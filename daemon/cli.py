@@ -28,6 +28,7 @@ from daemon.control import ask
 from daemon.descriptors import raise_limit, too_few
 from daemon.doorbells import run as run_doorbells
 from daemon.failures import leaves
+from daemon.hardening import harden
 from daemon.host_checks import become
 from daemon.links import EPILOG as LINK_EPILOG
 from daemon.links import add_options as add_link_options
@@ -123,6 +124,7 @@ def serve(arguments: argparse.Namespace) -> int:
     check_inherited_sockets(config)
     notifier = Notifier.from_environment()
     raise_limit()
+    harden()
     app = App(config, load, choice, notifier, strict=arguments.strict, early_signals=early)
     logger = structlog.get_logger()
     if shortage := too_few(config):

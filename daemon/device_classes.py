@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import stat
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -82,6 +84,7 @@ def class_from_file(file: Path, class_name: str) -> type[Device]:
     name = f"hyperbell_device_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     module = sys.modules.get(name)
     if module is None:
+        _check_writers(file)
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None, "the file's name ends in .py"
         assert spec.loader is not None
@@ -106,6 +109,22 @@ def class_from_file(file: Path, class_name: str) -> type[Device]:
         raise
     _in_use.add(name)
     return found
+
+
+def _check_writers(file: Path) -> None:
+    """Run as root, code is only taken from where no other user may put it; compiled code lies in the folder too."""
+    if os.geteuid() != 0:
+        return
+    for path in (file, file.parent):
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            return  # said when the file is read
+        if mode & stat.S_IWOTH:
+            raise DeviceClassError(
+                f"{file} is not run as root, for every user may write to {path}: chmod o-w {path}, or run the daemon "
+                "as a user of its own"
+            )
 
 
 def _checked(found: object, what: str) -> type[Device]:

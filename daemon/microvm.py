@@ -25,6 +25,7 @@ from daemon.control import serve_control
 from daemon.descriptors import raise_limit
 from daemon.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.failures import leaves
+from daemon.hardening import harden
 from daemon.links import Links
 from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.microvm_options import MicrovmOptions, read_options
@@ -211,6 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
     log.configure(arguments.log_level or "warning", arguments.log_format or "auto")
     boot = prepare(options)
     raise_limit()
+    harden()
     end: VmEnd | None = None
     with log.in_background():
         try:

@@ -90,6 +90,9 @@ def main() -> None:
     _give_up_what_is_not_needed(lib.USERNET_SOCKETS_MAX)
     if setup["tftp"] and not os.access(".", os.R_OK | os.X_OK):
         _fail(f"tftp: {setup['tftp']}: the user {_user()}, who serves it, may not read it")
+    code = lib.usernet_confine()
+    if code < 0:
+        print(f"runs without a seccomp filter: {os.strerror(-code)}", file=sys.stderr, flush=True)
     print("ready", flush=True)
     code = lib.usernet_run(net)
     lib.usernet_free(net)

@@ -31,6 +31,11 @@ void usernet_free(struct usernet *net);
 /* Pass what comes to a port of this host on to a port of the guest. 0, or a negative errno. */
 int usernet_forward(struct usernet *net, uint32_t udp, uint32_t host, uint32_t host_port, uint32_t guest,
 		    uint32_t guest_port);
+/*
+ * From now on this process may talk to networks, read files and manage its own memory, and no more. 0, a negative errno,
+ * or 1 where there is no filter for this processor.
+ */
+int usernet_confine(void);
 /* Until stop_fd says so: 0, or a negative errno. */
 int usernet_run(struct usernet *net);
 const char *usernet_version(void);
