@@ -94,6 +94,8 @@ def _node_notes(config: Config, path: KeyPath, node: Path) -> Iterator[Problem]:
     if fault:
         hint = f"what this host has: {_others(node) or 'none of its kind'}" if fault == _ABSENT else ""
         yield config.problem(path, f"{node} {fault}", hint)
+    elif not node.is_char_device():
+        yield config.problem(path, f"{node} is no character device", f"what this host has: {_others(node) or 'none'}")
     elif not os.access(node, os.R_OK | os.W_OK):
         yield config.problem(path, f"{node} may not be read and written by this user", "a udev rule, or its group")
 

@@ -208,6 +208,24 @@ def test_a_memory_disk_beyond_the_host_is_noted(folder: Path, capsys: pytest.Cap
     assert "[devices.disk] size: is more than the memory of this host" in text
 
 
+def test_a_memory_disk_that_cannot_be_had_names_the_key() -> None:
+    with pytest.raises(HostError, match=r"size: a disk in memory of \d+ bytes cannot be had here .*; lower size"):
+        Blk("disk", BlkOptions(backend="memory", size=1 << 50), 1, 64)
+    with pytest.raises(ValueError, match="less than or equal to"):
+        BlkOptions(backend="null", size=1 << 63)
+
+
+def test_a_device_node_of_another_kind_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "chip").touch()
+    file = folder / "hyperbell.toml"
+    table = f'[devices.pins]\ntype = "gpio"\nbackend = "chip"\nsocket = "{folder}/pins.sock"\nlines = ["a"]\n'
+    table += f'chip = "{folder}/chip"\n'
+    file.write_text(f'[daemon]\nmetrics = "off"\n{table}')
+    status, text = check(file, capsys)
+    assert status == 0, text
+    assert f"[devices.pins] chip: {folder}/chip is no character device" in text
+
+
 # --- as the service's user ---
 
 

@@ -17,6 +17,7 @@ from virtio.devices.image import Image, open_again, open_image
 from virtio.devices.image_size import extend_image, usable_size
 from virtio.devices.storage_log import StorageLog, explain
 from virtio.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
+from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
@@ -60,7 +61,9 @@ class BlkOptions(DeviceOptions):
     backend: Literal["file", "memory", "null"] = Field(
         "file", description='"file": the image at path; "memory": forgotten at the end; "null": answers without I/O'
     )
-    size: Size | None = Field(None, description='Size of a "memory" or "null" disk, for instance "1GiB".', ge=512)
+    size: Size | None = Field(
+        None, description='Size of a "memory" or "null" disk, for instance "1GiB".', ge=512, le=1 << 62
+    )
     read_only: bool = Field(False, description="Refuse every write, whatever the guest asks for.")
     serial: str = Field("", max_length=20, pattern=r"^[\x20-\x7e]*$", description="Serial number, up to 20 characters.")
     direct: bool = Field(False, description="O_DIRECT: past the host's page cache.")
@@ -135,13 +138,22 @@ class Blk(Device):
         self._news = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._capacity = self._measure()
-            self._disk = NativeDisk(self._setup())
+            self._disk = self._make_disk()
         except BaseException:
             self._close_files()
             raise
         self._promised_chain = 0
         self._writeback = options.write_cache == "writeback"
         self._disk.set_writeback(self._writeback)
+
+    def _make_disk(self) -> NativeDisk:
+        try:
+            return NativeDisk(self._setup())
+        except HostError as error:
+            if self._options.backend != "memory":
+                raise
+            what = f"size: a disk in memory of {self._capacity * SECTOR_SIZE} bytes cannot be had here"
+            raise HostError(f"{what} ({error}); lower size", errno=error.errno) from error
 
     def _measure(self) -> int:
         """Capacity in sectors."""
