@@ -6,7 +6,7 @@ of a transport. The state of each queue is in ``virtio.backend_queue``.
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -22,6 +22,7 @@ from virtio.backend_queue import BackendQueue, number_of
 from virtio.device import Device
 from virtio.device_calls import DeviceCalls
 from virtio.errors import HostError, PeerError
+from virtio.events import Events
 from virtio.fd import OwnedFd
 from virtio.interrupt import InterruptStatus
 from virtio.memory import Iotlb, MemoryTable, install_sigbus_guard
@@ -70,7 +71,7 @@ class Backend:
         self._iotlb = Iotlb()
         self._queues: list[BackendQueue] = []
         self._drivers = DriverWatch(self._queues)
-        self._send, self._receive = trio.open_memory_channel[Event](math.inf)
+        self._events = Events()
         self._stack = AsyncExitStack()
         self._log = log.bind(device=device.name)
         self.kick_observer: Callable[[int, int | None], None] = lambda index, eventfd: None
@@ -133,7 +134,8 @@ class Backend:
     async def _watch(self, event_fd: int) -> None:
         while True:
             await trio.lowlevel.wait_readable(event_fd)
-            os.eventfd_read(event_fd)
+            with contextlib.suppress(BlockingIOError):  # whatever woke this task, it looks
+                os.eventfd_read(event_fd)
             for queue in self._queues:
                 self._look(queue)
 
@@ -150,14 +152,14 @@ class Backend:
         if report.error is not None and not queue.broken:
             queue.broken = True
             self._status |= spec.VIRTIO_CONFIG_S_NEEDS_RESET
-            self._send.send_nowait(QueueBroken(queue.vq.index, report.error))
+            self._events.add(QueueBroken(queue.vq.index, report.error))
         queue.look_at_call(report.call_error)
         if report.miss is not None and report.miss_number != queue.miss_told:
             queue.miss_told = report.miss_number
-            self._send.send_nowait(report.miss)
+            self._events.add(report.miss)
 
     def _config_changed(self) -> None:
-        self._send.send_nowait(ConfigChanged())
+        self._events.add(ConfigChanged())
 
     # ---- what is fixed, features, config space, status ----
 
@@ -413,17 +415,13 @@ class Backend:
         self._device.ring_sizes.clear()
         self._drivers.forget()
         self._calls.reset()
-        while True:  # events of what is no more
-            try:
-                self._receive.receive_nowait()
-            except trio.WouldBlock:
-                break
+        self._events.clear()  # of what is no more
 
     # ---- events and counters ----
 
     async def next_event(self) -> Event:
         """Wait for what the transport has to pass on."""
-        return await self._receive.receive()
+        return await self._events.next()
 
     def stats(self) -> BackendStats:
         """The counters now; may be called from any thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -108,7 +109,8 @@ class Worker:
         with trio.CancelScope(shield=True) as scope:
             while not scope.cancel_called:
                 await trio.lowlevel.wait_readable(done_fd)
-                os.eventfd_read(done_fd)
+                with contextlib.suppress(BlockingIOError):  # whatever woke this task, it looks
+                    os.eventfd_read(done_fd)
                 command = lib.worker_take_done(self._pointer)
                 while command != ffi.NULL:
                     following = command.next
