@@ -33,8 +33,9 @@ from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
 from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
 from transports.qemu_doorbells.vms import QemuDoorbells
 from transports.vhost_user.endpoint import Listen, SocketFile
-from virtio.backend import START_SECONDS, Backend
+from virtio.backend import Backend
 from virtio.clients import shortages
+from virtio.device import START_SECONDS
 from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 
@@ -223,7 +224,7 @@ class App:
         async with trio.open_nursery() as servers:
             for served in self._served.values():
                 servers.start_soon(served.run)
-            # A device that does not even let itself be cancelled is waited for no longer than the others.
+            # A device that asks for longer (start_seconds), or does not let itself be cancelled, comes later.
             with trio.move_on_after(START_SECONDS + 1):
                 for served in self._served.values():
                     await served.decided.wait()

@@ -18,6 +18,9 @@ from virtio.stats import OPS_MAX
 QUEUES_MAX: Final = 256
 """Queues of one device: vhost-user names a queue with one byte (VHOST_USER_VRING_IDX_MASK)."""
 
+START_SECONDS_MAX: Final = 600
+"""The daemon is not ready before every device has started or failed."""
+
 _ID: Final = "the number of its type in the specification (section 5)"
 
 
@@ -38,6 +41,13 @@ def fault_of(kind: type[Device]) -> str | None:
 def _unusable(kind: type[Device]) -> str | None:
     if kind.handle is Device.handle and kind.run_queue is Device.run_queue:
         return "has neither handle() nor run_queue(): nothing would answer a request"
+    for name in _AWAITED:
+        fault = _not_awaitable(name, getattr(kind, name))
+        if fault is not None:
+            return fault
+    for name in _CALLED:
+        if inspect.iscoroutinefunction(inspect.unwrap(getattr(kind, name))):
+            return f"has async def {name}(), which is called and never awaited: write def {name}()"
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
         return f"is abstract: it lacks {missing}"
@@ -48,6 +58,27 @@ def _unusable(kind: type[Device]) -> str | None:
     except ValueError:
         pass  # made in C: its signature is not told
     return None
+
+
+_AWAITED: Final = ("handle", "run_queue", "queue_stopping", "run")
+_CALLED: Final = (
+    "features", "set_driver_features", "config_space", "write_config", "queue_running", "reset", "refresh", "close",
+)  # fmt: skip
+
+
+def _not_awaitable(name: str, method: Any) -> str | None:
+    """What is wrong with a method that is awaited. One that only says that it returns an awaitable is believed."""
+    method = inspect.unwrap(method)
+    if inspect.isasyncgenfunction(method):
+        return f"has a yield in async def {name}(), which is awaited and answers with nothing"
+    if not inspect.isfunction(method) or inspect.iscoroutinefunction(method):
+        return None
+    if hasattr(method, "__partialmethod__") or hasattr(method, "_partialmethod"):  # Python 3.13, and before
+        return None
+    returned = str(inspect.get_annotations(method).get("return", ""))
+    if "Awaitable" in returned or "Coroutine" in returned:
+        return None
+    return f"has def {name}(), which is awaited: write async def {name}(), and await what takes long"
 
 
 def _whole(value: object, least: int, most: int) -> bool:
@@ -90,6 +121,12 @@ def _request_max(value: object) -> str | None:
     if _whole(value, 1, CHAIN_LENGTH_MAX):
         return None
     return f"has request_max = {value!r}, not a number of bytes from 1 to {CHAIN_LENGTH_MAX}"
+
+
+def _start_seconds(value: object) -> str | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= START_SECONDS_MAX:
+        return None
+    return f"has start_seconds = {value!r}, not a number of seconds above 0 and up to {START_SECONDS_MAX}"
 
 
 def _ops(value: object) -> str | None:
@@ -137,6 +174,7 @@ _FAULTS: Final[Mapping[str, Callable[[Any], str | None]]] = {
     "queue_size_limit": _queue_size_limit,
     "request_max": _request_max,
     "ops": _ops,
+    "start_seconds": _start_seconds,
     "Options": _options,
     "feature_bits": _feature_bits,
 }

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Final
 
 import structlog
 import trio
@@ -35,9 +34,6 @@ from virtio.waist import ConfigChanged, Doorbell, Event, MemoryRegion, QueueBrok
 from virtio.worker import Worker
 
 log = structlog.get_logger()
-
-START_SECONDS: Final = 5.0
-"""How long a device's ``run`` may take until it reports that it started."""
 
 
 class Backend:
@@ -105,12 +101,13 @@ class Backend:
                     self._queues.append(BackendQueue(vq, driver, self._device, self._calls))
                 self._device.config_changed = self._config_changed
                 nursery.start_soon(self._watch, event_fd.fileno())
-                with trio.move_on_after(START_SECONDS) as starting:
+                with trio.move_on_after(self._device.start_seconds) as starting:
                     await nursery.start(self._run_device)
                 if starting.cancelled_caught:
+                    limit = self._device.start_seconds
                     raise HostError(
-                        f"the device's run() has not reported for {START_SECONDS:g} seconds that it started; "
-                        "it must call task_status.started()"
+                        f"the device's run() has not reported for {limit:g} seconds that it started; "
+                        "it must call task_status.started(), or its class say start_seconds"
                     )
                 try:
                     yield

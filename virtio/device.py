@@ -7,7 +7,7 @@ pumped by trio tasks that call ``handle``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import trio
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,10 @@ from virtio.pump import Queue
 from virtio.stats import Lost, Storage, StorageErrors
 
 __all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue", "Storage", "StorageErrors"]
+
+
+START_SECONDS: Final = 5.0
+"""How long a device's ``run`` may take until it reports that it started, where its class does not say."""
 
 
 class DeviceOptions(BaseModel):
@@ -39,7 +43,8 @@ class Device:
     are added by the backend), ``queue_counts`` (least, most), ``ops`` (names of its operations, for the metrics),
     ``Options`` (its configuration), ``request_max`` (a chain holds at most so many bytes to read, and has room for at
     most so many: a longer one breaks the queue before the device sees it), ``answers_in_order`` (each queue's requests
-    are answered in the order in which they came). ``native`` devices set ``native_device``.
+    are answered in the order in which they came), ``start_seconds`` (how long ``run`` may take until it reports that it
+    started). ``native`` devices set ``native_device``.
     """
 
     virtio_id: ClassVar[int]
@@ -53,6 +58,7 @@ class Device:
     Options: ClassVar[type[DeviceOptions]] = DeviceOptions
     request_max: ClassVar[int] = 1 << 20
     answers_in_order: ClassVar[bool] = False
+    start_seconds: ClassVar[float] = START_SECONDS
 
     def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
         """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
+from driven import Scripted
 
 from config.loader import load
 from config.problems import ConfigError
@@ -13,9 +16,12 @@ from daemon.catalogue import device_types, features_off, make_devices
 from daemon.cli import EXIT_CONFIG, main
 from daemon.device_checks import fault_of
 from daemon.device_classes import DeviceClasses, device_class
+from daemon.failures import leaves
 from transports import TRANSPORTS
+from virtio.backend import Backend
 from virtio.device import Device
 from virtio.devices import REGISTRY
+from virtio.errors import HostError
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED
 
 UNASKED = {VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED}  # what keys of their own offer
@@ -116,6 +122,7 @@ ATTRIBUTES = {
     "Options": ["dict", "{}", "None", "EchoOptions()"],
     "feature_bits": ["['X']", "{3: 3}", "{'X': '3'}", "{'X': 1, 'Y': 1}", "{'VIRTIO_F_RING_PACKED': 1}", "None"],
     "feature_bits['X']": ["-1", "24", "29", "49", "70", "True"],
+    "start_seconds": ["0", "-1", "601", "True", "'5'", "None", "float('nan')"],
     "native": ["True"],
 }
 
@@ -147,11 +154,68 @@ def test_the_bits_that_the_specification_gives_to_devices_are_a_devices_own(tmp_
         ("def __init__(self, name, options, queues, queue_size, more): pass", "missing a required argument: 'more'"),
         ("def __init__(self, *, name, options, queues, queue_size): pass", "too many positional arguments"),
         ("handle = Device.handle", "has neither handle() nor run_queue()"),
+        ("def handle(self, queue, chain): pass", "has def handle(), which is awaited: write async def handle()"),
+        ("async def handle(self, queue, chain): yield", "has a yield in async def handle()"),
+        ("def run_queue(self, queue): pass", "has def run_queue(), which is awaited: write async def run_queue()"),
+        ("def run(self, *, task_status): task_status.started()", "has def run(), which is awaited"),
+        ("def queue_stopping(self, queue): pass", "has def queue_stopping(), which is awaited"),
+        *(
+            (f"async def {name}(self, *given): ...", f"has async def {name}(), which is called and never awaited")
+            for name in ("features", "set_driver_features", "config_space", "write_config", "queue_running", "reset")
+        ),
+        ("async def close(self): ...", "has async def close(), which is called and never awaited: write def close()"),
     ],
 )
 def test_a_class_that_could_not_serve_is_found_before_it_serves(tmp_path: Path, body: str, reason: str) -> None:
     write(tmp_path / "echo.py", ECHO + f"\n    {body}\n")
     assert reason in problem(configured(tmp_path, "./echo.py:Echo"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def handle(self, queue, chain) -> 'Awaitable[None]': return Device.handle(self, queue, chain)",
+        "handle = functools.partialmethod(Device.run_queue)",
+        "handle = functools.wraps(Device.handle)(lambda self, queue, chain: Device.handle(self, queue, chain))",
+        "run = functools.lru_cache(Device.run)",
+    ],
+)
+def test_a_method_that_gives_something_to_await_in_another_way_is_believed(tmp_path: Path, body: str) -> None:
+    write(tmp_path / "echo.py", f"import functools\n{ECHO}\n    {body}\n")
+    assert load(configured(tmp_path, "./echo.py:Echo"), device_types(), TRANSPORTS).devices
+
+
+class Late(Scripted):
+    """Reports that it started when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await self.ready.wait()
+        task_status.started()
+
+
+async def test_a_device_says_how_long_its_start_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Late, "start_seconds", 0.01)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with Backend(Late()):
+            pass
+    (error,) = leaves(caught.value)
+    assert isinstance(error, HostError)
+    assert "has not reported for 0.01 seconds" in str(error)
+    monkeypatch.setattr(Late, "start_seconds", 60.0)
+    device = Late()
+
+    async def when_all_wait() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        device.ready.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(when_all_wait)
+        async with Backend(device) as backend:
+            assert backend.name == "scripted"
 
 
 def test_an_abstract_class_is_no_device(tmp_path: Path) -> None:
