@@ -72,6 +72,14 @@ remote = "unixgram:FOLDER/net-config.remote"
 offer_config = true
 socket = "net-config.sock"
 
+[devices.net-connects]
+type = "net"
+backend = "socket"
+local = "unixgram:FOLDER/net-connects.local"
+remote = "unixgram:FOLDER/net-connects.remote"
+mode = "connect"
+socket = "net-connects.sock"
+
 [devices.own]
 type = "./echo.py:Echo"
 socket = "own.sock"

@@ -24,6 +24,7 @@ KEYS: Final = (
     "ring-size",
     "rings",
     "calls",
+    "listens",
     "uva",
     "life",
 )

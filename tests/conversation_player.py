@@ -141,6 +141,7 @@ class Player:
         self._wires: dict[int, Wires] = {}
         self._front_end: wire.FrontEnd | None = None
         self._channel: socket.socket | None = None
+        self._listening: trio.socket.SocketType | None = None
 
     def _key(self, name: str, default: str = "") -> str:
         return self.conversation.key(name, self.device_type, default)
@@ -149,6 +150,9 @@ class Player:
         self._hang_up()
         for each in self._wires.values():
             each.close()
+        if self._listening is not None:
+            self._listening.close()
+            self.path.unlink()
         self.machine.forget()
         self.memory.close()
 
@@ -243,8 +247,18 @@ class Player:
 
     async def _connected(self) -> wire.FrontEnd:
         if self._front_end is None:
-            self._front_end = await wire.FrontEnd.connect(self.path)
+            self._front_end = await (self._accept() if self._key("listens") else wire.FrontEnd.connect(self.path))
         return self._front_end
+
+    async def _accept(self) -> wire.FrontEnd:
+        """The back-end's connection, which it tries to make again and again."""
+        if self._listening is None:
+            self._listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            await self._listening.bind(str(self.path))
+            self._listening.listen(1)
+        with trio.fail_after(GUARD):
+            sock, _ = await self._listening.accept()
+        return wire.FrontEnd(sock)
 
     async def _send(self, step: Step, payload: bytes = b"", fds: tuple[int, ...] = (), agreed: int = 0) -> None:
         """The message, and its status where the front-end asks for one. Descriptors stay ours."""
@@ -371,6 +385,8 @@ class Player:
         answer = await self._ask(step, vring_state(queue.index, 0))
         index, base = struct.unpack("=II", answer)
         assert index == queue.index
+        if step.words == ("unset",):
+            return
         if isinstance(queue.driver, SplitDriver):
             assert base == queue.driver.used_idx, f"the base is {base}, the used index is {queue.driver.used_idx}"
         self.bases[index] = base

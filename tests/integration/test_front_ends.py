@@ -29,7 +29,8 @@ class House:
         self.folder = folder
         self.log = LogBook()
         self.proofs: dict[str, Proof] = {name: kind(folder) for name, kind in PROOFS.items()}
-        self.proofs["net-config"] = Network(folder, "net-config")
+        for name in ("net-config", "net-connects"):
+            self.proofs[name] = Network(folder, name)
         self.daemon = DaemonProcess(write_configuration(folder), self.log)
         self.log.wait_for(0, "serving")
 
