@@ -40,6 +40,7 @@ from daemon.new_device import new_device
 from daemon.preflight import check_inherited_sockets, foreign_packages, host_faults, host_notes
 from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu, without_kvm
 from daemon.show import render
+from daemon.slow_steps import SlowSteps
 from daemon.state import version
 from daemon.systemd import Notifier
 from transports import TRANSPORTS
@@ -135,7 +136,7 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda number, frame: early.append(number))
     with log.in_background():
         try:
-            trio.run(app.run)
+            trio.run(app.run, instruments=[SlowSteps()])
         except* HostError as group:
             status = EXIT_FAILURE
             for error in leaves(group):

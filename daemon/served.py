@@ -18,6 +18,7 @@ from config.loader import Device as Configured
 from config.schema import DeviceConfig
 from daemon.catalogue import endpoint_of, make_device, transport_of
 from daemon.failures import leaves
+from daemon.slow_steps import DEVICE
 from transports.vhost_user.stats import ConnectionStats
 from virtio.backend import Backend
 from virtio.device import Device
@@ -80,6 +81,7 @@ class ServedDevice:
         self._retry.set()
 
     async def run(self) -> None:
+        DEVICE.set(self.name)
         while True:
             self._retry = trio.Event()
             try:
