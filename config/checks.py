@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from config.origins import KeyPath
 from config.problems import closest, toml_value
+from config.real_paths import real_path
 from config.schema import (
     DEFAULT_WORKER,
     KEYED_FEATURES,
@@ -210,7 +211,7 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
     yield from _check_characters(claims)
     yield from _check_reached_by_guests(drafts, claims, folder)
     for claim in claims:
-        first = users.setdefault(os.path.realpath(folder / claim.file), claim)  # takes loops and closed folders
+        first = users.setdefault(real_path(folder / claim.file), claim)
         if first is not claim and not (first.shared and claim.shared):
             hint = "give each a file of its own"
             if claim.read_only and first.read_only:

@@ -123,6 +123,13 @@ class DaemonConfig(Table):
         "unless metrics_allow_remote is true.",
         examples=["127.0.0.1:9477", "[::1]:9477", "off"],
     )
+    stop_seconds: int = Field(
+        default=10,
+        description="How long the daemon waits at SIGTERM for requests that their storage does not answer; then it "
+        "says which, and ends without them.",
+        ge=1,
+        le=3600,
+    )
     control: FilePath | None = Field(
         default=None,
         description="Path of the control socket, which hyperbell show asks (mode 0600: only the daemon's own user "

@@ -29,6 +29,7 @@ from daemon.metrics_server import metrics_url, serve_metrics
 from daemon.policies import Policies
 from daemon.served import ServedDevice
 from daemon.state import ConnectionState, DaemonState, DeviceState, FailedDevice, version
+from daemon.stuck import end_when_stuck
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
 from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
 from transports.qemu_doorbells.vms import QemuDoorbells
@@ -85,6 +86,9 @@ class App:
         self._served = {name: ServedDevice(name, self, strict=strict) for name in names}
         self._metrics_url = ""
         self._announced = False
+        self._stopping = trio.Event()
+        self._ending: list[Backend] = []  # what was served when it came
+        self._reloading = trio.Lock()
         policies = {
             name: config.devices[name].common.hypercall if name in config.devices else "offer" for name in names
         }
@@ -99,15 +103,21 @@ class App:
         strict mode.
         """
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
-            async with trio.open_nursery() as outer:
-                outer.start_soon(self._obey, signals, outer.cancel_scope)
-                async with AsyncExitStack() as stack:
-                    used = {name for device in self._config.devices.values() for name in device.workers}
-                    threads = await stack.enter_async_context(start_workers(self._config.workers, used))
-                    self._assembly = Assembly(threads, self._devices, self._backends)
-                    async with trio.open_nursery() as nursery:
-                        await self._serve(nursery)
-                outer.cancel_scope.cancel()
+            async with trio.open_nursery() as guard:
+                guard.start_soon(end_when_stuck, self._stopping, self._config.daemon.stop_seconds, self._ending)
+                await self._run(signals)
+                guard.cancel_scope.cancel()
+
+    async def _run(self, signals: AsyncIterator[int]) -> None:
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._obey, signals, outer)
+            async with AsyncExitStack() as stack:
+                used = {name for device in self._config.devices.values() for name in device.workers}
+                threads = await stack.enter_async_context(start_workers(self._config.workers, used))
+                self._assembly = Assembly(threads, self._devices, self._backends)
+                async with trio.open_nursery() as nursery:
+                    await self._serve(nursery)
+            outer.cancel_scope.cancel()
 
     def snapshot(self) -> DaemonState:
         """The counters now. In the event loop only, so that nothing read here is being closed."""
@@ -263,25 +273,32 @@ class App:
 
     # Signals
 
-    async def _obey(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async def _obey(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
         for number in self._early_signals:
-            self._obey_one(number, scope)
+            self._obey_one(number, nursery)
         async for number in signals:
-            self._obey_one(number, scope)
+            self._obey_one(number, nursery)
 
-    def _obey_one(self, number: int, scope: trio.CancelScope) -> None:
+    def _obey_one(self, number: int, nursery: trio.Nursery) -> None:
         if number == signal.SIGHUP:
-            self._reload()
-        elif not scope.cancel_called:
+            nursery.start_soon(self._reload)
+        elif not nursery.cancel_scope.cancel_called:
             self._log.info("stopping", signal=signal.Signals(number).name)
             self._notifier.stopping()
-            scope.cancel()
+            self._ending.extend(self._backends.values())
+            self._stopping.set()
+            nursery.cancel_scope.cancel()
 
-    def _reload(self) -> None:
-        """Put into effect what can be; a configuration with mistakes changes nothing."""
+    async def _reload(self) -> None:
+        """Put into effect what can be; a configuration with mistakes changes nothing. One at a time."""
+        async with self._reloading:
+            await self._reload_now()
+
+    async def _reload_now(self) -> None:
         self._notifier.reloading()
         try:
-            new = self._load()
+            # In a thread: it looks at files that it names, whose file system may hang.
+            new = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
         except ConfigError as error:
             for problem in error.problems:
                 self._log.error("not reloaded: the configuration has a mistake", problem=str(problem))
@@ -300,7 +317,7 @@ class App:
                 self._report(change)
             self._reload_policies(new)
             self._config = replace(self._config, daemon=_with_reloaded_keys(self._config, new))
-            self._assembly.refresh_devices()
+            await self._assembly.refresh_devices()
             for served in self._served.values():
                 served.retry_now()
             self._log.info("reloaded")

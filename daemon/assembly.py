@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
+import trio
 
 from config.schema import DeviceConfig, WorkerConfig
 from daemon.catalogue import Configured, features_left_out, features_off
@@ -17,6 +19,8 @@ from virtio.errors import HostError
 from virtio.stats import WorkerStats
 from virtio.worker import Worker
 
+EXAMINE_SECONDS: Final = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
@@ -25,21 +29,35 @@ class Assembly:
     workers: Mapping[str, Worker]
     devices: Mapping[str, Device]
     backends: Mapping[str, Backend]
+    examining: dict[str, trio.CapacityLimiter] = field(default_factory=dict)
+    """By device: a file system that hangs keeps one thread, however often it is asked."""
 
     def worker_stats(self) -> tuple[WorkerStats, ...]:
         return tuple(worker.stats() for worker in self.workers.values())
 
-    def refresh_devices(self) -> None:
-        """Look again at what the devices stand on, and tell the drivers of what changed."""
+    async def refresh_devices(self) -> None:
+        """Look again at what the devices stand on, and tell the drivers of what changed.
+
+        One that hangs delays nothing but the end of this, and that for ``EXAMINE_SECONDS`` at most.
+        """
+        async with trio.open_nursery() as nursery:
+            for name, device in [*self.devices.items()]:
+                nursery.start_soon(self._refresh, name, device)
+
+    async def _refresh(self, name: str, device: Device) -> None:
         log = structlog.get_logger()
-        for name, device in self.devices.items():
-            try:
-                if device.refresh():
-                    log.info("changed underneath: the driver is told", device=name)
-            except HostError as error:
-                log.error("cannot be examined anew", device=name, error=str(error))
-            except MISTAKES as error:
-                log.error("device failed", device=name, where="refresh", exc_info=error)
+        one_at_a_time = self.examining.setdefault(name, trio.CapacityLimiter(1))
+        try:
+            with trio.move_on_after(EXAMINE_SECONDS) as scope:
+                await trio.to_thread.run_sync(device.examine, abandon_on_cancel=True, limiter=one_at_a_time)
+            if scope.cancelled_caught:
+                log.error("not examined: its storage has not answered", device=name, seconds=EXAMINE_SECONDS)
+            elif self.devices.get(name) is device and device.refresh():
+                log.info("changed underneath: the driver is told", device=name)
+        except HostError as error:
+            log.error("cannot be examined anew", device=name, error=str(error))
+        except MISTAKES as error:
+            log.error("device failed", device=name, where="refresh", exc_info=error)
 
 
 @asynccontextmanager

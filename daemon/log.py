@@ -121,6 +121,13 @@ def in_background() -> Iterator[None]:
         _lines.queue, _lines.given_up = None, not written
 
 
+def last_words() -> None:
+    """Before the process ends without a word: write the lines that wait, as far as their reader lets us."""
+    if _lines.queue is not None:
+        _lines.given_up = not _lines.queue.close()
+        _lines.queue = None
+
+
 class _Forwarder(logging.Handler):
     """What a device's file, or a library, says by Python's own logging or as a warning."""
 

@@ -420,6 +420,15 @@ class Backend:
         """Wait for what the transport has to pass on."""
         return await self._events.next()
 
+    def in_flight(self) -> list[tuple[int, int, float]]:
+        """Of each queue that waits for something: its number, how many requests, and the oldest one's age in seconds.
+
+        May be called while the backend ends.
+        """
+        now = time.monotonic_ns()
+        stats = [queue.vq.stats((), queue.running, now) for queue in self._queues]
+        return [(each.queue, each.inflight, each.oldest_age_seconds) for each in stats if each.inflight]
+
     def stats(self) -> BackendStats:
         """The counters now; may be called from any thread."""
         now = time.monotonic_ns()

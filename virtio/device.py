@@ -141,6 +141,9 @@ class Device:
         """
         return False
 
+    def examine(self) -> None:
+        """Before ``refresh``, in a thread of its own: look at files, which may hang. ``HostError``."""
+
     def refresh(self) -> bool:
         """Look again at what the device stands on (SIGHUP); True when something changed."""
         return False

@@ -272,12 +272,12 @@ async def test_a_machine_of_our_own_reads_zeroes_from_a_config_space_that_fails(
         assert await s.read(0x100) == int.from_bytes(b"fine", "little")
 
 
-def test_a_device_that_cannot_be_examined_plugged_or_closed_is_one_line_and_the_others_go_on() -> None:
+async def test_a_device_that_cannot_be_examined_plugged_or_closed_is_one_line_and_the_others_go_on() -> None:
     faulty, fine = Faulty(), Faulty()
     faulty.faults = {"refresh", "set_link", "close"}
     devices = {"faulty": faulty, "fine": fine}
     with capture_logs() as logs:
-        Assembly({}, devices, {}).refresh_devices()
+        await Assembly({}, devices, {}).refresh_devices()
         with pytest.raises(HostError, match=r"set_link\(\) failed: ValueError: mine"):
             Links(devices).set("faulty", False)
         assert Links(devices).set("fine", False)

@@ -135,6 +135,7 @@ class Blk(Device):
             self._image = open_image(
                 options.path, read_only=options.read_only, direct=options.direct, block_size=options.block_size
             )
+        self._examined: int | None = None
         self._news = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._capacity = self._measure()
@@ -258,11 +259,22 @@ class Blk(Device):
         if 0 <= at < len(data) and self.driver_features >> VIRTIO_BLK_F_CONFIG_WCE & 1:
             self._set_writeback(bool(data[at] & 1))
 
+    def examine(self) -> None:
+        self._examined = self._measure()
+
     def refresh(self) -> bool:
         """The image may have been resized: the guest is told its new capacity."""
-        capacity = self._measure()
+        capacity = self._measure() if self._examined is None else self._examined
+        self._examined = None
         if capacity == self._capacity:
             return False
+        if capacity < self._capacity:
+            structlog.get_logger().warning(
+                "the image is smaller than before: what was behind its new end is lost to the guest",
+                device=self.name,
+                bytes_before=self._capacity * SECTOR_SIZE,
+                bytes_now=capacity * SECTOR_SIZE,
+            )
         self._capacity = capacity
         self._disk.set_capacity(capacity)
         self.config_changed()
