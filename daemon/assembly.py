@@ -82,13 +82,19 @@ async def assemble(
 async def start_workers(workers: Mapping[str, WorkerConfig], used: Container[str]) -> AsyncIterator[dict[str, Worker]]:
     """The threads of those ``workers`` that devices use, until the end. Raises ``HostError``."""
     async with AsyncExitStack() as stack:
+        log = structlog.get_logger()
         threads: dict[str, Worker] = {}
         for name, settings in workers.items():
             if name not in used:
-                structlog.get_logger().warning("no device uses this worker: it is not started", worker=name)
+                log.warning("no device uses this worker: it is not started", worker=name)
                 continue
             worker = Worker(name, settings.cpus or (), settings.poll_us, settings.reactor)
             threads[name] = await stack.enter_async_context(worker)
+            values = {"worker": name, "reactor": worker.reactor, "reason": worker.reason}
+            if worker.reason.startswith("no io_uring"):
+                log.warning("worker runs without io_uring: its disks are slower", **values)
+            else:
+                log.info("worker runs", **values)
         yield threads
 
 

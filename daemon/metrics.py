@@ -236,10 +236,10 @@ def _worker_metrics(workers: Iterable[WorkerStats]) -> Iterator[Metric]:
             counter.add_metric((worker.name,), count(worker))
         yield counter
     info = GaugeMetricFamily(
-        "hyperbell_worker_info", "How the thread waits for work; always 1.", labels=("worker", "reactor")
+        "hyperbell_worker_info", "How the thread waits for work; always 1.", labels=("worker", "reactor", "reason")
     )
     for worker in rows:
-        info.add_metric((worker.name, worker.reactor), 1)
+        info.add_metric((worker.name, worker.reactor, worker.reason), 1)
     yield info
 
 

@@ -12,6 +12,7 @@ from daemon.worth_table import render_worth
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
 _NET_COLUMNS: Final = ("INTERFACE", "LINK", "DIRECTION", "FRAMES", "BYTES", "LOST", "BECAUSE")
 _STORAGE_COLUMNS: Final = ("DISK", "STORAGE", "ERRORS")
+_WORKER_COLUMNS: Final = ("WORKER", "REACTOR", "BECAUSE")
 _VM_COLUMNS: Final = ("VM", "PID", "FOR", "KEY", "HYPERCALLS", "NO HYPERCALL DOORBELL BECAUSE")
 _OWN: Final = "(own)"
 """For the name of a VM, of which ``hyperbell microvm`` has one."""
@@ -51,6 +52,9 @@ def render(stats: Mapping[str, Any], now: float | None = None) -> str:
     strays = _stray_rows(devices, machine)
     if strays:
         text += "\n\n" + table(_STRAY_COLUMNS, strays)
+    workers = [(each["name"], each["reactor"], each.get("reason") or "-") for each in stats["workers"]]
+    if workers:
+        text += "\n\n" + table(_WORKER_COLUMNS, workers)
     if stats["doorbells"] is not None:
         text += "\n\n" + render_worth(stats["doorbells"])
     return text

@@ -100,7 +100,7 @@ class BackendStats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """One native worker thread. ``reactor`` is ``io_uring`` or ``epoll``."""
+    """One native worker thread. ``reactor`` is ``io_uring`` or ``epoll``, ``reason`` why it is not another."""
 
     name: str
     reactor: str
@@ -108,3 +108,4 @@ class WorkerStats:
     poll_hits: int
     poll_misses: int
     cpu_seconds: float
+    reason: str = ""

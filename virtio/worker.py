@@ -176,6 +176,14 @@ class Worker:
         """The reactor in use: "io_uring" or "epoll"."""
         return _REACTOR_NAMES[lib.worker_stats(self._pointer).reactor]
 
+    @property
+    def reason(self) -> str:
+        """Why the reactor is not another: configured, the best there is, or what io_uring failed with."""
+        if self._reactor != lib.REACTOR_AUTO:
+            return "configured"
+        error = lib.worker_stats(self._pointer).uring_error
+        return f"no io_uring: {os.strerror(error)}" if error else "available"
+
     def stats(self) -> WorkerStats:
         """Any thread, while the worker runs: its counters now."""
         raw = lib.worker_stats(self._pointer)
@@ -186,4 +194,5 @@ class Worker:
             poll_hits=raw.poll_hits,
             poll_misses=raw.poll_misses,
             cpu_seconds=lib.worker_cpu_ns(self._pointer) / 1e9,
+            reason=self.reason,
         )

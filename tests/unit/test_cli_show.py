@@ -23,7 +23,7 @@ def state() -> DaemonState:
     queue = QueueStats(0, {"kick": 7, "pio": 0, "hypercall": 4}, 12, 13, 1, 3, 2, 1.5, True, False, {"read": reads})
     connection = ConnectionState(True, 3, 2, 4, 99, 5, {"VHOST_USER_SET_VRING_NUM": 7}, 100.0)
     disk = DeviceState(BackendStats("disk", "blk", 0, (queue,)), connection, "vhost-user", Path("/run/disk.sock"))
-    return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5),))
+    return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5, "available"),))
 
 
 def is_there(path: Path) -> bool:
@@ -179,11 +179,12 @@ async def test_a_refusal_reaches_who_asked(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_front_ends_and_queues() -> None:
-    devices, queues = render(answer("stats"), now=225.0).split("\n\n")
+    devices, queues, workers = render(answer("stats"), now=225.0).split("\n\n")
     assert devices.splitlines()[1].split() == [
         *("disk", "blk", "connected", "2", "min", "5", "s", "3", "4", "7", "/run/disk.sock"),
     ]
     assert queues.splitlines()[1].split() == ["disk", "0", "running", "6", "1", "5.0", "MiB", "2", "11", "75%"]
+    assert workers.splitlines()[1].split() == ["fast", "io_uring", "available"]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def state() -> DaemonState:
     )
     queues = (queue(0, {"read": reads}), queue(1, {"read": op()}, broken=True))
     disk = DeviceState(BackendStats("disk", "blk", 0, queues), connection, "vhost-user", Path("/run/disk.sock"))
-    return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5),))
+    return DaemonState((disk,), (WorkerStats("fast", "io_uring", 21, 22, 23, 2.5, "available"),))
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -184,7 +184,7 @@ def test_workers_are_counted_by_name() -> None:
     assert value(found, "hyperbell_worker_poll_hits_total", worker="fast") == 22
     assert value(found, "hyperbell_worker_poll_misses_total", worker="fast") == 23
     assert value(found, "hyperbell_worker_cpu_seconds_total", worker="fast") == 2.5
-    assert value(found, "hyperbell_worker_info", worker="fast", reactor="io_uring") == 1
+    assert value(found, "hyperbell_worker_info", worker="fast", reactor="io_uring", reason="available") == 1
 
 
 def test_build_info_names_version_and_platform() -> None:

@@ -400,6 +400,7 @@ struct worker_stats { /* written by the worker, relaxed; read by anyone */
 	uint64_t poll_hits;
 	uint64_t poll_misses;
 	uint32_t reactor;      /* REACTOR_*, the one in use */
+	uint32_t uring_error;  /* the errno for which io_uring was wanted and could not be had; 0: none; then fixed */
 };
 
 /* `done_fd` (not owned) is written when commands are done. */

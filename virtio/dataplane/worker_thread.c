@@ -27,6 +27,7 @@ static int reactor_open(struct worker *w)
 		w->reactor = &uring_ops;
 		rc = w->reactor->open(w);
 		w->stats.reactor = REACTOR_IO_URING;
+		w->stats.uring_error = rc < 0 ? (uint32_t)-rc : 0;
 	}
 	if (rc < 0 && w->reactor_wanted != REACTOR_IO_URING) {
 		w->reactor = &epoll_ops;
