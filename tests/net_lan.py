@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from frontend import F_VERSION_1, Guest
 from links import WaistLink
@@ -72,7 +72,7 @@ async def lan(
     *without: int,
     pairs: Sequence[int] = (),
     mtus: Sequence[int | None] = (),
-    more: Sequence[dict[str, object]] = (),
+    more: Sequence[Mapping[str, object]] = (),
 ) -> AsyncIterator[list[Station]]:
     """As many stations on one switch as there are ``without``: the feature bits that each one's driver declines.
 
@@ -83,8 +83,8 @@ async def lan(
         worker = await stack.enter_async_context(Worker("lan", reactor=reactor))
         stations = []
         for number, bits in enumerate(without):
-            keys = {"backend": "switch", "switch": "lan", "mtu": mtus[number] if mtus else None}
-            options = NetOptions.model_validate(keys | (more[number] if more else {}))
+            keys: dict[str, object] = {"backend": "switch", "switch": "lan", "mtu": mtus[number] if mtus else None}
+            options = NetOptions.model_validate(keys | dict(more[number] if more else {}))
             device = Net(f"port{number}", options, pairs[number] if pairs else 1, 256)
             stack.callback(device.close)
             backend = await stack.enter_async_context(Backend(device, workers=[worker]))

@@ -18,5 +18,6 @@ ffibuilder.set_source(
     depends=[str((HERE / "usernet.cdef.h").relative_to(ROOT))],
     include_dirs=[str(HERE.relative_to(ROOT))],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    define_macros=[("_GNU_SOURCE", None)],
     libraries=["slirp"],
 )

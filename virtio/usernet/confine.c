@@ -3,7 +3,6 @@
  * share of faults: one that is taken over can neither start programs, nor write files, nor reach other processes.
  * A call that is not in the list fails with EPERM, so that a C library that learns a new one finds a way around it.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stddef.h>
