@@ -113,6 +113,7 @@ async def scenario(host: Level) -> Record:
             bios="bios-256k.bin",
             launcher=by_hypercall(KEY_OF_G2),
             huge_pages=True,
+            rare_ticks=True,
         )
         async with g1.boot(machine) as g2:
             await load_module(g1)
