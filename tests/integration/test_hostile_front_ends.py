@@ -153,18 +153,19 @@ async def test_a_call_eventfd_that_is_full_and_blocking_breaks_its_queue_and_hol
     await scene.aftermath()
 
 
-async def test_a_call_eventfd_that_is_full_when_it_is_given_holds_up_nobody(scene: Scene) -> None:
-    guest = await scene.started()
+async def test_a_call_eventfd_that_is_full_when_it_is_given_ends_its_connection_and_nothing_else(scene: Scene) -> None:
     full = os.eventfd(0, os.EFD_CLOEXEC)
     os.eventfd_write(full, 2**64 - 2)
     try:
         for index in range(2):
-            await guest.link.set_call(index, full)  # would be signalled once
+            guest = await scene.started()
+            front_end = front_end_of(guest)
+            await front_end.send(message(13, u64(index)), [os.dup(full)])  # would be signalled once
+            assert await front_end.ended()
+            guest.close()
             await scene.unharmed()
-        assert await guest.link.status() is not None
     finally:
         os.close(full)
-        guest.close()
     await scene.aftermath()
 
 

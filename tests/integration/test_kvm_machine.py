@@ -107,6 +107,10 @@ async def test_a_machine_with_too_many_devices_is_refused(toy: Toy) -> None:
 # ---- hostile guests, and one beside them ----
 
 
+# The toy guest's rings have 16 entries, and its requests are smaller than a disk lets a driver make.
+SMALL_RING = "the queue is too small for the requests that its driver may make"
+
+
 @both_kinds
 @pytest.mark.parametrize("mode", ["nonsense", "flood", "outside"])
 async def test_a_hostile_guest_harms_only_itself(toy: Toy, tmp_path: Path, mode: str, bits: int) -> None:
@@ -134,7 +138,8 @@ async def test_a_hostile_guest_harms_only_itself(toy: Toy, tmp_path: Path, mode:
         seen = honest.says_now("RESULT progress=")
         await honest.says(f"progress={20 * (seen + 2)}\n")  # the other one goes on
         honest.tell_to_stop()
-        await CHECKS[mode](hostile, run.results, [line["event"] for line in logs if line["log_level"] != "debug"])
+        said = [line["event"] for line in logs if line["log_level"] != "debug"]
+        await CHECKS[mode](hostile, run.results, [event for event in said if event != SMALL_RING])
     assert len(neighbour) == 1
 
 

@@ -73,8 +73,9 @@ const char *const disk_names[DISK_KINDS] = {
 
 struct native_device *disk_new(enum disk_kind kind, int *fd)
 {
-	struct blk_setup setup = { .capacity = DISK_BYTES >> 9, .fd = -1, .news_fd = -1, .block_size = 512, .discard = 1,
-				   .write_zeroes = 1, .max_discard_sectors = TAG_SECTORS,
+	struct blk_setup setup = { .capacity = DISK_BYTES >> 9, .fd = -1, .cached_fd = -1, .news_fd = -1,
+				   .block_size = 512, .memory_align = 512, .offset_align = 512, .erase_align = 1,
+				   .discard = 1, .write_zeroes = 1, .max_discard_sectors = TAG_SECTORS,
 				   .max_write_zeroes_sectors = TAG_SECTORS };
 	char path[] = "native-disk-XXXXXX", again[64];
 	struct native_device *device;

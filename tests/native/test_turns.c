@@ -143,8 +143,9 @@ static void table_open(struct table *t, enum disk_kind greedy, uint64_t turn_ns)
 	t->worker.wake_fd = t->worker.done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	for (uint32_t i = 0; i < QUEUES; i++) {
 		enum disk_kind kind = i ? DISK_MEMORY : greedy;
-		struct blk_setup setup = { .capacity = DISK_SIZE >> 9, .fd = -1, .news_fd = -1, .block_size = 512, .write_zeroes = 1,
-					   .max_write_zeroes_sectors = DISK_SIZE >> 9 };
+		struct blk_setup setup = { .capacity = DISK_SIZE >> 9, .fd = -1, .cached_fd = -1, .news_fd = -1,
+					   .block_size = 512, .memory_align = 512, .offset_align = 512, .erase_align = 1,
+					   .write_zeroes = 1, .max_write_zeroes_sectors = DISK_SIZE >> 9 };
 		struct queue_setup ring;
 		int error;
 

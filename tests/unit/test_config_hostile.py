@@ -81,7 +81,7 @@ def test_a_socket_among_symbolic_links_that_go_in_circles_is_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "disk.img").touch()
+    (tmp_path / "disk.img").write_bytes(bytes(512))
     said = check(tmp_path, DISK.replace("disk.sock", "loop/disk.sock"), capsys, 0)
     assert (
         f"[devices.disk] socket: the folder {tmp_path}/loop cannot be looked at by this user: Too many levels" in said
@@ -122,7 +122,7 @@ def test_an_image_and_a_folder_that_cannot_be_looked_for_are_notes(
     said = check(tmp_path, DISK.replace("disk.img", f"{LONG}/disk.img"), capsys, 0)
     assert "[devices.disk] path:" in said
     assert "disk.img cannot be looked at by this user: File name too long" in said
-    (tmp_path / "disk.img").touch()
+    (tmp_path / "disk.img").write_bytes(bytes(512))
     (tmp_path / "file").touch()
     said = check(tmp_path, DISK.replace("disk.sock", "file/disk.sock"), capsys, 0)
     assert f"[devices.disk] socket: {tmp_path}/file is not a folder" in said

@@ -146,6 +146,9 @@ def test_the_metrics_have_every_reason_and_the_link() -> None:
 
 def test_a_device_counts_its_losses_under_names_that_stay(lan: Net) -> None:
     assert {(loss.direction, loss.reason) for loss in lan.lost()} == {
-        *(("transmit", reason) for reason in ("malformed", "link_down", "disabled", "nobody_there")),
+        *(
+            ("transmit", reason)
+            for reason in ("malformed", "link_down", "disabled", "nobody_there", "another_ports_address")
+        ),
         *(("receive", reason) for reason in ("no_buffers", "too_large", "link_down", "filtered", "malformed")),
     }
