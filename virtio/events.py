@@ -34,6 +34,8 @@ class Events:
         while not self._waiting:
             self._added = trio.Event()
             await self._added.wait()
+            # A task that was woken and then cancelled must not take an event along.
+            await trio.lowlevel.checkpoint_if_cancelled()
         event = next(iter(self._waiting))
         del self._waiting[event]
         return event
