@@ -307,7 +307,16 @@ def test_metrics_and_table_name_a_failed_device() -> None:
     assert found["hyperbell_device_failures_total", "disk"] == 3
     assert found["hyperbell_devices", None] == 0
     shown = json.loads(
-        json.dumps({"devices": [], "vms": [], "machine": None, "doorbells": None, "failed": [vars_of(failed)]})
+        json.dumps(
+            {
+                "devices": [],
+                "vms": [],
+                "machine": None,
+                "doorbells": None,
+                "failed": [vars_of(failed)],
+                "workers": [],
+            }
+        )
     )
     (row,) = [line for line in render(shown, now=130.0).splitlines() if "disk.img" in line]
     assert row.split()[:6] == ["disk", "blk", "30", "s", "in", "30"]

@@ -327,6 +327,9 @@ int virtqueue_arm(struct virtqueue *vq)
 	if (!virtqueue_runnable(vq) || ring_ready(vq) != 0)
 		return 1; /* nothing to wait for that a kick could bring; RESUME or a new setup will */
 	vq->ops->arm(vq);
+	/* A turn may have ended with the chain whose memory had gone. The ring is zeroes now, and looks empty for ever. */
+	if (unlikely(memory_alive(vq) < 0))
+		return 1;
 	return !vq->ops->has_work(vq);
 }
 
