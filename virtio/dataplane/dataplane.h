@@ -239,6 +239,8 @@ void virtqueue_push(struct virtqueue *vq, uint32_t head, uint32_t slots, uint32_
 void virtqueue_publish(struct virtqueue *vq);
 void virtqueue_notify(struct virtqueue *vq);
 bool virtqueue_runnable(struct virtqueue *vq);
+/* After guest memory was read: 0, or VQ_BROKEN because it was no longer there. Only while it is configured. */
+int virtqueue_memory_alive(struct virtqueue *vq);
 bool virtqueue_has_work(struct virtqueue *vq);
 
 /* For the ring formats: account one descriptor to the chain. 0, or VQ_MISS / VQ_BROKEN. */

@@ -230,8 +230,7 @@ void virtqueue_set_memory_at_rest(struct virtqueue *vq, struct memory_table *tab
 	vq->deaths_seen = load_acquire(&sigbus_deaths) - 1;
 }
 
-/* After guest memory was read: was it still there? */
-static int memory_alive(struct virtqueue *vq)
+int virtqueue_memory_alive(struct virtqueue *vq)
 {
 	uint32_t deaths = load_acquire(&sigbus_deaths);
 
@@ -253,7 +252,7 @@ int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain)
 	if (unlikely(rc))
 		return rc;
 	rc = vq->ops->pop(vq, chain);
-	if (unlikely(memory_alive(vq) < 0))
+	if (unlikely(virtqueue_memory_alive(vq) < 0))
 		return VQ_BROKEN;
 	if (rc != VQ_CHAIN)
 		return rc;
@@ -327,9 +326,6 @@ int virtqueue_arm(struct virtqueue *vq)
 	if (!virtqueue_runnable(vq) || ring_ready(vq) != 0)
 		return 1; /* nothing to wait for that a kick could bring; RESUME or a new setup will */
 	vq->ops->arm(vq);
-	/* A turn may have ended with the chain whose memory had gone. The ring is zeroes now, and looks empty for ever. */
-	if (unlikely(memory_alive(vq) < 0))
-		return 1;
 	return !vq->ops->has_work(vq);
 }
 

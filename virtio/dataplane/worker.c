@@ -94,6 +94,9 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 {
 	bool served = queue_ops(vq) ? queue_ops(vq)->turn(vq->device, w, vq) : serve_chains(w, vq) > 0;
 
+	/* A turn may end with the chain whose memory had gone. The ring is zeroes now, and would look empty for ever. */
+	if (served && virtqueue_runnable(vq))
+		virtqueue_memory_alive(vq);
 	if (vq->kicked) {
 		/* A queue that now waits for a translation was not called in vain. */
 		if (virtqueue_take_kicks(vq) && !served && !vq->parked)
