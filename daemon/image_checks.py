@@ -42,11 +42,8 @@ def image_faults(config: Config, *, as_daemon: bool) -> Iterator[Problem]:
         if wrong is not None:
             yield config.problem(key, f"{path} {wrong}", "an image is a regular file or a block device")
             continue
-        writing = not options.read_only
-        if as_daemon and not os.access(path, os.R_OK | (os.W_OK if writing else 0)):
-            number = errno.EROFS if _on_read_only(path) and writing else errno.EACCES
-            hint = remedy(path, number, writing=writing)
-            yield config.problem(key, f"{path}: {os.strerror(number)}, by this user", hint)
+        if as_daemon and (closed := _closed(path, options)) is not None:
+            yield config.problem(key, *closed)
             continue
         yield from _content_faults(config, device, options, path)
 
@@ -77,13 +74,10 @@ def image_notes(config: Config) -> Iterator[Problem]:
             continue  # daemon.preflight says so
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
             continue
-        writing = not options.read_only
-        if not os.access(path, os.R_OK | (os.W_OK if writing else 0)):
-            number = errno.EROFS if _on_read_only(path) and writing else errno.EACCES
-            message = f"{path}: {os.strerror(number)}, by this user"
-            yield config.problem(
-                key, message, f"{remedy(path, number, writing=writing)} (check --user asks as another)"
-            )
+        closed = _closed(path, options)
+        if closed is not None:
+            message, hint = closed
+            yield config.problem(key, message, f"{hint} (check --user asks as another)")
         try:
             with OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
                 head, size = os.pread(fd.fileno(), HEAD, 0), size_of(fd)
@@ -98,6 +92,15 @@ def _images(config: Config) -> Iterator[tuple[Device, BlkOptions, Path]]:
     for device in config.devices.values():
         if isinstance(device.options, BlkOptions) and device.options.path is not None:
             yield device, device.options, device.options.path
+
+
+def _closed(path: Path, options: BlkOptions) -> tuple[str, str] | None:
+    """What keeps this user from opening the image, and the remedy."""
+    writing = not options.read_only
+    if os.access(path, os.R_OK | (os.W_OK if writing else 0)):
+        return None
+    number = errno.EROFS if _on_read_only(path) and writing else errno.EACCES
+    return f"{path}: {os.strerror(number)}, by this user", remedy(path, number, writing=writing)
 
 
 def _split(text: str, path: Path) -> tuple[str, str]:

@@ -90,16 +90,13 @@ static int transfer_part(struct request *r)
 	q.data_len = left;
 	r->offset += left;
 	r->length -= left;
-	while (left) {
-		uint64_t n = r->io_iov->iov_len < left ? r->io_iov->iov_len : left;
+	for (const struct iovec *piece = r->io_iov; left; piece++) {
+		uint64_t n = piece->iov_len < left ? piece->iov_len : left;
 
-		q.data[q.data_count++] = (struct iovec){ r->io_iov->iov_base, n };
+		q.data[q.data_count++] = (struct iovec){ piece->iov_base, n };
 		left -= n;
-		r->io_iov->iov_base = (uint8_t *)r->io_iov->iov_base + n;
-		r->io_iov->iov_len -= n;
-		if (r->io_iov->iov_len == 0)
-			r->io_iov++;
 	}
+	iov_skip(&r->io_iov, &r->io_count, q.data_len);
 	return part_do((struct blk_device *)r->device, &q);
 }
 

@@ -53,31 +53,9 @@ int io_perform(const struct request *r)
 	return n < 0 ? -errno : (int)n;
 }
 
-static void push_done(struct io_threads *pool, struct request *r)
-{
-	struct request *head = load_relaxed(&pool->done);
-
-	do
-		r->next = head;
-	while (!__atomic_compare_exchange_n(&pool->done, &head, r, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
-	worker_wake(pool->worker);
-}
-
 struct request *io_threads_done(struct io_threads *pool)
 {
-	struct request *list, *ordered = NULL;
-
-	if (!load_relaxed(&pool->done))
-		return NULL;
-	list = __atomic_exchange_n(&pool->done, NULL, __ATOMIC_ACQ_REL);
-	while (list) {
-		struct request *next = list->next;
-
-		list->next = ordered;
-		ordered = list;
-		list = next;
-	}
-	return ordered;
+	return requests_take(&pool->done);
 }
 
 /* With the lane locked: the next request, or NULL when this thread is not needed any more. */
@@ -114,7 +92,7 @@ static void *lane_main(void *argument)
 	while ((r = next_request(lane))) {
 		pthread_mutex_unlock(&lane->lock);
 		r->result = io_perform(r);
-		push_done(lane->pool, r);
+		requests_push(&lane->pool->done, r);
 		pthread_mutex_lock(&lane->lock);
 	}
 	lane->threads--;
@@ -185,7 +163,7 @@ void io_threads_submit(struct io_threads *pool, struct request *r)
 	}
 	if (!taken) { /* no thread and no memory to be had: better slow than not at all */
 		r->result = io_perform(r);
-		push_done(pool, r);
+		requests_push(&pool->done, r);
 	}
 }
 

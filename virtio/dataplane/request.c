@@ -76,28 +76,45 @@ void request_finish(struct request *r, uint32_t written, bool failed)
 	vq->free_requests = r;
 }
 
-void request_hand_over(struct request *r)
+void requests_push(struct request **stack, struct request *r)
 {
-	struct worker *w = r->worker;
-	struct request *head = load_relaxed(&w->handed);
+	struct worker *w = r->worker; /* once pushed, r may be finished and gone */
+	struct request *head = load_relaxed(stack);
 
 	do
 		r->next = head;
-	while (!__atomic_compare_exchange_n(&w->handed, &head, r, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+	while (!__atomic_compare_exchange_n(stack, &head, r, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
 	worker_wake(w);
+}
+
+struct request *requests_take(struct request **stack)
+{
+	struct request *list, *ordered = NULL;
+
+	if (!load_relaxed(stack))
+		return NULL;
+	list = __atomic_exchange_n(stack, NULL, __ATOMIC_ACQ_REL);
+	while (list) {
+		struct request *next = list->next;
+
+		list->next = ordered;
+		ordered = list;
+		list = next;
+	}
+	return ordered;
+}
+
+void request_hand_over(struct request *r)
+{
+	requests_push(&r->worker->handed, r);
 }
 
 bool worker_take_handed(struct worker *w)
 {
-	struct request *r = __atomic_exchange_n(&w->handed, NULL, __ATOMIC_ACQ_REL), *next, *ordered = NULL;
+	struct request *r = requests_take(&w->handed), *next;
 	bool any = r != NULL;
 
-	for (; r; r = next) { /* handed over first, resumed first */
-		next = r->next;
-		r->next = ordered;
-		ordered = r;
-	}
-	for (r = ordered; r; r = next) {
+	for (; r; r = next) {
 		next = r->next;
 		r->device->ops->resumed(r);
 	}

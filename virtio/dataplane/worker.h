@@ -205,8 +205,9 @@ struct worker {
 void request_hand_over(struct request *r);
 /* Worker thread: resume what was handed over. */
 bool worker_take_handed(struct worker *w);
-/* Any thread: something was pushed for the worker. */
-void worker_wake(struct worker *w);
+/* An atomic stack. Any thread: push r, and wake its worker / the worker: all of them, pushed first, first; or NULL. */
+void requests_push(struct request **stack, struct request *r);
+struct request *requests_take(struct request **stack);
 /* worker.c: rounds, until WORKER_QUIT came; one of them, without waiting: true when anything happened. */
 void worker_run(struct worker *w);
 bool worker_round(struct worker *w);
