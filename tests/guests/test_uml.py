@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from guests.uses import LEASE, disk_keeps, page_comes_from_the_host, terminal_speaks_both_ways
+from guests.uses import FOUR_DEVICES, FOUR_TYPES, LEASE, disk_keeps, page_comes_from_the_host, terminal_speaks_both_ways
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
 from message_relay import notifies, relay
 
@@ -23,41 +23,13 @@ pytestmark = pytest.mark.guest
 
 MODULES = ("virtio_blk", "virtio_net", "virtio_console", "vmw_vsock_virtio_transport")
 DRIVERS = "/sys/bus/virtio/drivers"
-DEVICES = {"disk": 2, "outside": 1, "ann": 19, "terminal": 3}
-CONFIG = """
-[daemon]
-metrics = "127.0.0.1:PORT"
-
-[devices.disk]
-type = "blk"
-path = "disk.img"
-socket = "disk.sock"
-
-[devices.outside]
-type = "net"
-backend = "user"
-host_loopback = true
-socket = "outside.sock"
-
-[devices.ann]
-type = "vsock"
-cid = 3
-path = "ann.vsock"
-socket = "ann.sock"
-
-[devices.terminal]
-type = "console"
-backend = "socket"
-path = "terminal"
-socket = "terminal.sock"
-"""
 
 
 class House:
     """A daemon's folder and configuration, and the guest that its devices are for."""
 
     def __init__(self, folder: Path, kernel: Kernel, keys: str = "") -> None:
-        """``keys`` of each device, beside those of ``CONFIG``."""
+        """``keys`` of each device, beside those of ``FOUR_DEVICES``."""
         self.folder = folder
         self.kernel = kernel
         program = compiled_program("vsockcat", ["vsockcat.c"], print)
@@ -65,7 +37,7 @@ class House:
         self.initramfs = prepare_initramfs(kernel, print, MODULES, extra)
         self.port = free_port()
         self.config = folder / "uml.toml"
-        text = re.sub(r"^socket = .*\n", rf"\g<0>{keys}", CONFIG, flags=re.MULTILINE)
+        text = re.sub(r"^socket = .*\n", rf"\g<0>{keys}", FOUR_DEVICES, flags=re.MULTILINE)
         self.config.write_text(text.replace("PORT", str(self.port)))
         self.image = folder / "disk.img"
         self.image.touch()
@@ -76,7 +48,7 @@ class House:
 
     def boot(self, *names: str, ending: str = "sock") -> AbstractAsyncContextManager[UmlGuest]:
         """With the devices ``names``, or all, at their sockets, which are called NAME.``ending``."""
-        devices = [UmlDevice(self.folder / f"{name}.{ending}", DEVICES[name]) for name in names or DEVICES]
+        devices = [UmlDevice(self.folder / f"{name}.{ending}", FOUR_TYPES[name]) for name in names or FOUR_TYPES]
         return boot_uml(self.kernel, self.initramfs, devices)
 
 
@@ -94,7 +66,7 @@ async def test_a_real_kernel_uses_each_device_with_default_keys_and_by_messages_
     async with house.serve() as daemon, AsyncExitStack() as stack:
         relays = {
             name: await stack.enter_async_context(relay(folder / f"{name}.relay", folder / f"{name}.sock"))
-            for name in DEVICES
+            for name in FOUR_TYPES
         }
         async with house.boot(ending="relay") as guest:
             await disk_keeps(guest, "vda", house.image, 1)

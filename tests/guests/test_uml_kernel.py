@@ -15,6 +15,8 @@ import pytest
 from conversation_file import TYPES
 from guests.simulated import KEYBOARD_LABEL, PINS_AND_BUS, keys_arrive_and_a_light_is_told, lines_are_driven_and_read
 from guests.uses import (
+    FOUR_DEVICES,
+    FOUR_TYPES,
     LEASE,
     MIB,
     SIXES,
@@ -37,44 +39,8 @@ from guest.uml_kernel import prepare_uml_kernel
 
 pytestmark = pytest.mark.ground
 
-DEVICES = {
-    "disk": 2,
-    "outside": 1,
-    "ann": 19,
-    "terminal": 3,
-    "entropy": 4,
-    "keyboard": 18,
-    "sixes": 4,
-    "pins": 41,
-    "bus": 34,
-}
-CONFIG = f"""
-[daemon]
-metrics = "127.0.0.1:PORT"
-
-[devices.disk]
-type = "blk"
-path = "disk.img"
-socket = "disk.sock"
-
-[devices.outside]
-type = "net"
-backend = "user"
-host_loopback = true
-socket = "outside.sock"
-
-[devices.ann]
-type = "vsock"
-cid = 3
-path = "ann.vsock"
-socket = "ann.sock"
-
-[devices.terminal]
-type = "console"
-backend = "socket"
-path = "terminal"
-socket = "terminal.sock"
-
+DEVICES = FOUR_TYPES | {"entropy": 4, "keyboard": 18, "sixes": 4, "pins": 41, "bus": 34}
+CONFIG = f"""{FOUR_DEVICES}
 [devices.entropy]
 type = "rng"
 socket = "entropy.sock"

@@ -17,6 +17,36 @@ LEASE = b"""#!/bin/sh
 """
 """For /bin/lease: what udhcpc runs."""
 
+FOUR_TYPES = {"disk": 2, "outside": 1, "ann": 19, "terminal": 3}
+"""The devices of ``FOUR_DEVICES`` and their types' numbers."""
+FOUR_DEVICES = """
+[daemon]
+metrics = "127.0.0.1:PORT"
+
+[devices.disk]
+type = "blk"
+path = "disk.img"
+socket = "disk.sock"
+
+[devices.outside]
+type = "net"
+backend = "user"
+host_loopback = true
+socket = "outside.sock"
+
+[devices.ann]
+type = "vsock"
+cid = 3
+path = "ann.vsock"
+socket = "ann.sock"
+
+[devices.terminal]
+type = "console"
+backend = "socket"
+path = "terminal"
+socket = "terminal.sock"
+"""
+
 
 async def disk_keeps(guest: Console, disk: str, image: Path, seed: int) -> None:
     """What is written to the guest's ``disk`` is read there, and is in the host's ``image``."""

@@ -50,6 +50,14 @@ class Watched(Scripted):
         self.stops += 1
 
 
+async def begin_the_first(queue: GuestQueue, device: Watched) -> None:
+    queue.driver.add([b"first"], [8])
+    queue.kick()
+    with trio.fail_after(GUARD):
+        while device.begun != [b"first"]:
+            await trio.lowlevel.checkpoint()
+
+
 def ask_on_a_fresh_page(queue: GuestQueue) -> None:
     """A request whose text lies where no translation leads yet; the room for its answer has one."""
     memory = queue.driver.memory
@@ -63,11 +71,7 @@ async def test_a_miss_cancels_no_spawned_work_and_loses_no_answer(ring: str) -> 
     device = Watched()
     async with behind_iommu("pump", ring, device=device) as (p, iommu):
         queue = p.guest.queues[0]
-        queue.driver.add([b"first"], [8])
-        queue.kick()
-        with trio.fail_after(GUARD):
-            while device.begun != [b"first"]:
-                await trio.lowlevel.checkpoint()
+        await begin_the_first(queue, device)
         before = (device.runs, device.stops, list(device.told))
         ask_on_a_fresh_page(queue)
         queue.kick()
@@ -87,11 +91,7 @@ async def test_a_taken_chain_is_answered_while_the_ring_is_parked(ring: str) -> 
     device = Watched()
     async with behind_iommu("pump", ring, device=device) as (p, iommu):
         queue = p.guest.queues[0]
-        queue.driver.add([b"first"], [8])
-        queue.kick()
-        with trio.fail_after(GUARD):
-            while device.begun != [b"first"]:
-                await trio.lowlevel.checkpoint()
+        await begin_the_first(queue, device)
         iommu.gate = trio.Event()
         asked = len(iommu.asked)
         ask_on_a_fresh_page(queue)
