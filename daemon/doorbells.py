@@ -15,10 +15,10 @@ import trio
 
 from daemon.doorbell_report import DOORBELLS, Figure, Host, Kind, Measured, Reason, Report, save, to_json
 from daemon.doorbell_table import render
+from transports.kvm.cpu.host import EMULATOR, hypervisor_below, processor_name
+from transports.kvm.doorbell_cost.rounds import KindFigures, Measurement, measure
+from transports.kvm.doorbell_cost.statistics import Summary
 from transports.kvm.host import KVM_PATH
-from transports.kvm.host_cpu import EMULATOR, hypervisor_below, processor_name
-from transports.kvm.ring_rounds import KindFigures, Measurement, measure
-from transports.kvm.ring_statistics import Summary
 from virtio.errors import HostError
 
 SLOW_LOOP: Final = 4

@@ -33,13 +33,13 @@ from daemon.policies import Policies
 from daemon.state import DaemonState, DeviceState
 from daemon.terminal import raw_terminal, terminal_size
 from transports.hypercall import Policy
-from transports.kvm import pvh
-from transports.kvm.acpi import Window, build_tables
-from transports.kvm.ending import VmEnd
-from transports.kvm.entry import PvhEntry
-from transports.kvm.machine import DeviceSetup, Machine, MachineSetup, open_machine
-from transports.kvm.slots import DEVICES_MAX, slot
-from transports.kvm.state import MachineState
+from transports.kvm.boot import pvh
+from transports.kvm.boot.acpi import Window, build_tables
+from transports.kvm.machine.machine import DeviceSetup, Machine, MachineSetup, open_machine
+from transports.kvm.machine.slots import DEVICES_MAX, slot
+from transports.kvm.machine.state import MachineState
+from transports.kvm.vm.ending import VmEnd
+from transports.kvm.vm.entry import PvhEntry
 from transports.qemu_doorbells.messages import Reason
 from virtio.clients import shortages
 from virtio.device import Device

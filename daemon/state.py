@@ -9,7 +9,7 @@ from pathlib import Path
 
 from daemon.doorbell_worth import DoorbellState
 from transports.hypercall import Policy
-from transports.kvm.state import MachineState, MmioDeviceState
+from transports.kvm.machine.state import MachineState, MmioDeviceState
 from transports.qemu_doorbells.state import VmState
 from transports.vhost_user.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats

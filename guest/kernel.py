@@ -12,7 +12,7 @@ from pathlib import Path
 from guest.cache import PrepareError, Progress, cache_folder, scratch_folder
 from guest.packages import APT_ADVICE, Packages, packages_of
 from guest.tools import run_tool
-from transports.kvm.bzimage import is_bzimage, unpack_bzimage
+from transports.kvm.boot.bzimage import is_bzimage, unpack_bzimage
 from virtio.errors import HostError
 
 META_PACKAGE = "linux-image-cloud-amd64"

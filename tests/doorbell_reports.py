@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transports.kvm.ring_rounds import KindFigures, Measurement
-from transports.kvm.ring_statistics import Summary
+from transports.kvm.doorbell_cost.rounds import KindFigures, Measurement
+from transports.kvm.doorbell_cost.statistics import Summary
 
 MEDIANS: Mapping[str, tuple[int, int | None]] = {
     "mmio": (1_500, 9_000),

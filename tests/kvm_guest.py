@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from guest_code import assemble
 
-from transports.kvm.ending import VmEnd
-from transports.kvm.entry import LongModeEntry, PvhEntry, write_identity_map
 from transports.kvm.host import Kvm
-from transports.kvm.ram import GuestRam
-from transports.kvm.vmm import Access, Vm, VmSetup
+from transports.kvm.vm.ending import VmEnd
+from transports.kvm.vm.entry import LongModeEntry, PvhEntry, write_identity_map
+from transports.kvm.vm.ram import GuestRam
+from transports.kvm.vm.vmm import Access, Vm, VmSetup
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -17,9 +17,9 @@ import mmio_guest as regs
 import trio
 
 from transports.hypercall import Policy
-from transports.kvm.device import HypercallOffer, MmioDevice
-from transports.kvm.slots import slot
-from transports.kvm.vmm import Access
+from transports.kvm.machine.device import HypercallOffer, MmioDevice
+from transports.kvm.machine.slots import slot
+from transports.kvm.vm.vmm import Access
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver, Used, VirtqueueDriver

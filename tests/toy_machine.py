@@ -16,11 +16,11 @@ from guest.console import results_of
 from guest.pattern import SECTOR_SIZE, check_pattern
 from guest.toy import Toy, prepare_toy
 from transports.hypercall import Policy
-from transports.kvm import pvh
-from transports.kvm.ending import VmEnd
-from transports.kvm.entry import PvhEntry
+from transports.kvm.boot import pvh
 from transports.kvm.host import Kvm
-from transports.kvm.machine import DeviceSetup, Machine, MachineSetup, open_machine
+from transports.kvm.machine.machine import DeviceSetup, Machine, MachineSetup, open_machine
+from transports.kvm.vm.ending import VmEnd
+from transports.kvm.vm.entry import PvhEntry
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.blk import Blk, BlkOptions

@@ -15,9 +15,9 @@ import pytest
 import trio
 
 from daemon.doorbell_report import load
+from transports.kvm.doorbell_cost.guest import Ring, Step, acknowledging, make_ram, run_steps, settle
 from transports.kvm.host import Kvm
-from transports.kvm.ring_guest import Ring, Step, acknowledging, make_ram, run_steps, settle
-from transports.kvm.vmm import Vm, VmSetup
+from transports.kvm.vm.vmm import Vm, VmSetup
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 
@@ -166,8 +166,8 @@ def test_a_thread_acknowledges_every_ring_and_a_lost_ring_is_found_out(monkeypat
             (answered,) = await run_steps(vm, [right])
             assert (len(answered.samples), answered.unanswered) == (20, 0)
             with monkeypatch.context() as patch:
-                patch.setattr("transports.kvm.ring_guest._PATIENCE_CYCLES", 100_000)
-                patch.setattr("transports.kvm.ring_guest._CATCH_UP_SECONDS", 0.2)
+                patch.setattr("transports.kvm.doorbell_cost.guest._PATIENCE_CYCLES", 100_000)
+                patch.setattr("transports.kvm.doorbell_cost.guest._CATCH_UP_SECONDS", 0.2)
                 (lost,) = await run_steps(vm, [replace(right, value=2)])
                 assert (len(lost.samples), lost.unanswered) == (0, 1)
                 assert not await settle(ram)
@@ -183,7 +183,7 @@ def test_a_ring_that_is_only_late_is_waited_for(monkeypatch: pytest.MonkeyPatch)
         with make_ram() as ram, eventfd() as bell, Vm(VmSetup(ram)) as vm, acknowledging(ram, bell):
             vm.ioeventfd_pio(PORT, 2, 1, bell)
             with monkeypatch.context() as patch:
-                patch.setattr("transports.kvm.ring_guest._PATIENCE_CYCLES", 1)
+                patch.setattr("transports.kvm.doorbell_cost.guest._PATIENCE_CYCLES", 1)
                 (late,) = await run_steps(vm, [Step(Ring.OUT, PORT, 1, count=20, to_thread=True)])
             assert late.unanswered <= 1
             assert await settle(ram)
@@ -193,7 +193,7 @@ def test_a_ring_that_is_only_late_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 
 @needs_kvm
 def test_a_guest_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transports.kvm.ring_guest._RUN_SECONDS", 0.5)
+    monkeypatch.setattr("transports.kvm.doorbell_cost.guest._RUN_SECONDS", 0.5)
     with make_ram() as ram, Vm(VmSetup(ram)) as vm, pytest.raises(HostError, match="did not come to its end"):
         trio.run(run_steps, vm, [Step(Ring.LOOP, 1 << 60)])
 

@@ -8,7 +8,7 @@ import os
 import pytest
 from kvm_guest import DEVICE_GPA, DEVICE_SIZE, Machine, count_of, eventfd, machine, need_kvm
 
-from transports.kvm.cpuid import AMD_SIGNATURES, PlatformKey, signature_of
+from transports.kvm.cpu.cpuid import AMD_SIGNATURES, PlatformKey, signature_of
 from transports.kvm.native import check, lib
 from virtio.errors import HostError
 from virtio.interrupt import InterruptStatus

@@ -6,7 +6,7 @@ import pytest
 import trio
 from kvm_guest import DEVICE_GPA, DEVICE_SIZE, machine, no_vcpu_thread_is_left, vcpu_threads
 
-from transports.kvm.vmm import Access
+from transports.kvm.vm.vmm import Access
 from virtio.errors import HostError
 
 EXIT = "mov $0, %al; out %al, $0xf4"

@@ -26,7 +26,7 @@ from vhost_user_wire import no_fd_leaks
 
 from guest.toy import Toy
 from transports.hypercall import Policy, connection_id
-from transports.kvm.machine import MachineSetup, open_machine
+from transports.kvm.machine.machine import MachineSetup, open_machine
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -10,11 +10,11 @@ import pytest
 import trio
 from kvm_guest import DEVICE_GPA, DEVICE_SIZE, PAGE_TABLES_GPA, count_of, eventfd, machine
 
-from transports.kvm.cpuid import CpuidEntry, PlatformKey
-from transports.kvm.entry import LongModeEntry
+from transports.kvm.cpu.cpuid import CpuidEntry, PlatformKey
 from transports.kvm.host import Kvm
-from transports.kvm.ram import GuestRam
-from transports.kvm.vmm import Access, Vm, VmSetup
+from transports.kvm.vm.entry import LongModeEntry
+from transports.kvm.vm.ram import GuestRam
+from transports.kvm.vm.vmm import Access, Vm, VmSetup
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -14,8 +14,18 @@ from daemon.doorbell_table import render
 from guest.level import Level
 from guest.toy import prepare_toy
 from guest.tracing import Counts, watch_doorbells
-from transports.kvm.ring_rounds import BELLS, KERNEL, KEY, MMIO, MMIO_MATCH, PIO, THREAD, WARM_UP_RINGS, WARM_UP_ROUNDS
-from transports.kvm.slots import slot
+from transports.kvm.doorbell_cost.rounds import (
+    BELLS,
+    KERNEL,
+    KEY,
+    MMIO,
+    MMIO_MATCH,
+    PIO,
+    THREAD,
+    WARM_UP_RINGS,
+    WARM_UP_ROUNDS,
+)
+from transports.kvm.machine.slots import slot
 
 pytestmark = pytest.mark.nested_full
 

@@ -31,7 +31,7 @@ from guest.module import prepare_module
 from guest.service import Metrics
 from guest.tracing import Counts, Trace, watch_doorbells
 from transports.hypercall import connection_id
-from transports.kvm.slots import slot
+from transports.kvm.machine.slots import slot
 
 pytestmark = pytest.mark.nested
 

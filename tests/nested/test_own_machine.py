@@ -15,7 +15,7 @@ from toy_machine import KEY
 from guest.level import Level
 from guest.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
-from transports.kvm.slots import slot
+from transports.kvm.machine.slots import slot
 from virtio.mmio_registers import OFFSETS
 
 FILE = "test_kvm_machine"

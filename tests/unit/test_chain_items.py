@@ -10,7 +10,7 @@ import pytest
 from driven import Scripted
 from frontend import Setting, plugged
 
-from transports.kvm.ram import PAGE, GuestRam
+from transports.kvm.vm.ram import PAGE, GuestRam
 from virtio.device import Chain, Queue
 from virtio.testing.driver import Used
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transports.kvm.host_cpu import host_loop_cycles, hypervisor_below, processor_name, speaks_vmmcall, two_cpus
+from transports.kvm.cpu.host import host_loop_cycles, hypervisor_below, processor_name, speaks_vmmcall, two_cpus
 
 
 def topology(folder: Path, siblings: dict[int, str]) -> Path:

@@ -23,7 +23,7 @@ from daemon.policies import Policies
 from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import derive_key
-from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
+from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBell
 from transports.preload import library_path
 from transports.qemu_doorbells.state import BellState, VmState
 from virtio.errors import HostError

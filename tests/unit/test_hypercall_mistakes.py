@@ -16,7 +16,7 @@ from daemon.command_options import SERVE_EPILOG
 from daemon.control import ask, serve_control
 from daemon.policies import Policies
 from daemon.state import DaemonState
-from transports.kvm.state import MachineState
+from transports.kvm.machine.state import MachineState
 from transports.qemu_doorbells.state import VmState
 from virtio.errors import HostError
 

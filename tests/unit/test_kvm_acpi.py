@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transports.kvm import acpi, aml
+from transports.kvm.boot import acpi, aml
 
 GPA = 0xE0000
 WINDOWS = [acpi.Window(0xD0000000 + n * 0x1000, 0x1000, 16 + n) for n in range(8)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from elf_kernel import bzimage, plain_kernel
 
-from transports.kvm import bzimage as bz
-from transports.kvm import pvh
+from transports.kvm.boot import bzimage as bz
+from transports.kvm.boot import pvh
 from virtio.errors import HostError
 
 VMLINUX = plain_kernel()

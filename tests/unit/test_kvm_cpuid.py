@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from transports.kvm.cpuid import (
+from transports.kvm.cpu.cpuid import (
     FEATURES_ECX_HYPERVISOR,
     FEATURES_ECX_TSC_DEADLINE,
     FEATURES_ECX_VMX,

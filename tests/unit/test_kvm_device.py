@@ -13,8 +13,8 @@ from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
-from transports.kvm.device import LINES_MAX
-from transports.kvm.slots import DEVICES_MAX, gsi_of, slot
+from transports.kvm.machine.device import LINES_MAX
+from transports.kvm.machine.slots import DEVICES_MAX, gsi_of, slot
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.blk import Blk, BlkOptions

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from transports.kvm.ending import describe_end
 from transports.kvm.native import ffi, lib
+from transports.kvm.vm.ending import describe_end
 
 
 def failure(exit_reason: int, *data: int, **fields: Any) -> str:

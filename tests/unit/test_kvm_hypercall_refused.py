@@ -12,8 +12,8 @@ from kvm_scene import KEY, Scene, scene
 from structlog.testing import capture_logs
 
 from transports.hypercall import connection_id
-from transports.kvm import doorbells
-from transports.kvm.hypercalls import HypervEventfds
+from transports.kvm.machine.hypercalls import HypervEventfds
+from transports.kvm.vm import doorbells
 from virtio.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng

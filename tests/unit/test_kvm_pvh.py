@@ -10,7 +10,7 @@ from elf_kernel import CODE, PT_LOAD, PT_NOTE, Part, elf, plain_kernel, pvh_note
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transports.kvm import pvh
+from transports.kvm.boot import pvh
 from virtio.errors import HostError
 
 MIB = 1 << 20

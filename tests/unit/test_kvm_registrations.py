@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
-from transports.kvm.doorbells import Doorbells, Registration
-from transports.kvm.hypercalls import HypervEventfds
+from transports.kvm.machine.hypercalls import HypervEventfds
+from transports.kvm.vm.doorbells import Doorbells, Registration
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

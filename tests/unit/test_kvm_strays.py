@@ -8,7 +8,7 @@ import trio.testing
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from transports.kvm.strays import LOOK_SECONDS, QUIET_SECONDS, Source, StrayWatch
+from transports.kvm.machine.strays import LOOK_SECONDS, QUIET_SECONDS, Source, StrayWatch
 
 BELLS = "doorbells of queues that do not exist"
 

@@ -24,7 +24,8 @@ A_DEVICE_MAY_IMPORT: Final = frozenset(
     f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk", "nic", "clients")
 )
 MAY_USE_THE_MACHINE: Final = frozenset(
-    f"transports.kvm.{name}" for name in ("vmm", "host", "entry", "ending", "doorbells", "host_cpu", "ring_guest")
+    f"transports.kvm.{name}"
+    for name in ("host", "vm.vmm", "vm.entry", "vm.ending", "vm.doorbells", "cpu.host", "doorbell_cost.guest")
 )
 MAY_USE_THE_DATA_PLANE: Final = frozenset(
     f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt", "nic")

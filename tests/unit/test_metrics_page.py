@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 from daemon.metrics import StateCollector
 from daemon.metrics_server import CONNECTIONS_MAX, REQUEST_MAX, REQUEST_SECONDS, serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState
-from transports.kvm.state import MachineState, MmioDeviceState, QueueBell
+from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBell
 from virtio.errors import HostError
 from virtio.stats import (
     DURATION_BOUNDS,

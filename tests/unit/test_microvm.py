@@ -17,9 +17,9 @@ from daemon.cli import _parser
 from daemon.microvm import QUIET_SECONDS, Microvm, has_ended_well, prepare
 from daemon.microvm_options import MicrovmOptions, read_options
 from daemon.policies import Policies
-from transports.kvm import pvh
-from transports.kvm.ending import VmEnd
-from transports.kvm.slots import DEVICES_MAX, slot
+from transports.kvm.boot import pvh
+from transports.kvm.machine.slots import DEVICES_MAX, slot
+from transports.kvm.vm.ending import VmEnd
 from virtio.errors import HostError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transports.kvm.ring_statistics import percentile, summarize
+from transports.kvm.doorbell_cost.statistics import percentile, summarize
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from transports.kvm.cpuid import CpuidEntry
+from transports.kvm.cpu.cpuid import CpuidEntry
 from transports.kvm.native import check, ffi, lib
 from virtio.errors import HostError
 from virtio.fd import OwnedFd

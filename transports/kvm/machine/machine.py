@@ -11,17 +11,17 @@ import trio
 
 from transports.base import BackendLike
 from transports.hypercall import Policy
-from transports.kvm.cpuid import PlatformKey
-from transports.kvm.device import HypercallOffer, MmioDevice
-from transports.kvm.ending import VmEnd
-from transports.kvm.entry import Entry
+from transports.kvm.cpu.cpuid import PlatformKey
 from transports.kvm.host import KVM_PATH, Kvm
-from transports.kvm.hypercalls import HypervEventfds
-from transports.kvm.ram import GuestRam
-from transports.kvm.slots import DEVICES_MAX, gsi_of, slot
-from transports.kvm.state import MachineState
-from transports.kvm.strays import Source, StrayWatch
-from transports.kvm.vmm import Access, OnOutput, Vm, VmSetup
+from transports.kvm.machine.device import HypercallOffer, MmioDevice
+from transports.kvm.machine.hypercalls import HypervEventfds
+from transports.kvm.machine.slots import DEVICES_MAX, gsi_of, slot
+from transports.kvm.machine.state import MachineState
+from transports.kvm.machine.strays import Source, StrayWatch
+from transports.kvm.vm.ending import VmEnd
+from transports.kvm.vm.entry import Entry
+from transports.kvm.vm.ram import GuestRam
+from transports.kvm.vm.vmm import Access, OnOutput, Vm, VmSetup
 from virtio.errors import HostError
 
 __all__ = ["DeviceSetup", "Machine", "MachineSetup", "gsi_of", "open_machine"]

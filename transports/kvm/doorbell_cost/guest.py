@@ -12,10 +12,10 @@ from typing import Final
 
 import trio
 
-from transports.kvm.entry import LongModeEntry, write_identity_map
 from transports.kvm.native import check, ffi, lib
-from transports.kvm.ram import GuestRam
-from transports.kvm.vmm import Access, Vm
+from transports.kvm.vm.entry import LongModeEntry, write_identity_map
+from transports.kvm.vm.ram import GuestRam
+from transports.kvm.vm.vmm import Access, Vm
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -15,13 +15,13 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from transports.kvm.cpuid import CpuidEntry, CpuidSetup, PlatformKey, guest_cpuid, guest_may_nest
-from transports.kvm.doorbells import Doorbells, Registration
-from transports.kvm.ending import VmEnd, describe_end
-from transports.kvm.entry import Entry, entry_state
+from transports.kvm.cpu.cpuid import CpuidEntry, CpuidSetup, PlatformKey, guest_cpuid, guest_may_nest
 from transports.kvm.host import KVM_PATH, Kvm
 from transports.kvm.native import check, ffi, lib
-from transports.kvm.ram import GuestRam
+from transports.kvm.vm.doorbells import Doorbells, Registration
+from transports.kvm.vm.ending import VmEnd, describe_end
+from transports.kvm.vm.entry import Entry, entry_state
+from transports.kvm.vm.ram import GuestRam
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from transports.hypercall import RESERVED_BELL, connection_id
-from transports.kvm.cpuid import PlatformKey
-from transports.kvm.host import KVM_PATH
-from transports.kvm.host_cpu import host_loop_cycles, speaks_vmmcall, two_cpus, usable_cpus
-from transports.kvm.ring_guest import (
+from transports.kvm.cpu.cpuid import PlatformKey
+from transports.kvm.cpu.host import host_loop_cycles, speaks_vmmcall, two_cpus, usable_cpus
+from transports.kvm.doorbell_cost.guest import (
     GREETING,
     RINGS_MAX,
     Ring,
@@ -27,8 +26,9 @@ from transports.kvm.ring_guest import (
     settle,
     times,
 )
-from transports.kvm.ring_statistics import Summary, percentile, summarize
-from transports.kvm.vmm import Vm, VmSetup
+from transports.kvm.doorbell_cost.statistics import Summary, percentile, summarize
+from transports.kvm.host import KVM_PATH
+from transports.kvm.vm.vmm import Vm, VmSetup
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
-from transports.kvm import aml
+from transports.kvm.boot import aml
 
 SLEEP_CONTROL_PORT: Final = 0x600
 SLEEP_STATUS_PORT: Final = 0x601

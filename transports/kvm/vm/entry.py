@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from transports.kvm.native import ffi, lib
-from transports.kvm.ram import PAGE, GuestRam
+from transports.kvm.vm.ram import PAGE, GuestRam
 
 IDENTITY_MAP_PAGES: Final = 6
 _PRESENT_WRITABLE: Final = 0x3

@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 
 from construct import Array, Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
-from transports.kvm.acpi import RESET_PORT, RESET_VALUE
-from transports.kvm.bzimage import is_bzimage, unpack_bzimage
+from transports.kvm.boot.acpi import RESET_PORT, RESET_VALUE
+from transports.kvm.boot.bzimage import is_bzimage, unpack_bzimage
 from virtio.errors import HostError
 
 # Where things lie below 1 MiB. The kernel proper is above; what Linux needs of these pages it copies early.

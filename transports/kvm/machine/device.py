@@ -19,10 +19,10 @@ import trio
 
 from transports.base import BackendLike
 from transports.hypercall import RESERVED_ID, HypercallKind, Policy, connection_id, offers
-from transports.kvm.ram import GuestRam
-from transports.kvm.slots import Slot
-from transports.kvm.state import MmioDeviceState, QueueBell
-from transports.kvm.vmm import Access, Vm
+from transports.kvm.machine.slots import Slot
+from transports.kvm.machine.state import MmioDeviceState, QueueBell
+from transports.kvm.vm.ram import GuestRam
+from transports.kvm.vm.vmm import Access, Vm
 from virtio import spec
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd

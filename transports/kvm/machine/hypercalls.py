@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from transports.kvm.doorbells import Registration
-from transports.kvm.vmm import Vm
+from transports.kvm.vm.doorbells import Registration
+from transports.kvm.vm.vmm import Vm
 from virtio.fd import OwnedFd
 
 
