@@ -8,7 +8,7 @@ BUILD_REQUIRES := 'setuptools>=68' 'cffi>=1.16'
 PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
 # The folders with C of ours (setup.py): of all but the last cffi makes Python modules, by their build.py.
-C_FOLDERS := virtio/dataplane virtio/usernet transports/kvm/native transports/preload
+C_FOLDERS := virtio/dataplane virtio/usernet transports/kvm/native transports/stock_qemu/library
 C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
 
 .PHONY: help setup demo test test-nested test-ground check lint types c-check bench build stub install clean
@@ -93,4 +93,4 @@ install: ## a venv of its own under PREFIX, the command, the systemd units (as r
 
 clean: ## remove what was built (.venv and the cache of downloads stay)
 	rm -rf build *.egg-info virtio/_dataplane*.so virtio/_dataplane.c virtio/_usernet*.so virtio/_usernet.c transports/_vmm*.so transports/_vmm.c \
-	  transports/preload/_library*.so $(VENV)/.ready
+	  transports/stock_qemu/library/_library*.so $(VENV)/.ready

@@ -2,13 +2,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PRELOAD = Path("transports/preload")
+LIBRARY = Path("transports/stock_qemu/library")
 
 # No Python module: what `hyperbell qemu` preloads into QEMU. It is built, found and installed like one.
 preload = Extension(
-    "transports.preload._library",
-    sorted(map(str, PRELOAD.glob("*.c"))),
-    depends=[str(path) for path in PRELOAD.glob("*.h")],
+    "transports.stock_qemu.library._library",
+    sorted(map(str, LIBRARY.glob("*.c"))),
+    depends=[str(path) for path in LIBRARY.glob("*.h")],
     define_macros=[("_GNU_SOURCE", None)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fvisibility=hidden"],
 )

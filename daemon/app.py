@@ -31,8 +31,8 @@ from daemon.served import ServedDevice
 from daemon.state import ConnectionState, DaemonState, DeviceState, FailedDevice, version
 from daemon.stuck import end_when_stuck
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
-from transports.qemu_doorbells.server import serve as serve_qemu_doorbells
-from transports.qemu_doorbells.vms import QemuDoorbells
+from transports.stock_qemu.server import serve as serve_qemu_doorbells
+from transports.stock_qemu.vms import QemuDoorbells
 from transports.vhost_user.endpoint import Listen, SocketFile
 from virtio.backend import Backend
 from virtio.clients import shortages

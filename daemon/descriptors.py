@@ -8,7 +8,7 @@ from typing import Final
 from config.loader import Config, Device
 from daemon.control import CLIENTS_MAX
 from daemon.metrics_server import CONNECTIONS_MAX
-from transports.qemu_doorbells.server import VMS_MAX
+from transports.stock_qemu.server import VMS_MAX
 from transports.vhost_user.messages import VHOST_USER_MAX_RAM_SLOTS
 from transports.vhost_user.waiting import WAITING_MAX
 from virtio.clients import ROOM

@@ -40,7 +40,7 @@ from transports.kvm.machine.slots import DEVICES_MAX, slot
 from transports.kvm.machine.state import MachineState
 from transports.kvm.vm.ending import VmEnd
 from transports.kvm.vm.entry import PvhEntry
-from transports.qemu_doorbells.messages import Reason
+from transports.stock_qemu.messages import Reason
 from virtio.clients import shortages
 from virtio.device import Device
 from virtio.devices.console import ConsoleOptions

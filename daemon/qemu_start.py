@@ -16,8 +16,8 @@ from config.loader import Config
 from config.schema import SOCKET_PATH_MAX, socket_path_fault
 from daemon.attach.hypercall import NO_HYPERCALL_SOCKET
 from transports.hypercall import check_key, derive_key
-from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
-from transports.qemu_doorbells.vms import is_vm_name
+from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
+from transports.stock_qemu.vms import is_vm_name
 from virtio.errors import HostError
 
 KVM: Final = Path("/dev/kvm")

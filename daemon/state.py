@@ -10,7 +10,7 @@ from pathlib import Path
 from daemon.doorbell_worth import DoorbellState
 from transports.hypercall import Policy
 from transports.kvm.machine.state import MachineState, MmioDeviceState
-from transports.qemu_doorbells.state import VmState
+from transports.stock_qemu.state import VmState
 from transports.vhost_user.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from transports.preload import library_path
-from transports.qemu_doorbells.messages import Message, Type, parse_message
+from transports.stock_qemu.library import library_path
+from transports.stock_qemu.messages import Message, Type, parse_message
 from virtio.fd import OwnedFd
 
 GUARD: Final = 30.0  # seconds; only a failing run gets there

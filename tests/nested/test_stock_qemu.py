@@ -299,7 +299,7 @@ async def test_a_vm_that_waits_for_a_migration_has_the_leaf_only_with_a_stable_k
 async def test_the_librarys_own_tests_pass_on_the_kvm_of_the_host(host: Level) -> None:
     """Where KVM_HYPERV_EVENTFD, its errors and its ids are the kernel's own."""
     answer = await host.run(
-        "cd /project && pytest -q -rs --confcutdir=tests/preload tests/preload/test_real_kvm.py 2>&1 | tail -40",
+        "cd /project && pytest -q -rs --confcutdir=tests/stock_qemu tests/stock_qemu/test_real_kvm.py 2>&1 | tail -40",
         timeout_seconds=WAIT_SECONDS,
     )
     assert answer.lines[-1].startswith("5 passed"), "\n".join(answer.lines)

@@ -23,7 +23,7 @@ from daemon.app import App, LogChoice
 from daemon.cli import load_config
 from daemon.control import ask
 from daemon.systemd import Notifier
-from transports.qemu_doorbells.messages import Message, Type
+from transports.stock_qemu.messages import Message, Type
 from virtio.fd import OwnedFd
 from virtio.waist import AddressSpace, QueueSetup
 

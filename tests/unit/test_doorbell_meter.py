@@ -24,7 +24,7 @@ from daemon.metrics import StateCollector
 from daemon.policies import Policies
 from daemon.show import render
 from daemon.state import ConnectionState, DaemonState, DeviceState
-from transports.qemu_doorbells.state import BellState, VmState
+from transports.stock_qemu.state import BellState, VmState
 from virtio.stats import BackendStats, QueueStats
 
 CONNECTION = ConnectionState(True, 1, 0, 0, 9, 1, {}, 100.0)

@@ -24,8 +24,8 @@ from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import derive_key
 from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBell
-from transports.preload import library_path
-from transports.qemu_doorbells.state import BellState, VmState
+from transports.stock_qemu.library import library_path
+from transports.stock_qemu.state import BellState, VmState
 from virtio.errors import HostError
 from virtio.stats import BackendStats, QueueStats
 

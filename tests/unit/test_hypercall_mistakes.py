@@ -17,7 +17,7 @@ from daemon.control import ask, serve_control
 from daemon.policies import Policies
 from daemon.state import DaemonState
 from transports.kvm.machine.state import MachineState
-from transports.qemu_doorbells.state import VmState
+from transports.stock_qemu.state import VmState
 from virtio.errors import HostError
 
 ROOT: Final = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from typing import Final
 import pytest
 from structlog.testing import capture_logs
 
-from transports.qemu_doorbells.messages import Message, Reason, Type, VmFlag
-from transports.qemu_doorbells.vms import BELLS_MAX, QemuDoorbells, Vm
+from transports.stock_qemu.messages import Message, Reason, Type, VmFlag
+from transports.stock_qemu.vms import BELLS_MAX, QemuDoorbells, Vm
 from virtio.errors import PeerError
 
 SHOWN: Final = VmFlag.KEY_SHOWN | VmFlag.CPUID_SEEN | VmFlag.HYPERV

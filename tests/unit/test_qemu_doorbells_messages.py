@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transports.qemu_doorbells import messages
-from transports.qemu_doorbells.messages import FDS, WIRE_SIZE, Message, Reason, Type, VmFlag, parse_message
+from transports.stock_qemu import messages
+from transports.stock_qemu.messages import FDS, WIRE_SIZE, Message, Reason, Type, VmFlag, parse_message
 from virtio.errors import PeerError
 
-HEADER: Final = Path(__file__).parents[2] / "transports" / "preload" / "wire.h"
+HEADER: Final = Path(__file__).parents[2] / "transports" / "stock_qemu" / "library" / "wire.h"
 
 
 def test_both_sides_tables_are_the_same() -> None:

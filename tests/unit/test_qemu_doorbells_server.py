@@ -17,10 +17,10 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
-from transports.qemu_doorbells import server
-from transports.qemu_doorbells.descriptors import VcpuStatistics, doorbell_id
-from transports.qemu_doorbells.messages import WIRE_SIZE, Message, Type, VmFlag
-from transports.qemu_doorbells.vms import QemuDoorbells
+from transports.stock_qemu import server
+from transports.stock_qemu.descriptors import VcpuStatistics, doorbell_id
+from transports.stock_qemu.messages import WIRE_SIZE, Message, Type, VmFlag
+from transports.stock_qemu.vms import QemuDoorbells
 from transports.vhost_user.endpoint import Listen, SocketFile
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd, eventfd_id
@@ -333,7 +333,7 @@ def test_the_hypercalls_of_a_vcpu_are_read_from_kvm() -> None:
 
 def made_up_statistics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> OwnedFd:
     """A file that passes for KVM's."""
-    monkeypatch.setattr("transports.qemu_doorbells.descriptors._STATISTICS", str(tmp_path))
+    monkeypatch.setattr("transports.stock_qemu.descriptors._STATISTICS", str(tmp_path))
     (tmp_path / "stats").write_bytes(content)
     return OwnedFd(os.open(tmp_path / "stats", os.O_RDONLY))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from kvm_process import KvmProcess, Listener
-from preload.guests import KEY, Start
+from stock_qemu.guests import KEY, Start
 
-from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET
+from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 from kvm_process import Listener
-from preload.guests import (
-    BELL,
-    KEY,
-    ORDINARY,
-    PORT,
-    Start,
-    bell,
-    started,
-)
+from stock_qemu.guests import BELL, KEY, ORDINARY, PORT, Start, bell, started
 
-from transports.qemu_doorbells.descriptors import VcpuStatistics
-from transports.qemu_doorbells.messages import WIRE_BELL_REGISTERED, WIRE_MAGIC, Message, Type, VmFlag
+from transports.stock_qemu.descriptors import VcpuStatistics
+from transports.stock_qemu.messages import WIRE_BELL_REGISTERED, WIRE_MAGIC, Message, Type, VmFlag
 
 # Rule 3: the doorbells
 

@@ -13,9 +13,9 @@ from typing import Final
 import structlog
 import trio
 
-from transports.qemu_doorbells.descriptors import VcpuStatistics, doorbell_id
-from transports.qemu_doorbells.messages import WIRE_SIZE, Message, Type, parse_message
-from transports.qemu_doorbells.vms import QemuDoorbells, Vm
+from transports.stock_qemu.descriptors import VcpuStatistics, doorbell_id
+from transports.stock_qemu.messages import WIRE_SIZE, Message, Type, parse_message
+from transports.stock_qemu.vms import QemuDoorbells, Vm
 from virtio.clients import Door, Shortage, receive_with_descriptors, received_descriptors
 from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd

@@ -8,7 +8,7 @@ from typing import Final
 from kvm_process import KvmProcess, Peer
 
 from transports.hypercall import HIDDEN_PV_BITS
-from transports.qemu_doorbells.messages import Message, Type, VmFlag
+from transports.stock_qemu.messages import Message, Type, VmFlag
 
 KEY: Final = 0x5A17C3
 PORT: Final = 0x1090

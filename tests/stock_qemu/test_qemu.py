@@ -16,8 +16,8 @@ from typing import Any, Final
 import pytest
 from kvm_process import GUARD, Listener
 
-from transports.preload import library_path
-from transports.qemu_doorbells.messages import Reason, Type, VmFlag
+from transports.stock_qemu.library import library_path
+from transports.stock_qemu.messages import Reason, Type, VmFlag
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 HYPERBELL: Final = (sys.executable, "-m", "daemon.cli", "qemu")

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 from kvm_process import KvmProcess, Listener
-from preload.guests import (
+from stock_qemu.guests import (
     BELL,
     HYPERV,
     KEY,
@@ -30,8 +30,8 @@ from preload.guests import (
 )
 
 from transports.hypercall import HIDDEN_PV_BITS, platform_leaves
-from transports.preload import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
-from transports.qemu_doorbells.messages import Reason, Type, VmFlag
+from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET, library_path
+from transports.stock_qemu.messages import Reason, Type, VmFlag
 
 # What the library is to its process
 

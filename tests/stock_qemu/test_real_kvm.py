@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from kvm_process import KvmProcess, Listener, Peer
-from preload.guests import BELL, KEY, ORDINARY, PORT, UNCHANGED, bell, seen, shown, started
+from stock_qemu.guests import BELL, KEY, ORDINARY, PORT, UNCHANGED, bell, seen, shown, started
 
-from transports.preload import VARIABLE_KEY, VARIABLE_SOCKET
-from transports.qemu_doorbells.messages import Reason, Type
+from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_SOCKET
+from transports.stock_qemu.messages import Reason, Type
 
 KVM_CHECK_EXTENSION = 0xAE03
 KVM_CAP_HYPERV_EVENTFD = 154

@@ -18,16 +18,9 @@ from typing import Final, TypeVar
 import structlog
 
 from transports.hypercall import Policy, offers
-from transports.qemu_doorbells.descriptors import VcpuStatistics
-from transports.qemu_doorbells.messages import (
-    REASON_TEXTS,
-    WIRE_BELL_REGISTERED,
-    Message,
-    Reason,
-    Type,
-    VmFlag,
-)
-from transports.qemu_doorbells.state import BellState, VmState
+from transports.stock_qemu.descriptors import VcpuStatistics
+from transports.stock_qemu.messages import REASON_TEXTS, WIRE_BELL_REGISTERED, Message, Reason, Type, VmFlag
+from transports.stock_qemu.state import BellState, VmState
 from virtio.errors import PeerError
 
 BELLS_MAX: Final = 4096  # of one VM, as in the library

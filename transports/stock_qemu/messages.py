@@ -1,4 +1,4 @@
-"""The messages between the preload library and the daemon; ``transports/preload/wire.h`` is the other side's table."""
+"""The messages between the preload library and the daemon; ``library/wire.h`` is the other side's table."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "transports" / "preload"
+SOURCES = HERE.parents[1] / "transports" / "stock_qemu" / "library"
 FLAGS = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-fsanitize=thread"],
