@@ -1,6 +1,5 @@
-"""The real-guest side: what runs inside a Linux guest, and what builds and boots it.
+"""The real-guest side: what runs inside guests, and what builds and boots them. Nothing here is installed.
 
-``kernel`` fetches a Debian cloud kernel, ``initramfs`` packs the guest's files, ``accel`` decides
-between KVM and TCG, ``machine`` runs QEMU, ``service`` runs the daemon beside it, and ``demo``
-(``python -m guest.demo``) puts them together. Nothing here is installed with the daemon.
+``debian`` fetches, ``boot`` builds and boots, ``nested`` boots guests in guests; ``programs``, ``toy`` and ``linux``
+run inside of guests, and ``demo`` (``python -m guest.demo``) puts them together.
 """

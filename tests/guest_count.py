@@ -1,6 +1,6 @@
 """How many real guests a test run booted, in one of its last lines: green tests that booted none would say so.
 
-A guest counts when its console was read to say that userspace runs (``guest/console.py``). What the processes of
+A guest counts when its console was read to say that userspace runs (``guest/boot/console.py``). What the processes of
 pytest-xdist count is added up.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Generator
 import pytest
 from xdist.workermanage import WorkerController
 
-from guest.console import BOOTED
+from guest.boot.console import BOOTED
 
 OUTPUT = "guests_booted"
 _of_workers: Counter[str] = Counter()

@@ -12,9 +12,9 @@ from typing import Any, Final
 import pytest
 import trio
 
-from guest.console import results_of
-from guest.pattern import SECTOR_SIZE, check_pattern
-from guest.toy import Toy, prepare_toy
+from guest.boot.console import results_of
+from guest.boot.pattern import SECTOR_SIZE, check_pattern
+from guest.boot.toy import Toy, prepare_toy
 from transports.hypercall import Policy
 from transports.kvm.boot import pvh
 from transports.kvm.host import Kvm

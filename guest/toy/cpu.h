@@ -120,6 +120,14 @@ static inline bool msr_write(uint32_t number, uint64_t value)
 	return !failed;
 }
 
+static inline uint64_t time_stamp(void)
+{
+	uint32_t low, high;
+
+	asm volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (uint64_t)high << 32 | low;
+}
+
 static inline void interrupts_disable(void)
 {
 	asm volatile("cli" : : : "memory");

@@ -1,4 +1,4 @@
-/* What every sector must hold: the pattern of guest/diskcheck.c and guest/pattern.py, generation 0. */
+/* What every sector must hold: the pattern of guest/programs/diskcheck.c and guest/boot/pattern.py, generation 0. */
 #ifndef TOY_PATTERN_H
 #define TOY_PATTERN_H
 

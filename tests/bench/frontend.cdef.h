@@ -97,7 +97,7 @@ uint32_t fe_queue_base(const struct fe_queue *q);
 int fe_run(struct fe_queue **queues, uint32_t count, const struct fe_job *job, struct fe_result *results,
 	   struct fe_fault *fault);
 
-/* The pattern of guest/pattern.py: `length` bytes (a multiple of 512) that belong at byte `offset`. */
+/* The pattern of guest/boot/pattern.py: `length` bytes (a multiple of 512) that belong at byte `offset`. */
 void fe_fill(void *buffer, uint64_t offset, uint64_t length, uint32_t seed, uint32_t generation);
 /* -1 if the bytes are the pattern's, else the position of the first sector that differs. */
 int64_t fe_check(const void *buffer, uint64_t offset, uint64_t length, uint32_t seed, uint32_t generation);

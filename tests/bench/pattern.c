@@ -1,11 +1,11 @@
-/* The data pattern of guest/pattern.py: every sector says where it belongs and who wrote it. */
+/* The data pattern of guest/boot/pattern.py: every sector says where it belongs and who wrote it. */
 
 #include <string.h>
 
 #include "frontend.h"
 
 #define SECTOR_WORDS (SECTOR_SIZE / 8)
-#define STEP 0x9E3779B97F4A7C15ull /* the same as in guest/pattern.py */
+#define STEP 0x9E3779B97F4A7C15ull /* the same as in guest/boot/pattern.py */
 
 static uint64_t mix64(uint64_t value)
 {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.pattern import sector_content
+from guest.boot.pattern import sector_content
 from tests.bench.blk_frontend import BlkFrontend, DeviceFaultError, Job, pattern_bytes
 from tests.bench.build import load_frontend
 from tests.bench.connection import ConnectionFailedError

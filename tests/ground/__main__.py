@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from guest import uml, uml_kernel
-from guest.cache import PrepareError
-from guest.kernel import SUITE_VARIABLE, prepare_kernel
-from guest.suite_qemu import PROGRAM, prepare_qemu
-from guest.suites import open_suite
-from guest.uml import SERIES_VARIABLE, prepare_uml
-from guest.uml_kernel import prepare_uml_kernel
+from guest.boot import uml, uml_kernel
+from guest.boot.uml import SERIES_VARIABLE, prepare_uml
+from guest.boot.uml_kernel import prepare_uml_kernel
+from guest.debian.cache import PrepareError
+from guest.debian.kernel import SUITE_VARIABLE, prepare_kernel
+from guest.debian.qemu import PROGRAM, prepare_qemu
+from guest.debian.suites import open_suite
 from tests.ground.page import NO_QEMU, Row, renew, table
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from guest.cache import PrepareError
+from guest.debian.cache import PrepareError
 
 MIB = 1 << 20
 SECTOR = 512

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from guests.testbed import Testbed
 
-from guest.kernel import Kernel
-from guest.uml import prepare_uml
+from guest.boot.uml import prepare_uml
+from guest.debian.kernel import Kernel
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import trio
 from guests.boot_images import need
 
-from guest.accel import Acceleration
-from guest.machine import QEMU, Guest, Hypervisor, Machine, shared_memory, start_machine
+from guest.boot.accel import Acceleration
+from guest.boot.machine import QEMU, Guest, Hypervisor, Machine, shared_memory, start_machine
 from transports.vhost_user.endpoint import Listen
 from transports.vhost_user.server import VhostUserServer
 from virtio.backend import Backend

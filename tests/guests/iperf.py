@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from guest.machine import Guest
+from guest.boot.machine import Guest
 
 # What the sender's kernel and the receiver's may hold is small beside what is sent: see below.
 WINDOW = "--window 128K"

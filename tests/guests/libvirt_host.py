@@ -15,11 +15,11 @@ from pathlib import Path
 
 import trio
 
-from guest.cache import PrepareError
-from guest.console import Console
-from guest.suite_qemu import PACKAGES as QEMU_PACKAGES
-from guest.suites import Suite
-from guest.tree import Tree
+from guest.boot.console import Console
+from guest.debian.cache import PrepareError
+from guest.debian.qemu import PACKAGES as QEMU_PACKAGES
+from guest.debian.suites import Suite
+from guest.debian.tree import Tree
 
 LIBVIRT_PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-daemon-log", "libvirt-clients")
 PACKAGES = (*LIBVIRT_PACKAGES, "libvirt-common", *QEMU_PACKAGES)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from guests.testbed import DISK_SIZE, FROZEN_SEED, FROZEN_WRITTEN, MIB, Site, Testbed, Variant
 
-from guest.console import Answer
-from guest.machine import Guest
-from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sum_generations
-from guest.service import Daemon, Metrics
+from guest.boot.console import Answer
+from guest.boot.machine import Guest
+from guest.boot.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sum_generations
+from guest.boot.service import Daemon, Metrics
 
 SEED = 4242
 WRITTEN = (0, 4 * MIB)

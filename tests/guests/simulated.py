@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from line_client import Talker
 
-from guest.console import Console
-from guest.kernel import GENERIC_META_PACKAGE, Kernel, prepare_kernel
-from guest.kernel_source import prepare_drivers
+from guest.boot.console import Console
+from guest.debian.kernel import GENERIC_META_PACKAGE, Kernel, prepare_kernel
+from guest.debian.kernel_source import prepare_drivers
 
 PINS_AND_BUS = """
 [devices.pins]

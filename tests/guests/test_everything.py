@@ -15,10 +15,10 @@ from guests.vsock_conversations import guest_to_guest, guest_to_host, host_to_gu
 from guests.web import PAGE, web_server
 from line_client import talking
 
-from guest.initramfs import compiled_program, prepare_initramfs, program_files
-from guest.machine import Guest, Machine
-from guest.pattern import check_pattern
-from guest.service import Daemon, free_port, qemu_arguments, serve
+from guest.boot.initramfs import compiled_program, prepare_initramfs, program_files
+from guest.boot.machine import Guest, Machine
+from guest.boot.pattern import check_pattern
+from guest.boot.service import Daemon, free_port, qemu_arguments, serve
 
 pytestmark = pytest.mark.guest
 

@@ -13,8 +13,8 @@ from guests.boot_server import boot_server
 from guests.firmware import BOOT_SECONDS, ServedBackend, is_legacy, net_arguments, operations, serving, started
 from guests.testbed import Testbed
 
-from guest.cache import PrepareError
-from guest.machine import Guest
+from guest.boot.machine import Guest
+from guest.debian.cache import PrepareError
 from virtio.backend import Backend
 from virtio.devices.net import Net, NetOptions
 from virtio.worker import Worker

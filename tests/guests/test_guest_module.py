@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from guests.testbed import MIB, SPLIT, Site, Testbed
 
-from guest.cache import PrepareError
-from guest.console import results_of
-from guest.headers import prepare_headers
-from guest.initramfs import module_order, prepare_initramfs
-from guest.kernel import Kernel, prepare_kernel, read_module
-from guest.machine import Guest
-from guest.module import SOURCES, module_sources, prepare_module
-from guest.pattern import BLOCK_SIZE, check_pattern, sum_generations
+from guest.boot.console import results_of
+from guest.boot.initramfs import module_order, prepare_initramfs
+from guest.boot.machine import Guest
+from guest.boot.module import SOURCES, module_sources, prepare_module
+from guest.boot.pattern import BLOCK_SIZE, check_pattern, sum_generations
+from guest.debian.cache import PrepareError
+from guest.debian.headers import prepare_headers
+from guest.debian.kernel import Kernel, prepare_kernel, read_module
 
 pytestmark = pytest.mark.guest
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from guests.testbed import Testbed
 
-from guest.cache import cache_folder, scratch_folder
-from guest.headers import Headers, prepare_headers
-from guest.module import SOURCES
-from guest.packages import packages_of
+from guest.boot.module import SOURCES
+from guest.debian.cache import cache_folder, scratch_folder
+from guest.debian.headers import Headers, prepare_headers
+from guest.debian.packages import packages_of
 
 pytestmark = pytest.mark.guest
 

@@ -35,9 +35,9 @@ from guests.uses import (
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
 from line_client import talking
 
-from guest.initramfs import compiled_program, prepare_initramfs
-from guest.service import Daemon, free_port, hyperbell_command, serve
-from guest.suites import open_suite
+from guest.boot.initramfs import compiled_program, prepare_initramfs
+from guest.boot.service import Daemon, free_port, hyperbell_command, serve
+from guest.debian.suites import open_suite
 
 pytestmark = pytest.mark.ground
 

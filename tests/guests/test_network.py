@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from guests.iperf import tcp_goes_both_ways
 
-from guest.initramfs import prepare_initramfs, program_files
-from guest.kernel import Kernel
-from guest.machine import Guest
-from guest.service import Daemon, free_port, serve
-from guest.uml import UmlDevice, boot_uml
+from guest.boot.initramfs import prepare_initramfs, program_files
+from guest.boot.machine import Guest
+from guest.boot.service import Daemon, free_port, serve
+from guest.boot.uml import UmlDevice, boot_uml
+from guest.debian.kernel import Kernel
 
 pytestmark = pytest.mark.guest
 

@@ -12,9 +12,9 @@ from guests.testbed import Testbed
 from links import SocketLink
 from packets import internet_sum
 
-from guest.initramfs import prepare_initramfs
-from guest.machine import Machine, shared_memory
-from guest.service import free_port, serve
+from guest.boot.initramfs import prepare_initramfs
+from guest.boot.machine import Machine, shared_memory
+from guest.boot.service import free_port, serve
 from virtio.devices.net_address import mac_from_name
 
 pytestmark = pytest.mark.guest

@@ -17,9 +17,9 @@ from guests.testbed import Testbed
 from own_network import own_network
 from packets import internet_sum
 
-from guest.initramfs import prepare_initramfs
-from guest.machine import Machine, shared_memory
-from guest.service import hyperbell_command
+from guest.boot.initramfs import prepare_initramfs
+from guest.boot.machine import Machine, shared_memory
+from guest.boot.service import hyperbell_command
 from virtio.testing.queue import GUARD
 
 pytestmark = pytest.mark.guest

@@ -25,9 +25,9 @@ from guests.simulated import (
 from guests.testbed import Testbed
 from line_client import talking
 
-from guest.initramfs import prepare_initramfs
-from guest.machine import Guest, Machine
-from guest.service import free_port, qemu_arguments, serve
+from guest.boot.initramfs import prepare_initramfs
+from guest.boot.machine import Guest, Machine
+from guest.boot.service import free_port, qemu_arguments, serve
 
 MEMORY_MIB = 256
 MODULES = ("virtio_pci", "virtio_input", "evdev", "i2c-dev", "at24", "lm75")

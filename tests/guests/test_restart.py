@@ -9,9 +9,9 @@ import pytest
 from guests.monitor import monitor, monitor_options
 from guests.testbed import MIB, Site, Testbed
 
-from guest.machine import Machine
-from guest.pattern import check_pattern
-from guest.service import qemu_arguments
+from guest.boot.machine import Machine
+from guest.boot.pattern import check_pattern
+from guest.boot.service import qemu_arguments
 
 pytestmark = pytest.mark.guest
 

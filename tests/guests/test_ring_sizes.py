@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from guests.testbed import Testbed
 
-from guest.initramfs import compiled_program, prepare_initramfs
-from guest.machine import Machine, shared_memory
-from guest.service import free_port, serve
+from guest.boot.initramfs import compiled_program, prepare_initramfs
+from guest.boot.machine import Machine, shared_memory
+from guest.boot.service import free_port, serve
 from virtio.spec import VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1
 
 pytestmark = pytest.mark.guest

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from guest import accel, initramfs
-from guest.cache import PrepareError
-from guest.console import MachineError, results_of
-from guest.initramfs import Entry, module_order, newc, program_files
-from guest.kernel import read_module
-from guest.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sector_content, sum_generations
-from guest.report import Report, feature_names, human
-from guest.service import Metrics
+from guest.boot import accel, initramfs
+from guest.boot.console import MachineError, results_of
+from guest.boot.initramfs import Entry, module_order, newc, program_files
+from guest.boot.pattern import BLOCK_SIZE, SECTOR_SIZE, check_pattern, check_zeroes, sector_content, sum_generations
+from guest.boot.service import Metrics
+from guest.debian.cache import PrepareError
+from guest.debian.kernel import read_module
+from guest.demo.report import Report, feature_names, human
 
 HISTOGRAM = """
 # TYPE hyperbell_request_duration_seconds histogram
@@ -77,7 +77,7 @@ def test_torn_block_is_not_counted_as_a_generation(tmp_path: Path) -> None:
 
 def test_guest_and_host_agree_on_the_pattern(tmp_path: Path) -> None:
     program, image = tmp_path / "diskcheck", tmp_path / "image"
-    sources = [str(initramfs.HERE / name) for name in initramfs.DISKCHECK_SOURCES if name.endswith(".c")]
+    sources = [str(initramfs.PROGRAMS / name) for name in initramfs.DISKCHECK_SOURCES if name.endswith(".c")]
     subprocess.run([*initramfs.COMPILE, "-o", str(program), *sources], check=True)
     image.write_bytes(b"".join(sector_content(n, 0xFFFFFFFF) for n in range(8)) + bytes(8 * BLOCK_SIZE))
     try:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from guest import toy as toy_module
-from guest.cache import PrepareError
-from guest.console import results_of
-from guest.machine import QEMU
-from guest.pattern import SECTOR_SIZE, check_pattern, check_zeroes
-from guest.toy import Toy, prepare_toy
+from guest.boot import toy as toy_module
+from guest.boot.console import results_of
+from guest.boot.machine import QEMU
+from guest.boot.pattern import SECTOR_SIZE, check_pattern, check_zeroes
+from guest.boot.toy import Toy, prepare_toy
+from guest.debian.cache import PrepareError
 
 DISK_SIZE = 1024 * 1024
 RUN_SECONDS = 120

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from guests.testbed import Testbed
 
-from guest.machine import Machine
-from guest.service import free_port, serve
+from guest.boot.machine import Machine
+from guest.boot.service import free_port, serve
 
 pytestmark = pytest.mark.guest
 

@@ -14,10 +14,10 @@ from guests.uses import FOUR_DEVICES, FOUR_TYPES, LEASE, disk_keeps, page_comes_
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
 from message_relay import notifies, relay
 
-from guest.initramfs import compiled_program, prepare_initramfs
-from guest.kernel import Kernel
-from guest.service import Daemon, free_port, hyperbell_command, serve
-from guest.uml import UmlDevice, UmlGuest, boot_command, boot_uml, linux_command
+from guest.boot.initramfs import compiled_program, prepare_initramfs
+from guest.boot.service import Daemon, free_port, hyperbell_command, serve
+from guest.boot.uml import UmlDevice, UmlGuest, boot_command, boot_uml, linux_command
+from guest.debian.kernel import Kernel
 
 pytestmark = pytest.mark.guest
 

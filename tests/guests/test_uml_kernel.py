@@ -30,12 +30,12 @@ from guests.vsock_conversations import guest_to_host, host_to_guest
 from line_client import Talker, talking
 from message_relay import notifies, relay
 
-from guest.console import Console
-from guest.initramfs import compiled_program, prepare_initramfs
-from guest.kernel import Kernel
-from guest.service import Daemon, free_port, serve
-from guest.uml import UmlDevice, boot_uml
-from guest.uml_kernel import prepare_uml_kernel
+from guest.boot.console import Console
+from guest.boot.initramfs import compiled_program, prepare_initramfs
+from guest.boot.service import Daemon, free_port, serve
+from guest.boot.uml import UmlDevice, boot_uml
+from guest.boot.uml_kernel import prepare_uml_kernel
+from guest.debian.kernel import Kernel
 
 pytestmark = pytest.mark.ground
 

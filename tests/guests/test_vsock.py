@@ -14,11 +14,11 @@ import trio
 from blk_driver import pattern
 from guests.vsock_conversations import MIB, digest, guest_to_guest, guest_to_host, host_to_guest, listening
 
-from guest.initramfs import compiled_program, prepare_initramfs
-from guest.kernel import Kernel
-from guest.machine import Guest
-from guest.service import Daemon, free_port, serve
-from guest.uml import UmlDevice, boot_uml
+from guest.boot.initramfs import compiled_program, prepare_initramfs
+from guest.boot.machine import Guest
+from guest.boot.service import Daemon, free_port, serve
+from guest.boot.uml import UmlDevice, boot_uml
+from guest.debian.kernel import Kernel
 
 pytestmark = pytest.mark.guest
 

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from guest.initramfs import prepare_initramfs
-from guest.kernel import Kernel, prepare_kernel
-from guest.machine import Guest, Hypervisor, Machine, reconnecting, shared_memory
-from guest.pattern import SECTOR_SIZE, sector_content
-from guest.service import Daemon, free_port, serve
+from guest.boot.initramfs import prepare_initramfs
+from guest.boot.machine import Guest, Hypervisor, Machine, reconnecting, shared_memory
+from guest.boot.pattern import SECTOR_SIZE, sector_content
+from guest.boot.service import Daemon, free_port, serve
+from guest.debian.kernel import Kernel, prepare_kernel
 
 MIB = 1024 * 1024
 DISK_SIZE = 64 * MIB

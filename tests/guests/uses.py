@@ -1,4 +1,4 @@
-"""What a Linux guest does with its devices, and what the host then finds. Its init is ``guest/init``."""
+"""What a Linux guest does with its devices, and what the host then finds. Its init is ``guest/programs/init``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import trio
 from guests.web import PAGE, web_server
 
-from guest.console import Console
-from guest.pattern import check_pattern
+from guest.boot.console import Console
+from guest.boot.pattern import check_pattern
 
 MIB = 1024 * 1024
 LEASE = b"""#!/bin/sh

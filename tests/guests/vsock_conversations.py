@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 from blk_driver import pattern
 
-from guest.console import Console
+from guest.boot.console import Console
 
 MIB = 1024 * 1024
 

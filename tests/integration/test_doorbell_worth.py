@@ -19,7 +19,7 @@ from scene import DaemonProcess, LogBook
 from daemon.control import ask
 from daemon.doorbell_report import save
 from daemon.doorbells import report_of
-from guest.toy import prepare_toy
+from guest.boot.toy import prepare_toy
 
 CONFIGURATION = """
 [daemon]

@@ -24,7 +24,7 @@ from toy_machine import (
 )
 from vhost_user_wire import no_fd_leaks
 
-from guest.toy import Toy
+from guest.boot.toy import Toy
 from transports.hypercall import Policy, connection_id
 from transports.kvm.machine.machine import MachineSetup, open_machine
 from virtio.errors import HostError

@@ -19,7 +19,7 @@ import pytest
 import trio
 from elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
 
-from guest.toy import prepare_toy
+from guest.boot.toy import prepare_toy
 from transports.kvm.host import Kvm
 
 ROOT = Path(__file__).parents[2]

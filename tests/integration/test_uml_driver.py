@@ -19,7 +19,7 @@ import trio
 import vhost_user_wire as wire
 from structlog.testing import capture_logs
 
-from guest.initramfs import BUSYBOX, Entry, newc
+from guest.boot.initramfs import BUSYBOX, Entry, newc
 from transports.vhost_user.endpoint import Listen
 from virtio.backend import Backend
 from virtio.devices.blk import Blk, BlkOptions

@@ -1,7 +1,8 @@
 """Fixtures of the tests that run guests in guests.
 
-H is an emulated machine with SVM (``guest/host.py``), in which Debian's kernel is a real KVM host; G1 is a guest of H,
-G2 one of G1. One H serves all tests of a session, so a test leaves nothing behind: what it starts it starts in a block.
+H is an emulated machine with SVM (``guest/nested/host.py``), in which Debian's kernel is a real KVM host; G1 is a guest
+of H, G2 one of G1. One H serves all tests of a session, so a test leaves nothing behind: what it starts it starts in a
+block.
 
 When a test fails, look at the consoles: the error names the file, and the session ends with the folder that holds all
 of them (HYPERBELL_NESTED_LOGS=FOLDER chooses it): H.log is H's own, line1.log G1's, line2.log that of a G2 in it,
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from nested.laboratory import Laboratory
 
-from guest.level import Level
+from guest.nested.level import Level
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from guest.level import Guest, Job
+from guest.nested.level import Guest, Job
 
 SPAN = (4 * 1024 * 1024, 512 * 1024)
 REQUESTS = 20  # of each round; the load goes round until it is told to end

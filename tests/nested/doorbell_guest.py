@@ -11,8 +11,8 @@ from typing import Any
 
 import trio
 
-from guest.level import GUEST_CPU, Guest, Level, LevelDaemon, NestedMachine
-from guest.pattern import SECTOR_SIZE, sector_content
+from guest.boot.pattern import SECTOR_SIZE, sector_content
+from guest.nested.level import GUEST_CPU, Guest, Level, LevelDaemon, NestedMachine
 
 MIB = 1024 * 1024
 SIZE = 16 * MIB

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from guest.level import Level
-from guest.toy import prepare_toy
+from guest.boot.toy import prepare_toy
+from guest.nested.level import Level
 
 CACHE = "/tmp/inner-tests"
 # Without what these tests do not use: imports are what takes the time in an emulated machine.

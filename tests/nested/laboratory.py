@@ -13,10 +13,10 @@ from typing import TypeVar
 import pytest
 import trio
 
-from guest.host import Host
-from guest.images import Images, prepare_images
-from guest.kernel import prepare_kernel
-from guest.level import Level
+from guest.debian.kernel import prepare_kernel
+from guest.nested.host import Host
+from guest.nested.images import Images, prepare_images
+from guest.nested.level import Level
 
 T = TypeVar("T")
 

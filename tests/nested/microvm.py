@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest.level import NestedMachine
+from guest.nested.level import NestedMachine
 
 # The terminal's driver is a module too: nobody can speak there before it is loaded, so init proper begins after that.
 ON_TERMINAL = b"""\

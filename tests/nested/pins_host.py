@@ -17,13 +17,13 @@ import trio
 from line_client import Talker
 from nested.microvm import ON_TERMINAL
 
-from guest.host import LIFETIME_SECONDS, MEMORY_MIB
-from guest.images import Images, prepare_images
-from guest.initramfs import compiled_program, module_order
-from guest.kernel import GENERIC_META_PACKAGE, prepare_kernel, read_module
-from guest.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
-from guest.level import Level
-from guest.service import READY_SECONDS, ServiceError, hyperbell_command, qemu_arguments
+from guest.boot.initramfs import compiled_program, module_order
+from guest.boot.service import READY_SECONDS, ServiceError, hyperbell_command, qemu_arguments
+from guest.debian.kernel import GENERIC_META_PACKAGE, prepare_kernel, read_module
+from guest.debian.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
+from guest.nested.host import LIFETIME_SECONDS, MEMORY_MIB
+from guest.nested.images import Images, prepare_images
+from guest.nested.level import Level
 
 EEPROM = 0x50
 CONFIG = f"""

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from guest.level import Level
+from guest.nested.level import Level
 
 CLIENT_PATH = "/tmp/qmp.py"
 # Speaks QMP: what is on standard input, one command a line; the last answer goes to standard output.

@@ -33,8 +33,8 @@ from nested.doorbell_guest import (
 )
 from nested.laboratory import Laboratory
 
-from guest.level import Guest, Level, LevelDaemon, NestedMachine
-from guest.tracing import Counts, Trace, watch_doorbells
+from guest.nested.level import Guest, Level, LevelDaemon, NestedMachine
+from guest.nested.tracing import Counts, Trace, watch_doorbells
 from transports.hypercall import connection_id
 
 pytestmark = pytest.mark.nested

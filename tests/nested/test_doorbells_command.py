@@ -11,9 +11,9 @@ from nested.laboratory import Laboratory
 
 from daemon.doorbell_report import DOORBELLS, Report
 from daemon.doorbell_table import render
-from guest.level import Level
-from guest.toy import prepare_toy
-from guest.tracing import Counts, watch_doorbells
+from guest.boot.toy import prepare_toy
+from guest.nested.level import Level
+from guest.nested.tracing import Counts, watch_doorbells
 from transports.kvm.doorbell_cost.rounds import (
     BELLS,
     KERNEL,

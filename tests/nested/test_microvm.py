@@ -25,11 +25,11 @@ from nested.doorbell_guest import (
 from nested.laboratory import Laboratory
 from nested.microvm import ON_TERMINAL, Microvm
 
-from guest.initramfs import prepare_initramfs
-from guest.level import Guest, Level
-from guest.module import prepare_module
-from guest.service import Metrics
-from guest.tracing import Counts, Trace, watch_doorbells
+from guest.boot.initramfs import prepare_initramfs
+from guest.boot.module import prepare_module
+from guest.boot.service import Metrics
+from guest.nested.level import Guest, Level
+from guest.nested.tracing import Counts, Trace, watch_doorbells
 from transports.hypercall import connection_id
 from transports.kvm.machine.slots import slot
 

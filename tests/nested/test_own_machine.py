@@ -12,8 +12,8 @@ from nested.inner_tests import InnerRun, bring_toy, run_tests_in
 from nested.laboratory import Laboratory
 from toy_machine import KEY
 
-from guest.level import Level
-from guest.tracing import Counts, watch_doorbells
+from guest.nested.level import Level
+from guest.nested.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
 from transports.kvm.machine.slots import slot
 from virtio.mmio_registers import OFFSETS

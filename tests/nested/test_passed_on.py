@@ -26,8 +26,8 @@ from nested.doorbell_guest import (
 )
 from nested.laboratory import Laboratory
 
-from guest.level import Guest, Level, NestedMachine
-from guest.tracing import Counts, watch_doorbells
+from guest.nested.level import Guest, Level, NestedMachine
+from guest.nested.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM
 

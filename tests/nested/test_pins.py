@@ -18,8 +18,8 @@ from nested.laboratory import Laboratory
 from nested.microvm import Microvm
 from nested.pins_host import adapter_for_h, pins_images, talking_in
 
-from guest.level import Guest, Level, LevelDaemon, NestedMachine
-from guest.service import qemu_arguments
+from guest.boot.service import qemu_arguments
+from guest.nested.level import Guest, Level, LevelDaemon, NestedMachine
 
 pytestmark = pytest.mark.nested
 

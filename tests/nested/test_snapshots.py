@@ -15,7 +15,7 @@ import trio
 from nested.doorbell_guest import HYPERCALL_SOCKET, HYPERV_CPU, serve_disks, shown
 from nested.qmp import prepare_qmp, qmp
 
-from guest.level import Level
+from guest.nested.level import Level
 
 ROM = "/tmp/writes-os-id.rom"
 DISK = "/tmp/snapshots.qcow2"

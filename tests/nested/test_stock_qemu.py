@@ -30,9 +30,9 @@ from nested.doorbell_guest import (
 from nested.laboratory import Laboratory
 from nested.qmp import prepare_qmp, qmp
 
-from guest.level import Guest, Level, LevelDaemon, NestedMachine
-from guest.machine import reconnecting
-from guest.tracing import Counts, Trace, watch_doorbells
+from guest.boot.machine import reconnecting
+from guest.nested.level import Guest, Level, LevelDaemon, NestedMachine
+from guest.nested.tracing import Counts, Trace, watch_doorbells
 from transports.hypercall import connection_id
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"

@@ -25,8 +25,8 @@ from nested.doorbell_guest import (
 )
 from nested.laboratory import Laboratory
 
-from guest.level import Level, NestedMachine
-from guest.tracing import Counts, watch_doorbells
+from guest.nested.level import Level, NestedMachine
+from guest.nested.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
 
 pytestmark = pytest.mark.nested_full

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from guest.console import BOOTED, Console, MachineError
+from guest.boot.console import BOOTED, Console, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
 INNER = """
 import trio
-from guest.console import Console
+from guest.boot.console import Console
 
 class Guest(Console):
     def __init__(self, kind):

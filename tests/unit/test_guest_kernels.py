@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from debian_archive import SUITE, Archive
 
-from guest import suites
-from guest.cache import PrepareError
-from guest.headers import _make_relocatable
-from guest.initramfs import module_order
-from guest.kernel import META_PACKAGE, prepare_kernel, read_module
+from guest.boot.initramfs import module_order
+from guest.debian import suites
+from guest.debian.cache import PrepareError
+from guest.debian.headers import _make_relocatable
+from guest.debian.kernel import META_PACKAGE, prepare_kernel, read_module
 
 RELEASE = "9.9.1+deb-cloud-amd64"
 PACKAGE = f"linux-image-{RELEASE}"

@@ -18,7 +18,7 @@ from config.problems import ConfigError
 from config.schema import DEFAULT_WORKER, WorkerConfig
 from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Configured, device_types, make_devices
-from guest.service import free_port, serve
+from guest.boot.service import free_port, serve
 from transports import TRANSPORTS
 from transports.vhost_user.endpoint import Inherit
 from transports.vhost_user.server import VhostUserServer

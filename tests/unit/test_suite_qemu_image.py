@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from guest.cache import PrepareError
-from guest.images import _add_qemu_of_suite
-from guest.machine import QEMU
-from guest.root import Root
-from guest.suite_qemu import FOLDER, tree_of_qemu
-from guest.tree import LIBRARIES, LOADER, Tree, unpack_archives
+from guest.boot.machine import QEMU
+from guest.boot.root import Root
+from guest.debian.cache import PrepareError
+from guest.debian.qemu import FOLDER, tree_of_qemu
+from guest.debian.tree import LIBRARIES, LOADER, Tree, unpack_archives
+from guest.nested.images import _add_qemu_of_suite
 
 LIBC = "libc.so.6"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from debian_archive import SUITE, Archive
 
-from guest import suites
-from guest.cache import PrepareError
-from guest.elf import with_interpreter
-from guest.initramfs import BUSYBOX
-from guest.suites import open_suite
-from guest.tree import LIBRARIES, LOADER, Tree, unpack_archives
+from guest.boot.initramfs import BUSYBOX
+from guest.debian import suites
+from guest.debian.cache import PrepareError
+from guest.debian.elf import with_interpreter
+from guest.debian.suites import open_suite
+from guest.debian.tree import LIBRARIES, LOADER, Tree, unpack_archives
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from guest import uml, uml_kernel
-from guest.cache import PrepareError
-from guest.uml import chosen_suite
-from guest.uml_kernel import check_configuration, configuration
+from guest.boot import uml, uml_kernel
+from guest.boot.uml import chosen_suite
+from guest.boot.uml_kernel import check_configuration, configuration
+from guest.debian.cache import PrepareError
 
 
 def test_a_kernel_that_does_not_take_a_driver_is_refused_by_its_name() -> None:
