@@ -33,7 +33,7 @@ from daemon.stuck import end_when_stuck
 from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
 from transports.stock_qemu.server import serve as serve_qemu_doorbells
 from transports.stock_qemu.vms import QemuDoorbells
-from transports.vhost_user.endpoint import Listen, SocketFile
+from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.backend import Backend
 from virtio.clients import shortages
 from virtio.device import START_SECONDS

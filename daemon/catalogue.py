@@ -17,8 +17,8 @@ from daemon.device_classes import DeviceClassError, DeviceClasses, class_from_fi
 from daemon.features import ALWAYS_OFFERED, left_out
 from transports import TRANSPORTS
 from transports.base import BackendLike
-from transports.vhost_user.endpoint import Connect, Endpoint, Inherit, Listen
-from transports.vhost_user.stats import ConnectionStats
+from transports.vhost_user.serving.endpoint import Connect, Endpoint, Inherit, Listen
+from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.device import Device as VirtioDevice
 from virtio.device_calls import MISTAKES, close_all, one_line
 from virtio.errors import HostError

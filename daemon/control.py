@@ -25,7 +25,7 @@ import trio
 from daemon.links import STATES, Links, guest_is_told
 from daemon.policies import POLICIES, Policies
 from daemon.state import DaemonState, DeviceState, version
-from transports.vhost_user.endpoint import Listen, SocketFile
+from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.clients import Door, Place, Places
 from virtio.errors import HostError
 

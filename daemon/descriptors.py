@@ -9,8 +9,8 @@ from config.loader import Config, Device
 from daemon.control import CLIENTS_MAX
 from daemon.metrics_server import CONNECTIONS_MAX
 from transports.stock_qemu.server import VMS_MAX
-from transports.vhost_user.messages import VHOST_USER_MAX_RAM_SLOTS
-from transports.vhost_user.waiting import WAITING_MAX
+from transports.vhost_user.serving.waiting import WAITING_MAX
+from transports.vhost_user.wire.numbers import VHOST_USER_MAX_RAM_SLOTS
 from virtio.clients import ROOM
 from virtio.device import DeviceOptions
 from virtio.waist import Doorbell

@@ -19,7 +19,7 @@ from config.schema import DeviceConfig
 from daemon.catalogue import endpoint_of, make_device, transport_of
 from daemon.failures import leaves
 from daemon.slow_steps import DEVICE
-from transports.vhost_user.stats import ConnectionStats
+from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend import Backend
 from virtio.device import Device
 from virtio.device_calls import close_all, one_line

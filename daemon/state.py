@@ -11,7 +11,7 @@ from daemon.doorbell_worth import DoorbellState
 from transports.hypercall import Policy
 from transports.kvm.machine.state import MachineState, MmioDeviceState
 from transports.stock_qemu.state import VmState
-from transports.vhost_user.stats import ConnectionStats
+from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.stats import BackendStats, WorkerStats
 
 

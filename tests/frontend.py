@@ -19,8 +19,8 @@ import pytest
 import trio
 from links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
 
-from transports.vhost_user.endpoint import Listen
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.serving.endpoint import Listen
+from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend import Backend
 from virtio.device import Device
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver

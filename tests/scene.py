@@ -27,8 +27,8 @@ from frontend import Guest
 from links import SocketLink
 
 from daemon.control import ask
-from transports.vhost_user.endpoint import Listen
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.serving.endpoint import Listen
+from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend import Backend
 from virtio.devices.blk import Blk, BlkOptions
 from virtio.testing.queue import GUARD

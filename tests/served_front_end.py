@@ -10,8 +10,8 @@ import vhost_user_wire as wire
 from recording_backend import RecordingBackend
 from vhost_user_wire import FrontEnd
 
-from transports.vhost_user.endpoint import Inherit
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.serving.endpoint import Inherit
+from transports.vhost_user.serving.server import VhostUserServer
 from virtio.fd import OwnedFd
 
 IOMMU = wire.F_VERSION_1 | wire.F_ACCESS_PLATFORM | wire.F_PROTOCOL_FEATURES

@@ -18,21 +18,17 @@ import pytest
 import trio
 
 from transports.base import BackendLike
-from transports.vhost_user.endpoint import Endpoint
-from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
-from transports.vhost_user.operations import (
-    Answer,
-    ConfigureQueue,
-    Operation,
-    ReadConfig,
-    SetFeatures,
-    SetMemory,
-    StopDevice,
-    StopQueue,
-)
-from transports.vhost_user.server import VhostUserServer
-from transports.vhost_user.session import Session
-from transports.vhost_user.state import Value
+from transports.vhost_user.requests.config_space import ReadConfig
+from transports.vhost_user.requests.device import StopDevice
+from transports.vhost_user.requests.memory import SetMemory
+from transports.vhost_user.requests.negotiation import SetFeatures
+from transports.vhost_user.requests.operation import Answer, Operation, Value
+from transports.vhost_user.requests.rings import StopQueue
+from transports.vhost_user.requests.table import MESSAGES
+from transports.vhost_user.serving.endpoint import Endpoint
+from transports.vhost_user.serving.server import VhostUserServer
+from transports.vhost_user.session import ConfigureQueue, Session
+from transports.vhost_user.wire.message import UNSUPPORTED
 from virtio.errors import HyperbellError, PeerError
 from virtio.testing.queue import GUARD
 

@@ -9,4 +9,4 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-TRANSPORTS: Final[Mapping[str, str]] = MappingProxyType({"vhost-user": "transports.vhost_user.server"})
+TRANSPORTS: Final[Mapping[str, str]] = MappingProxyType({"vhost-user": "transports.vhost_user.serving.server"})

@@ -29,7 +29,7 @@ class Driver:
 DRIVERS: Mapping[str, Driver] = {
     "gpio-virtio": Driver('#include "drivers/gpio/gpio-virtio.c"\n', ("drivers/gpio/gpio-virtio.c",)),
     "i2c-virtio": Driver('#include "drivers/i2c/busses/i2c-virtio.c"\n', ("drivers/i2c/busses/i2c-virtio.c",)),
-    # CONFIG_IRQ_SIM is off too, up to 6.12. What irq_to_desc() does there is for the kernel proper, this is the same for
+    # Up to 6.12 CONFIG_IRQ_SIM is off too. What irq_to_desc() does there is for the kernel proper, this is the same for
     # a module.
     "gpio-mockup": Driver(
         """\

@@ -13,8 +13,8 @@ from guests.boot_images import need
 
 from guest.boot.accel import Acceleration
 from guest.boot.machine import QEMU, Guest, Hypervisor, Machine, shared_memory, start_machine
-from transports.vhost_user.endpoint import Listen
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.serving.endpoint import Listen
+from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend import Backend
 from virtio.device import Device
 from virtio.spec import VIRTIO_F_VERSION_1

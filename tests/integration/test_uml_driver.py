@@ -20,7 +20,7 @@ import vhost_user_wire as wire
 from structlog.testing import capture_logs
 
 from guest.boot.initramfs import BUSYBOX, Entry, newc
-from transports.vhost_user.endpoint import Listen
+from transports.vhost_user.serving.endpoint import Listen
 from virtio.backend import Backend
 from virtio.devices.blk import Blk, BlkOptions
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED

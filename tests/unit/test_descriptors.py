@@ -23,7 +23,7 @@ from vhost_user_wire import FrontEnd, serving, u64
 
 from daemon.cli import load_config
 from daemon.descriptors import worst_case
-from transports.vhost_user.endpoint import Listen
+from transports.vhost_user.serving.endpoint import Listen
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from daemon.assembly import Assembly, assemble
 from daemon.catalogue import Configured, device_types, make_devices
 from guest.boot.service import free_port, serve
 from transports import TRANSPORTS
-from transports.vhost_user.endpoint import Inherit
-from transports.vhost_user.server import VhostUserServer
+from transports.vhost_user.serving.endpoint import Inherit
+from transports.vhost_user.serving.server import VhostUserServer
 from virtio import spec
 from virtio.devices import REGISTRY
 from virtio.fd import OwnedFd

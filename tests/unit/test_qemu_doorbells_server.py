@@ -21,7 +21,7 @@ from transports.stock_qemu import server
 from transports.stock_qemu.descriptors import VcpuStatistics, doorbell_id
 from transports.stock_qemu.messages import WIRE_SIZE, Message, Type, VmFlag
 from transports.stock_qemu.vms import QemuDoorbells
-from transports.vhost_user.endpoint import Listen, SocketFile
+from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd, eventfd_id
 

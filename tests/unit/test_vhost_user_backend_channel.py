@@ -11,7 +11,7 @@ import trio
 import trio.testing
 import vhost_user_wire as wire
 
-from transports.vhost_user.backend_channel import BackendChannel, BackendRequests
+from transports.vhost_user.serving.backend_channel import BackendChannel, BackendRequests
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 from virtio.waist import ConfigChanged, IotlbMiss, Permission

@@ -13,7 +13,7 @@ from served_front_end import IOMMU, UVA, connected
 from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, u64
 
-from transports.vhost_user.connection import WRITE_TIMEOUT
+from transports.vhost_user.serving.connection import WRITE_TIMEOUT
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.waist import AddressSpace, QueueSetup
 

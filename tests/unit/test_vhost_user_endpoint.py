@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import vhost_user_wire as wire
 
-from transports.vhost_user.endpoint import Listen, SocketFile, connect_unix, inherited_socket, is_listening
+from transports.vhost_user.serving.endpoint import Listen, SocketFile, connect_unix, inherited_socket, is_listening
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

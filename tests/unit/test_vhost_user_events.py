@@ -14,7 +14,7 @@ from served_front_end import IOMMU, UVA, connected, open_channel
 from structlog.testing import capture_logs
 from vhost_user_wire import u64
 
-from transports.vhost_user.connection import ACK_TIMEOUT
+from transports.vhost_user.serving.connection import ACK_TIMEOUT
 from virtio.fd import OwnedFd
 from virtio.waist import ConfigChanged, IotlbMiss, Permission
 

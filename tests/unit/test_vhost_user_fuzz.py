@@ -10,9 +10,11 @@ import vhost_user_wire as wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from transports.vhost_user.messages import MESSAGES, Payload
-from transports.vhost_user.operations import Request, SetMemory
+from transports.vhost_user.requests.memory import SetMemory
+from transports.vhost_user.requests.operation import Request
+from transports.vhost_user.requests.table import MESSAGES
 from transports.vhost_user.session import Session
+from transports.vhost_user.wire.message import Payload
 from virtio.errors import HostError, PeerError
 from virtio.waist import MemoryRegion
 

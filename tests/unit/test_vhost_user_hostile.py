@@ -12,8 +12,9 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import MIB, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
-from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
-from transports.vhost_user.operations import Refuse
+from transports.vhost_user.requests.operation import Refuse
+from transports.vhost_user.requests.table import MESSAGES
+from transports.vhost_user.wire.message import UNSUPPORTED
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 

@@ -6,7 +6,8 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import MIB, Dialogue, reply_to, u64
 
-from transports.vhost_user.operations import Refuse, SetFeatures
+from transports.vhost_user.requests.negotiation import SetFeatures
+from transports.vhost_user.requests.operation import Refuse
 from virtio.spec import VIRTIO_F_RING_RESET
 
 UVA = 0x7F00_0000_0000

@@ -6,7 +6,8 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import MIB, Dialogue, chunked, reply_to
 
-from transports.vhost_user.operations import Refuse, SetMemory
+from transports.vhost_user.requests.memory import SetMemory
+from transports.vhost_user.requests.operation import Refuse
 from virtio.waist import MemoryRegion
 
 UVA = 0x7F00_0000_0000

@@ -10,8 +10,8 @@ import vhost_user_wire as wire
 from recording_backend import RecordingBackend
 from vhost_user_wire import Dialogue, FrontEnd, chunked, serving, u64
 
-from transports.vhost_user.endpoint import Listen
-from transports.vhost_user.operations import Announce, SetMtu
+from transports.vhost_user.requests.net import Announce, SetMtu
+from transports.vhost_user.serving.endpoint import Listen
 from virtio.errors import PeerError
 
 SEND_RARP, SET_MTU, ADD_REGION, REMOVE_REGION = 19, 20, 37, 38

@@ -10,21 +10,20 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import MIB, UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
-from transports.vhost_user.messages import MESSAGES, UNSUPPORTED
-from transports.vhost_user.operations import (
-    Answer,
+from transports.vhost_user.requests.config_space import ReadConfig
+from transports.vhost_user.requests.memory import SetMemory
+from transports.vhost_user.requests.negotiation import SetFeatures, SetProtocolFeatures
+from transports.vhost_user.requests.operation import Answer, Refuse
+from transports.vhost_user.requests.rings import (
     EnableQueue,
-    ReadConfig,
-    Refuse,
-    SetFeatures,
     SetKick,
-    SetMemory,
-    SetProtocolFeatures,
     SetRingAddresses,
     SetRingBase,
     SetRingSize,
     StopQueue,
 )
+from transports.vhost_user.requests.table import MESSAGES
+from transports.vhost_user.wire.message import UNSUPPORTED
 from virtio.waist import AddressSpace, QueueSetup
 
 FEATURES = wire.F_VERSION_1 | wire.F_PROTOCOL_FEATURES

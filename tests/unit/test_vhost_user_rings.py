@@ -5,17 +5,10 @@ from __future__ import annotations
 import vhost_user_wire as wire
 from vhost_user_wire import UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
-from transports.vhost_user.operations import (
-    ConfigureQueue,
-    DisableAllQueues,
-    EnableQueue,
-    SetCall,
-    SetErr,
-    SetKick,
-    SetRingAddresses,
-    StopQueue,
-)
-from transports.vhost_user.vrings import PACKED_BASE_INITIAL
+from transports.vhost_user.requests.negotiation import DisableAllQueues
+from transports.vhost_user.requests.rings import EnableQueue, SetCall, SetErr, SetKick, SetRingAddresses, StopQueue
+from transports.vhost_user.session import ConfigureQueue
+from transports.vhost_user.state.vring import PACKED_BASE_INITIAL
 from virtio.waist import AddressSpace, QueueSetup
 
 

@@ -6,21 +6,12 @@ import pytest
 import vhost_user_wire as wire
 from vhost_user_wire import Dialogue, chunked, reply_to, u64, vring_state
 
-from transports.vhost_user.operations import (
-    Answer,
-    GetStatus,
-    IotlbInvalidate,
-    IotlbUpdate,
-    ReadConfig,
-    ResetDevice,
-    SetBackendChannel,
-    SetCall,
-    SetFeatures,
-    SetStatus,
-    StopDevice,
-    StopQueue,
-    WriteConfig,
-)
+from transports.vhost_user.requests.config_space import ReadConfig, WriteConfig
+from transports.vhost_user.requests.device import GetStatus, ResetDevice, SetBackendChannel, SetStatus, StopDevice
+from transports.vhost_user.requests.iotlb import IotlbInvalidate, IotlbUpdate
+from transports.vhost_user.requests.negotiation import SetFeatures
+from transports.vhost_user.requests.operation import Answer
+from transports.vhost_user.requests.rings import SetCall, StopQueue
 from transports.vhost_user.session import Session
 from virtio.errors import HostError
 from virtio.fd import OwnedFd

@@ -1,7 +1,6 @@
 """The vhost-user transport, back-end side.
 
-``session`` is the protocol without I/O: ``framing`` makes messages of bytes, ``messages`` is the table of
-them, ``payloads`` their contents, ``rules`` what each may ask for in which ``state``, ``operations`` what it
-then asks for. ``perform`` turns operations into verbs of the waist. ``connection``, ``backend_channel``, ``inband``
-(kicks and calls by messages), ``endpoint`` and ``server`` are the thin trio part.
+``wire`` makes messages of bytes, ``state`` is what a connection has agreed on, ``requests`` has a class for each
+request, ``session`` is the protocol of one connection, without I/O, and ``serving`` the part with sockets. Each knows
+only those before it.
 """

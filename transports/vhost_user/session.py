@@ -10,27 +10,32 @@ and every descriptor received so far is closed with it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from transports.vhost_user import payloads, rules
-from transports.vhost_user.framing import Frame, Framer
-from transports.vhost_user.messages import (
-    NEVER_OFFERED,
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    VHOST_USER_PROTOCOL_F_CONFIG,
-    Payload,
-    Reply,
-    offered_protocol_features,
-)
-from transports.vhost_user.operations import ConfigureQueue, ReadConfig, Refuse, Request, StopQueue
-from transports.vhost_user.payloads import ConfigAccess
-from transports.vhost_user.state import ConnectionState, Value
-from transports.vhost_user.vrings import Vring
+from transports.vhost_user.requests.negotiation import NEVER_OFFERED, offered_protocol_features
+from transports.vhost_user.requests.operation import Refuse, Request, Value
+from transports.vhost_user.requests.table import MESSAGES, plan
+from transports.vhost_user.state.connection_state import ConnectionState
+from transports.vhost_user.state.vring import Vring
+from transports.vhost_user.wire import payloads
+from transports.vhost_user.wire.framing import Frame, Framer
+from transports.vhost_user.wire.message import Payload, Reply
+from transports.vhost_user.wire.numbers import VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_PROTOCOL_F_CONFIG
 from virtio.errors import HyperbellError, PeerError
 from virtio.fd import OwnedFd
+from virtio.waist import QueueSetup
 
 _CONFIG: Final = 1 << VHOST_USER_PROTOCOL_F_CONFIG
 _FAILURE: Final = 1  # any value but zero ("VHOST_USER_PROTOCOL_F_REPLY_ACK")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigureQueue:
+    """No request's own operation: a ring that was kicked has become whole, whatever message did it."""
+
+    index: int
+    setup: QueueSetup
 
 
 class Session:
@@ -66,7 +71,7 @@ class Session:
             rings=[Vring(index) for index in range(queue_count)],
             repeats_memory=is_network_interface,
         )
-        self._framer = Framer()
+        self._framer = Framer(MESSAGES)
         self._pending: Request | None = None
         self._closed = False
 
@@ -106,9 +111,9 @@ class Session:
     def accept(self, request: Request, value: Value = 0) -> bytes:
         """The operation is done with ``value``: change the state; the bytes to send, or none."""
         self._settle(request)
-        self.state.commit(request.operation, value)
+        request.operation.commit(self.state, value)
         if request.message.reply is Reply.ALWAYS:
-            return payloads.build_reply(request.message.number, _answer(request, value))
+            return payloads.build_reply(request.message.number, request.operation.answer(value))
         return _status(request, 0)
 
     def reject(self, request: Request, error: HyperbellError) -> bytes:
@@ -167,7 +172,7 @@ class Session:
     def _plan(self, frame: Frame) -> Request:
         row = frame.message
         try:
-            operation = rules.plan(self.state, frame)
+            operation = plan(self.state, frame)
         except PeerError as error:
             if not _can_be_refused(frame):
                 for fd in frame.fds:
@@ -201,15 +206,3 @@ def _status(request: Request, value: int) -> bytes:
     if rule is Reply.ALWAYS_STATUS or (rule is Reply.ON_REQUEST and request.need_reply):
         return payloads.build_reply(request.message.number, payloads.build_u64(value))
     return b""
-
-
-def _answer(request: Request, value: Value) -> bytes:
-    """The payload of a reply of the request's own."""
-    match request.operation, value:
-        case ReadConfig(offset=offset, flags=flags), bytes():
-            return payloads.build_config(ConfigAccess(offset, flags, value))
-        case StopQueue(index=index), int():
-            return payloads.build_vring_state(index, value)
-        case _, int():
-            return payloads.build_u64(value)
-    raise TypeError(f"{request.name} cannot be answered with {value!r}")

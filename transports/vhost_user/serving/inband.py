@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import trio
 
 from transports.base import BackendLike
-from transports.vhost_user.backend_channel import RingCall, RingError
-from transports.vhost_user.operations import Operation, SetCall, SetErr, SetKick
-from transports.vhost_user.vrings import Vring
+from transports.vhost_user.requests.operation import Operation
+from transports.vhost_user.requests.rings import SetCall, SetErr, SetKick
+from transports.vhost_user.serving.backend_channel import RingCall, RingError
+from transports.vhost_user.state.vring import Vring
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import array
 import socket
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from transports.base import BackendLike
-from transports.vhost_user.backend_channel import BackendChannel, BackendEvent, RingCall, RingError
-from transports.vhost_user.inband import InbandNotifications
-from transports.vhost_user.messages import (
-    UNKNOWN_REQUEST,
+from transports.vhost_user.requests.device import ResetDevice, SetBackendChannel, StopDevice
+from transports.vhost_user.requests.operation import Refuse, Request, Value
+from transports.vhost_user.requests.rings import KickQueue, SetCall, SetErr, SetKick, StopQueue
+from transports.vhost_user.serving.backend_channel import BackendChannel, BackendEvent, RingCall, RingError
+from transports.vhost_user.serving.inband import InbandNotifications
+from transports.vhost_user.serving.stats import ConnectionStats
+from transports.vhost_user.session import ConfigureQueue, Session
+from transports.vhost_user.wire.message import UNKNOWN_REQUEST
+from transports.vhost_user.wire.numbers import (
     VHOST_USER_PROTOCOL_F_CONFIG,
     VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
     VHOST_USER_PROTOCOL_F_REPLY_ACK,
 )
-from transports.vhost_user.operations import (
-    ConfigureQueue,
-    KickQueue,
-    Refuse,
-    Request,
-    ResetDevice,
-    SetBackendChannel,
-    SetCall,
-    SetErr,
-    SetKick,
-    StopDevice,
-    StopQueue,
-)
-from transports.vhost_user.perform import perform
-from transports.vhost_user.session import Session
-from transports.vhost_user.state import Value
-from transports.vhost_user.stats import ConnectionStats
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors
 from virtio.errors import GuestError, HostError, HyperbellError, PeerError
 from virtio.spec import VIRTIO_ID_NET
@@ -226,7 +213,7 @@ class Connection:
             if self._is_inband and isinstance(operation, SetKick | SetCall | SetErr):
                 assert self._inband is not None
                 operation = await self._inband.prepare(operation, self.session.state.rings[operation.index])
-            return await perform(self._backend, replace(request, operation=operation))
+            return await operation.perform(self._backend)
         channel = BackendChannel(
             operation.fd,
             wants_replies=self.session.state.has_protocol_feature(VHOST_USER_PROTOCOL_F_REPLY_ACK),

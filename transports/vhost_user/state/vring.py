@@ -16,10 +16,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from transports.vhost_user.operations import Refuse, SetRingAddresses, SetRingBase, SetRingSize
-from transports.vhost_user.payloads import VringAddr, VringState
 from virtio.errors import PeerError
-from virtio.spec import VIRTQUEUE_SIZE_MAX
 from virtio.waist import AddressSpace, QueueSetup
 
 # Both wrap counters start at 1, both indices at 0 (virtio 1.3, section 2.8.1).
@@ -59,37 +56,6 @@ class Vring:
     has_err: bool = False
 
     # --- what the front-end says ---
-
-    def plan_size(self, state: VringState, *, size_max: int) -> SetRingSize | Refuse:
-        """SET_VRING_NUM; which sizes the ring's format can have is asked when it starts."""
-        size = state.num
-        if size == 0:
-            raise PeerError(f"queue {self.index} cannot have the size 0")
-        if size > VIRTQUEUE_SIZE_MAX:
-            raise PeerError(f"queue {self.index}: size {size} is above {VIRTQUEUE_SIZE_MAX} (virtio 1.3, section 2.7)")
-        if size > size_max:
-            # Without NEED_REPLY this ends the connection: the guest is about to use this ring, and would wait for ever.
-            return Refuse(
-                f"queue {self.index}: size {size} is above this device's limit of {size_max}; "
-                f"lower the queue size in the virtual machine or raise the device's queue_size"
-            )
-        return SetRingSize(self.index, size, suspend=self.configured and size != self.size)
-
-    def plan_addresses(self, addr: VringAddr) -> SetRingAddresses:
-        """SET_VRING_ADDR; the same addresses again are no change, also while the ring runs."""
-        if addr.flags:  # VHOST_VRING_F_LOG is for VHOST_F_LOG_ALL, which is not offered
-            raise PeerError(f"queue {self.index}: ring flags {addr.flags:#x} were not negotiated")
-        addresses = (addr.desc, addr.avail, addr.used)
-        return SetRingAddresses(self.index, *addresses, suspend=self.configured and addresses != self.addresses)
-
-    def plan_base(self, state: VringState, *, packed: bool) -> SetRingBase:
-        """SET_VRING_BASE: whatever the ring has done meanwhile, it starts there.
-
-        The base that a packed ring of an enabled queue was given already is no change. A split ring's is: where another
-        ring is at the same place the base is right, and where it is the same ring its used index tells so.
-        """
-        same = packed and self.enabled and state.num == self.base
-        return SetRingBase(self.index, state.num, suspend=self.configured and not same)
 
     def say(self, what: Parameter, *, suspended: bool) -> None:
         """``what`` was said. ``suspended``: the back-end has let go of the ring for it."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from transports.vhost_user.messages import (
+from transports.vhost_user.wire.numbers import (
     VHOST_IOTLB_MISS,
     VHOST_USER_BACKEND_CONFIG_CHANGE_MSG,
     VHOST_USER_BACKEND_IOTLB_MSG,
@@ -23,7 +23,7 @@ from transports.vhost_user.messages import (
     VHOST_USER_VERSION,
     VHOST_USER_VERSION_MASK,
 )
-from transports.vhost_user.payloads import (
+from transports.vhost_user.wire.payloads import (
     HEADER_SIZE,
     IotlbMessage,
     build_iotlb,

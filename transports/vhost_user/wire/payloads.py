@@ -1,7 +1,7 @@
 """Payloads of vhost-user messages: bytes to frozen dataclasses and back, in one place.
 
 All numbers travel in the machine's byte order ("Message Specification"). Sizes were checked against
-``messages.SIZES`` before anything is parsed here; what is checked here is a payload's agreement with
+``message.SIZES`` before anything is parsed here; what is checked here is a payload's agreement with
 itself (``PeerError`` when it contradicts itself).
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from construct import Int8un, Int32un, Int64un, Padding, Struct
 
-from transports.vhost_user.messages import (
+from transports.vhost_user.wire.numbers import (
     VHOST_USER_MAX_CONFIG_SIZE,
     VHOST_USER_REPLY_MASK,
     VHOST_USER_VERSION,

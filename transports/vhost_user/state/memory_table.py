@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from transports.vhost_user.payloads import RegionDescription
+from transports.vhost_user.wire.payloads import RegionDescription
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 from virtio.waist import MemoryRegion

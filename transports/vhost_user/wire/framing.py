@@ -8,21 +8,18 @@ understood too). A reader that never asks for more than ``wanted_bytes`` cannot 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from transports.vhost_user.messages import (
-    MESSAGES,
-    UNKNOWN_REQUEST,
+from transports.vhost_user.wire.message import UNKNOWN_REQUEST, Message, unserved
+from transports.vhost_user.wire.numbers import (
     VHOST_USER_MAX_FDS,
     VHOST_USER_NEED_REPLY_MASK,
     VHOST_USER_REPLY_MASK,
     VHOST_USER_VERSION,
     VHOST_USER_VERSION_MASK,
-    Message,
-    unserved,
 )
-from transports.vhost_user.payloads import HEADER_SIZE, Header, parse_header
+from transports.vhost_user.wire.payloads import HEADER_SIZE, Header, parse_header
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd
 
@@ -38,9 +35,13 @@ class Frame:
 
 
 class Framer:
-    """Collects bytes and descriptors until a message is whole. Owns every descriptor until it is given out."""
+    """Collects bytes and descriptors until a message is whole. Owns every descriptor until it is given out.
 
-    def __init__(self) -> None:
+    ``rows``: the requests that are served, by number.
+    """
+
+    def __init__(self, rows: Mapping[int, Message]) -> None:
+        self._rows = rows
         self._buffer = bytearray()
         self._consumed = 0  # stream position of _buffer[0]
         self._fds: deque[tuple[int, OwnedFd]] = deque()  # with the stream position they came at
@@ -81,7 +82,7 @@ class Framer:
             self._check_fds(range(VHOST_USER_MAX_FDS + 1), HEADER_SIZE, UNKNOWN_REQUEST, complete=False)
             return None
         header = parse_header(bytes(self._buffer))
-        message = _check_header(header)
+        message = _check_header(header, self._rows)
         length = HEADER_SIZE + header.size
         complete = len(self._buffer) >= length
         self._check_fds(message.fds, length, message.name, complete=complete)
@@ -120,13 +121,13 @@ class Framer:
             yield self._fds.popleft()[1]
 
 
-def _check_header(header: Header) -> Message:
+def _check_header(header: Header, rows: Mapping[int, Message]) -> Message:
     """The table's row of a request whose header is valid ("Header").
 
     A request that is not served passes if its sender asks for a reply: it can be refused. Where nothing can be said the
     sender would go on as if it had been done, or wait for an answer, so its connection ends here.
     """
-    message = MESSAGES.get(header.request) or unserved(header.request)
+    message = rows.get(header.request) or unserved(header.request)
     version = header.flags & VHOST_USER_VERSION_MASK
     if version != VHOST_USER_VERSION:
         raise PeerError(f"protocol version {version} instead of {VHOST_USER_VERSION}", request=message.name)
@@ -134,7 +135,7 @@ def _check_header(header: Header) -> Message:
         raise PeerError("a reply, though nothing was asked on this channel", request=message.name)
     if header.flags & ~(VHOST_USER_VERSION_MASK | VHOST_USER_NEED_REPLY_MASK):
         raise PeerError(f"unknown header flags {header.flags:#x}", request=message.name)
-    if header.request not in MESSAGES and not header.flags & VHOST_USER_NEED_REPLY_MASK:
+    if header.request not in rows and not header.flags & VHOST_USER_NEED_REPLY_MASK:
         raise PeerError(why_unserved(message), request=message.name)
     if header.size not in message.sizes:
         least, most = message.sizes[0], message.sizes[-1]

@@ -11,8 +11,8 @@ import structlog
 import trio
 
 from transports.base import BackendLike
-from transports.vhost_user.connection import Connection
-from transports.vhost_user.endpoint import (
+from transports.vhost_user.serving.connection import Connection
+from transports.vhost_user.serving.endpoint import (
     Connect,
     Endpoint,
     Inherit,
@@ -23,8 +23,8 @@ from transports.vhost_user.endpoint import (
     inherited_socket,
     is_listening,
 )
-from transports.vhost_user.stats import ConnectionStats
-from transports.vhost_user.waiting import Waiting, has_hung_up
+from transports.vhost_user.serving.stats import ConnectionStats
+from transports.vhost_user.serving.waiting import Waiting, has_hung_up
 from virtio.clients import Door
 from virtio.waist import QueueBroken
 
