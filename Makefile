@@ -9,7 +9,7 @@ PREFIX ?= /usr/lib/hyperbell
 DESTDIR ?=
 # The folders with C of ours (setup.py): of all but the last cffi makes Python modules, by their build.py.
 C_FOLDERS := virtio/dataplane virtio/usernet transports/kvm/native transports/stock_qemu/library
-C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/build.py))
+C_SOURCES := $(foreach f,$(C_FOLDERS),$(wildcard $f/*.[ch] $f/*/*.[ch] $f/build.py))
 
 .PHONY: help setup demo test test-nested test-ground check lint types c-check bench build stub install clean
 .DEFAULT_GOAL := help
@@ -61,8 +61,8 @@ types: setup
 	@$(BIN)/mypy --explicit-package-bases tests/bench tests/ground
 
 c-check: setup
-	@for f in $(C_FOLDERS:%=%/*.c); do \
-	  gcc -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
+	@for f in $(filter %.c,$(C_SOURCES)); do \
+	  gcc -Ivirtio/dataplane -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
 	@for f in guest/toy/*.c; do for bits in 32 64; do \
 	  gcc -m$$bits -std=gnu11 -O2 -ffreestanding -fno-strict-aliasing -mgeneral-regs-only \
 	    -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done; done

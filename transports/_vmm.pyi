@@ -1,4 +1,4 @@
-"""Made from vmm.cdef.h by virtio/dataplane/stub.py; a test compares the two."""
+"""Made from transports/kvm/native by virtio/dataplane/stub.py; a test compares the two."""
 
 from typing import Any
 

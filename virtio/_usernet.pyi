@@ -1,4 +1,4 @@
-"""Made from usernet.cdef.h by virtio/dataplane/stub.py; a test compares the two."""
+"""Made from virtio/usernet by virtio/dataplane/stub.py; a test compares the two."""
 
 from typing import Any
 

@@ -2,7 +2,7 @@
 #ifndef FUZZ_H
 #define FUZZ_H
 
-#include "dataplane.h"
+#include "ring/virtqueue.h"
 
 #include <stdio.h>
 #include <stdlib.h>

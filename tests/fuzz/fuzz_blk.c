@@ -7,7 +7,7 @@
  */
 #include "fuzz.h"
 
-#include "blk.h"
+#include "blk/blk.h"
 
 #define DISK_BYTES (16u << 10)
 #define BUFFER_BYTES 4096u

@@ -2,7 +2,7 @@
 #ifndef NATIVE_GUEST_H
 #define NATIVE_GUEST_H
 
-#include "dataplane.h" /* first: it asks for the GNU interfaces */
+#include "ring/virtqueue.h" /* first: it asks for the GNU interfaces */
 
 #include "check.h"
 

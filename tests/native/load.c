@@ -1,6 +1,6 @@
 /* Workers to command, disks to serve, and a disk driver with a shadow of what it wrote. */
 #include "load.h"
-#include "worker.h"
+#include "worker/worker.h"
 
 #include <fcntl.h>
 #include <poll.h>

@@ -3,7 +3,7 @@
  * the rest waits its turn, and nothing is lost.
  */
 #include "load.h"
-#include "worker.h"
+#include "worker/worker.h"
 
 #include <sched.h>
 #include <unistd.h>

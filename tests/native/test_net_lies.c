@@ -4,7 +4,7 @@
  * Drivers are modern or legacy, whose headers differ in length, and become the other at any moment.
  */
 #include "load.h"
-#include "net.h"
+#include "net/net.h"
 
 #include <sys/eventfd.h>
 #include <unistd.h>

@@ -3,8 +3,8 @@
  * hand, on this thread, and its reactor only notes what it is given.
  */
 #include "load.h"
-#include "blk.h"
-#include "net.h"
+#include "blk/blk.h"
+#include "net/net.h"
 
 #include <poll.h>
 #include <sys/eventfd.h>

@@ -19,7 +19,7 @@ from nested.microvm import ON_TERMINAL
 
 from guest.boot.initramfs import compiled_program, module_order
 from guest.boot.service import READY_SECONDS, ServiceError, hyperbell_command, qemu_arguments
-from guest.debian.kernel import GENERIC_META_PACKAGE, prepare_kernel, read_module
+from guest.debian.kernel import GENERIC_META_PACKAGE, module_files, prepare_kernel, read_module
 from guest.debian.kernel_source import DRIVERS, GUEST_DRIVERS, prepare_drivers
 from guest.nested.host import LIFETIME_SECONDS, MEMORY_MIB
 from guest.nested.images import Images, prepare_images
@@ -38,10 +38,11 @@ socket = "bus.sock"
 kind = "eeprom"
 address = {EEPROM}
 """
-# ext4 is built in nowhere but in the cloud kernel, and asks for CRC32C by name.
-FILE_SYSTEM = ("crc32c_generic", "ext4")
+# ext4 is built in nowhere but in the cloud kernel. Up to Linux 6.12 it asks for CRC32C by name; later there is no such
+# module.
+CHECKSUM = "crc32c_generic"
 VIRTIO_DRIVERS = ("virtio_mmio", "virtio_net", "vmw_vsock_virtio_transport", "virtio_input")
-MODULES = (*FILE_SYSTEM, *VIRTIO_DRIVERS, "evdev", "uinput", "i2c-dev")
+MODULES = ("ext4", *VIRTIO_DRIVERS, "evdev", "uinput", "i2c-dev")
 # Passed on line by line; busybox knows no Unix sockets.
 BRIDGE = """\
 import socket, sys, threading
@@ -63,7 +64,8 @@ def pins_images() -> Images:
     extra = {f"/{name}.ko": module for name, module in drivers.items()}
     extra["/on-terminal"] = ON_TERMINAL
     extra["/bin/edges"] = compiled_program("edges", ["edges.c"], print)
-    return prepare_images(kernel, print, MODULES, extra)
+    checksum = [CHECKSUM] if CHECKSUM in module_files(kernel.modules) else []
+    return prepare_images(kernel, print, [*checksum, *MODULES], extra)
 
 
 @contextmanager

@@ -53,6 +53,11 @@ def test_the_compiled_module_is_that_of_this_tree(name: str) -> None:
     assert len(names) > 8
 
 
+def test_each_code_of_the_data_plane_means_one_thing() -> None:
+    codes = [getattr(dataplane, name) for name in dir(dataplane) if name.startswith(("DP_E_", "VQ_MISS", "VQ_BROKEN"))]
+    assert len(codes) == len(set(codes)) > 8
+
+
 def test_every_source_file_is_short_enough_to_be_read() -> None:
     lengths = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     assert len(lengths) > 100

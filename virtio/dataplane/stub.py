@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BORDERS = {  # what Python and C share: the stub that is made from it
-    ROOT / "virtio" / "dataplane" / "dataplane.cdef.h": ROOT / "virtio" / "_dataplane.pyi",
-    ROOT / "virtio" / "usernet" / "usernet.cdef.h": ROOT / "virtio" / "_usernet.pyi",
-    ROOT / "transports" / "kvm" / "native" / "vmm.cdef.h": ROOT / "transports" / "_vmm.pyi",
+BORDERS = {  # the folder with what Python and C share (``*.cdef.h``): the stub that is made from it
+    ROOT / "virtio" / "dataplane" / "border": ROOT / "virtio" / "_dataplane.pyi",
+    ROOT / "virtio" / "usernet": ROOT / "virtio" / "_usernet.pyi",
+    ROOT / "transports" / "kvm" / "native": ROOT / "transports" / "_vmm.pyi",
 }
 
 _HEAD = '''"""Made from {border} by virtio/dataplane/stub.py; a test compares the two."""
@@ -35,8 +35,8 @@ _INTEGER = re.compile(r"^(int|u?int\d+_t)$")
 
 
 def stub_text(border: Path) -> str:
-    """The stub for a cdef header: constants and functions of ``lib``, integers typed, pointers ``Any``."""
-    cdef = border.read_text(encoding="ascii")
+    """The stub for a folder's cdef headers: constants and functions of ``lib``, integers typed, pointers ``Any``."""
+    cdef = "\n".join(path.read_text(encoding="ascii") for path in sorted(border.glob("*.cdef.h")))
     lines = [f"    {name}: int" for name in _DEFINE.findall(cdef)]
     plain = re.sub(r"/\*.*?\*/", "", cdef, flags=re.DOTALL)
     for result, name, arguments in _FUNCTION.findall(plain):
@@ -45,7 +45,7 @@ def stub_text(border: Path) -> str:
         count = 0 if arguments.strip() == "void" else len(arguments.split(","))
         given = "".join(f", a{i}: Any" for i in range(count))
         lines.append(f"    def {name}(self{given}, /) -> {kind}: ...")
-    return _HEAD.format(border=border.name) + "\n".join(lines) + "\n\nlib: _Lib\n"
+    return _HEAD.format(border=border.relative_to(ROOT)) + "\n".join(lines) + "\n\nlib: _Lib\n"
 
 
 if __name__ == "__main__":

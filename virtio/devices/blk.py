@@ -288,7 +288,7 @@ class Blk(Device):
     # ---- its storage ----
 
     def use_workers(self, count: int) -> None:
-        """Each of them flushes by an open file description of its own: virtio/dataplane/blk_flush.c says why."""
+        """Each of them flushes by an open file description of its own: virtio/dataplane/blk/flush.c says why."""
         if self._image is not None and not self._options.read_only:
             self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(count - 1)])
 

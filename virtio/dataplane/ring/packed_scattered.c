@@ -1,0 +1,3 @@
+/* The packed ring where its pages are scattered: see ring/area.h. */
+#define RING_SCATTERED
+#include "ring/packed.c"

@@ -1,0 +1,3 @@
+/* The split ring where its pages are scattered: see ring/area.h. */
+#define RING_SCATTERED
+#include "ring/split.c"
