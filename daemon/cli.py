@@ -20,29 +20,29 @@ from config.json_schema import json_schema
 from config.loader import Config, load
 from config.problems import ConfigError
 from daemon import command_options as options
-from daemon import log
-from daemon.app import STOP_SIGNALS, App, LogChoice
 from daemon.attach import commands as attaching
-from daemon.catalogue import device_types
-from daemon.control import ask
-from daemon.descriptors import raise_limit, too_few
-from daemon.doorbells import run as run_doorbells
-from daemon.failures import leaves
-from daemon.hardening import harden
-from daemon.host_checks import become
-from daemon.links import EPILOG as LINK_EPILOG
-from daemon.links import add_options as add_link_options
-from daemon.microvm_options import EPILOG as MICROVM_EPILOG
-from daemon.microvm_options import add_options as add_microvm_options
+from daemon.attach.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu, without_kvm
+from daemon.checks.host import become
+from daemon.checks.preflight import check_inherited_sockets, foreign_packages, host_faults, host_notes
+from daemon.devices.catalogue import device_types
+from daemon.doorbells.measure import run as run_doorbells
+from daemon.log import setup as log
+from daemon.microvm.options import EPILOG as MICROVM_EPILOG
+from daemon.microvm.options import add_options as add_microvm_options
 from daemon.new_device import EPILOG as NEW_DEVICE_EPILOG
 from daemon.new_device import add_arguments as add_new_device_arguments
 from daemon.new_device import new_device
-from daemon.preflight import check_inherited_sockets, foreign_packages, host_faults, host_notes
-from daemon.qemu_start import chosen_key, hypercall_socket, preload_environment, run_qemu, without_kvm
+from daemon.running.app import STOP_SIGNALS, App, LogChoice
+from daemon.running.control import ask
+from daemon.running.descriptors import raise_limit, too_few
+from daemon.running.failures import leaves
+from daemon.running.hardening import harden
+from daemon.running.links import EPILOG as LINK_EPILOG
+from daemon.running.links import add_options as add_link_options
+from daemon.running.slow_steps import SlowSteps
+from daemon.running.systemd import Notifier
 from daemon.show import render
-from daemon.slow_steps import SlowSteps
 from daemon.state import version
-from daemon.systemd import Notifier
 from transports import TRANSPORTS
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
@@ -214,7 +214,7 @@ def link(arguments: argparse.Namespace) -> int:
 
 def microvm(arguments: argparse.Namespace) -> int:
     """Run a Linux guest of our own."""
-    from daemon.microvm import run  # only here: nothing else needs a KVM that can be talked to
+    from daemon.microvm.run import run  # only here: nothing else needs a KVM that can be talked to
 
     return run(arguments)
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from daemon import log
-from daemon.policies import POLICIES
+from daemon.doorbells.policies import POLICIES
+from daemon.log import setup as log
 
 SERVE_EPILOG: Final = """\
 signals:

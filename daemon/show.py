@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from daemon.columns import table
-from daemon.worth_table import render_worth
+from daemon.doorbells.worth_table import render_worth
+from daemon.text import table
 
 _QUEUE_COLUMNS: Final = ("DEVICE", "QUEUE", "STATE", "REQUESTS", "ERRORS", "BYTES", "IN FLIGHT", "KICKS", "QUIET")
 _NET_COLUMNS: Final = ("INTERFACE", "LINK", "DIRECTION", "FRAMES", "BYTES", "LOST", "BECAUSE")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
-from daemon.doorbell_worth import DoorbellState
+from daemon.doorbells.worth import DoorbellState
 from transports.hypercall import Policy
 from transports.kvm.machine.state import MachineState, MmioDeviceState
 from transports.stock_qemu.state import VmState
 from transports.vhost_user.serving.stats import ConnectionStats
-from virtio.stats import BackendStats, WorkerStats
+from virtio.native.stats import BackendStats, WorkerStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Final
 import pytest
 import trio
 
-from virtio.devices.blk import Blk, BlkOptions
-from virtio.disk import file_is_memory
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.native.disk import file_is_memory
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD, GuestQueue
 

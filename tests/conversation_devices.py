@@ -15,7 +15,7 @@ from i2c_guest import header as i2c_header
 from line_client import talking
 from vsock_guest import VsockGuest, pair
 
-from virtio.devices.net_address import mac_from_name
+from virtio.devices.net.address import mac_from_name
 from virtio.testing.driver import GuestMemory
 from virtio.testing.queue import GUARD, GuestQueue
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from virtio.device import Chain, Device, DeviceOptions, Queue
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.testing.queue import GuestQueue
 
 DRIVEN: Final = ("pump", "io_uring", "epoll")

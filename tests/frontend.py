@@ -21,12 +21,12 @@ from links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
 
 from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import Device
+from virtio.native.worker import Worker
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver
 from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import QueueBroken
-from virtio.worker import Worker
 
 F_INDIRECT_DESC: Final = 1 << 28
 F_EVENT_IDX: Final = 1 << 29

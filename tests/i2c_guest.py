@@ -8,8 +8,8 @@ from typing import Any
 
 from frontend import Plugged
 
-from virtio.devices.i2c import I2c
-from virtio.devices.i2c_options import I2cOptions
+from virtio.devices.i2c.device import I2c
+from virtio.devices.i2c.options import I2cOptions
 
 FAIL_NEXT, M_RD = 1, 2
 OK, ERR = 0, 1

@@ -12,7 +12,7 @@ from typing import Final
 import trio
 import vhost_user_wire as wire
 
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.fd import OwnedFd
 from virtio.testing.driver import GuestMemory
 from virtio.waist import AddressSpace, ConfigChanged, MemoryRegion, QueueSetup

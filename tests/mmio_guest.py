@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from virtio.mmio import RegisterFile
-from virtio.mmio_registers import EnableQueue, Operation, Reset, SetDriverFeatures, StartQueue, StopQueue
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import EnableQueue, Operation, Reset, SetDriverFeatures, StartQueue, StopQueue
 
 MAGIC: Final = 0x000
 VERSION: Final = 0x004

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from frontend import F_VERSION_1, Guest
 from links import WaistLink
 
-from virtio.backend import Backend
-from virtio.devices.net import Net, NetOptions
-from virtio.worker import Worker
+from virtio.backend.backend import Backend
+from virtio.devices.net.device import Net, NetOptions
+from virtio.native.worker import Worker
 
 RECEIVE, TRANSMIT = 0, 1
 PLAIN = bytes(12)

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.net.device import Net, NetOptions
 from virtio.testing import TestDriver, attach
 from virtio.testing.queue import GUARD
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import trio
 
 from virtio.fd import OwnedFd
-from virtio.interrupt import InterruptStatus
+from virtio.native.interrupt import InterruptStatus
 from virtio.waist import Doorbell, Event, MemoryRegion, QueueSetup
 
 

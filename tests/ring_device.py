@@ -13,9 +13,9 @@ import pytest
 from virtio.dataplane import FAULTS, ffi, lib
 from virtio.errors import GuestError
 from virtio.fd import OwnedFd
-from virtio.memory import Iotlb, MemoryTable
+from virtio.native.memory import Iotlb, MemoryTable
+from virtio.native.virtqueue import Virtqueue
 from virtio.testing.driver import Desc, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
-from virtio.virtqueue import Virtqueue
 from virtio.waist import AddressSpace, MemoryRegion, QueueSetup
 
 F_INDIRECT_DESC: Final = 1 << 28

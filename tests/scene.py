@@ -26,13 +26,13 @@ from blk_driver import BlkDriver, VerifiedLoad, pattern
 from frontend import Guest
 from links import SocketLink
 
-from daemon.control import ask
+from daemon.running.control import ask
 from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
-from virtio.backend import Backend
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.backend.backend import Backend
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.native.worker import Worker
 from virtio.testing.queue import GUARD
-from virtio.worker import Worker
 
 Entry = Mapping[str, Any]
 DISK_SIZE: Final = 4 << 20

@@ -8,7 +8,7 @@ import struct
 import trio
 from frontend import Guest, Plugged
 
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.net.device import Net, NetOptions
 from virtio.testing.queue import GUARD
 
 RECEIVE, TRANSMIT = 0, 1

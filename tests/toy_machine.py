@@ -21,13 +21,13 @@ from transports.kvm.host import Kvm
 from transports.kvm.machine.machine import DeviceSetup, Machine, MachineSetup, open_machine
 from transports.kvm.vm.ending import VmEnd
 from transports.kvm.vm.entry import PvhEntry
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions
-from virtio.devices.blk import Blk, BlkOptions
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.devices.net.device import Net, NetOptions
 from virtio.devices.rng import Rng
 from virtio.errors import HostError
-from virtio.worker import Worker
+from virtio.native.worker import Worker
 
 GUARD: Final = 120.0
 """Seconds after which a guest has failed. Where every instruction is emulated one takes about half a second."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from virtio.devices.ioctl import ior, iow
+from virtio.devices.host.ioctl import ior, iow
 
 NODE: Final = Path("/dev/uinput")
 EVENT: Final = struct.Struct("=qqHHi")

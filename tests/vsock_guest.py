@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import trio
 
-from virtio.devices.vsock import Vsock
-from virtio.devices.vsock_options import VsockOptions
+from virtio.devices.vsock.device import Vsock
+from virtio.devices.vsock.options import VsockOptions
 from virtio.testing.queue import GUARD, GuestQueue
 
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)

@@ -1,6 +1,6 @@
 """What a transport may assume of the thing it serves: the waist, as a structural type.
 
-``virtio.backend.Backend`` implements this; tests drive transports against a recording double.
+``virtio.backend.backend.Backend`` implements this; tests drive transports against a recording double.
 See ARCHITECTURE.md, "The waist", for what each verb promises.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from virtio.fd import OwnedFd
-from virtio.interrupt import InterruptStatus
+from virtio.native.interrupt import InterruptStatus
 from virtio.waist import Doorbell, Event, MemoryRegion, QueueSetup
 
 

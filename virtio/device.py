@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Final
 import trio
 from pydantic import BaseModel, ConfigDict
 
-from virtio.chain import Chain
-from virtio.disk import NativeDevice
 from virtio.errors import HostError, PeerError
-from virtio.pump import Queue
-from virtio.stats import Lost, Storage, StorageErrors
+from virtio.native.chain import Chain
+from virtio.native.disk import NativeDevice
+from virtio.native.pump import Queue
+from virtio.native.stats import Lost, Storage, StorageErrors
 
 __all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue", "Storage", "StorageErrors"]
 

@@ -1,4 +1,4 @@
-"""The plain values that cross the waist between a transport and ``virtio.backend.Backend``."""
+"""The plain values that cross the waist between a transport and ``virtio.backend.backend.Backend``."""
 
 from __future__ import annotations
 

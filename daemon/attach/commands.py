@@ -14,10 +14,10 @@ from config.loader import Config
 from daemon import command_options as options
 from daemon.attach import libvirt, qemu, uml
 from daemon.attach.hypercall import hypercall_notes
+from daemon.attach.qemu_start import check_vm_name, chosen_key, hypercall_socket, preload_environment
 from daemon.attach.qemu_version import NEWEST, OLDEST, PROGRAM, QemuVersion, installed_version, parse_version
 from daemon.attach.request import Answer, Request, chosen_devices
 from daemon.attach.vmms import VMMS
-from daemon.qemu_start import check_vm_name, chosen_key, hypercall_socket, preload_environment
 
 LoadConfig = Callable[[Path], Config]
 

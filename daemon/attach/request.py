@@ -9,9 +9,9 @@ from typing import Final
 
 from config.loader import Config, Device
 from daemon.attach.qemu_version import QemuVersion
-from daemon.device_classes import device_class
+from daemon.devices.classes import device_class
 from virtio.device import Device as VirtioDevice
-from virtio.devices.net import NetOptions
+from virtio.devices.net.device import NetOptions
 from virtio.errors import HostError
 
 MODERATE_QUEUE_SIZE: Final = 256

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from guest.boot.console import ConsoleLine
 from guest.boot.service import Metrics, log_tail
-from virtio.devices.blk import Blk
+from virtio.devices.blk.device import Blk
 from virtio.spec import RING_FEATURES
 
 GREEN, RED, BOLD, DIM, PLAIN = "32", "31", "1", "2", "0"

@@ -21,8 +21,8 @@ import trio
 
 from tests.vsock_guest import CID, CREDIT_UPDATE, RECEIVE_QUEUE, RW, TRANSMIT_QUEUE, GuestSocket, VsockGuest
 from virtio.device import Chain, Queue
-from virtio.devices.vsock import Vsock
-from virtio.devices.vsock_options import VsockOptions
+from virtio.devices.vsock.device import Vsock
+from virtio.devices.vsock.options import VsockOptions
 from virtio.testing import TestDriver, attach
 
 MIB: Final = 1 << 20

@@ -30,10 +30,10 @@ from blk_driver import (
 from frontend import Setting, every_reactor, plugged
 from pydantic import ValidationError
 
-from virtio.devices.blk import BlkOptions
-from virtio.disk import direct_alignment, file_is_memory
+from virtio.devices.blk.device import BlkOptions
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.native.disk import direct_alignment, file_is_memory
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD
 
@@ -52,7 +52,7 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Direct I/O as on that host. What is larger than this host's own alignment suits this one, too."""
     if "host" in request.fixturenames:
         alignment = HOSTS[request.getfixturevalue("host")]
-        monkeypatch.setattr("virtio.devices.image.direct_alignment", lambda fd: alignment)
+        monkeypatch.setattr("virtio.devices.blk.image.direct_alignment", lambda fd: alignment)
 
 
 async def send(disk: BlkDriver, kind: int, sector: int, data: bytes | int, *, skew: int = 0) -> tuple[int, bytes]:
@@ -81,7 +81,7 @@ async def send(disk: BlkDriver, kind: int, sector: int, data: bytes | int, *, sk
 def test_the_guest_sees_the_same_disk_on_every_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spaces = set()
     for direct, alignment in ((False, (512, 512)), *((True, alignment) for alignment in HOSTS.values())):
-        monkeypatch.setattr("virtio.devices.image.direct_alignment", lambda fd, alignment=alignment: alignment)
+        monkeypatch.setattr("virtio.devices.blk.image.direct_alignment", lambda fd, alignment=alignment: alignment)
         disk = make_disk("direct" if direct else "file", tmp_path / "image")
         spaces.add((disk.config_space(), disk.features()))
         disk.close()

@@ -14,7 +14,7 @@ from blk_driver import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, BlkDriver, header, p
 from failing_storage import FailingImage, failing_image
 from frontend import Plugged, Setting, every_reactor, plugged
 
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 
 SIZE = 1 << 20
 

@@ -30,7 +30,7 @@ from blk_driver import (
 from frontend import Setting, every_native_setting, every_reactor, plugged
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
 
@@ -195,7 +195,7 @@ def test_another_process_cannot_have_it_either(tmp_path: Path) -> None:
     image = tmp_path / "image"
     disk = make_disk("file", image)
     script = (
-        "import sys; from pathlib import Path; from virtio.devices.blk import Blk, BlkOptions\n"
+        "import sys; from pathlib import Path; from virtio.devices.blk.device import Blk, BlkOptions\n"
         "Blk('other', BlkOptions(path=Path(sys.argv[1])), 1, 64).close()"
     )
     command = [sys.executable, "-c", script, str(image)]

@@ -14,9 +14,9 @@ from failing_storage import FailingImage, failing_image
 from frontend import REACTORS, Guest
 from links import WaistLink
 
-from virtio.backend import Backend
-from virtio.devices.blk import Blk, BlkOptions
-from virtio.worker import Worker
+from virtio.backend.backend import Backend
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.native.worker import Worker
 
 SIZE = 1 << 20
 DEEP = 600  # more than a queue may have in flight, and many more than the kernel has threads for by default

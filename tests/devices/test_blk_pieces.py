@@ -13,7 +13,7 @@ from frontend import F_INDIRECT_DESC, NATIVE_SETTINGS, Plugged, Setting, every_r
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.fd import OwnedFd
 from virtio.testing.driver import Element
 from virtio.waist import MemoryRegion

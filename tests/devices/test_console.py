@@ -22,9 +22,9 @@ from peak import Peak
 from structlog.testing import capture_logs
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices.console import EMERG_WR_OFFSET, Console, ConsoleOptions
-from virtio.devices.console_port import LINE_MAX, PENDING_MAX
-from virtio.devices.unix_socket import BACKLOG_MAX
+from virtio.devices.console.device import EMERG_WR_OFFSET, Console, ConsoleOptions
+from virtio.devices.console.port import LINE_MAX, PENDING_MAX
+from virtio.devices.host.unix_socket import BACKLOG_MAX
 from virtio.errors import HostError
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD, GuestQueue

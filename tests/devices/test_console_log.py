@@ -9,8 +9,8 @@ from console_guest import TRANSMIT
 from frontend import Setting, every_ring, plugged
 from structlog.testing import capture_logs
 
-from virtio.devices.console import Console, ConsoleOptions
-from virtio.devices.console_port import FLOOD_SECONDS, LINES_A_SECOND, LINES_AT_ONCE, PIECE, LineShare, LogEnd
+from virtio.devices.console.device import Console, ConsoleOptions
+from virtio.devices.console.port import FLOOD_SECONDS, LINES_A_SECOND, LINES_AT_ONCE, PIECE, LineShare, LogEnd
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import trio.testing
 from blk_driver import pattern
 from frontend import Guest, Setting, every_python_setting, plugged
 
-from virtio.devices.console import Console, ConsoleOptions, PortOptions
+from virtio.devices.console.device import Console, ConsoleOptions, PortOptions
 from virtio.testing.queue import GUARD
 
 DEVICE_READY, DEVICE_ADD, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 0, 1, 3, 4, 5, 6, 7

@@ -13,7 +13,7 @@ from frontend import Plugged, Setting, every_python_setting, plugged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtio.devices.gpio import (
+from virtio.devices.gpio.device import (
     EVENT_QUEUE,
     REQUEST_QUEUE,
     VIRTIO_GPIO_IRQ_STATUS_INVALID,
@@ -26,8 +26,8 @@ from virtio.devices.gpio import (
     VIRTIO_GPIO_MSG_SET_VALUE,
     Gpio,
 )
-from virtio.devices.gpio_options import GpioOptions
-from virtio.devices.gpio_simulated import SimulatedLines
+from virtio.devices.gpio.options import GpioOptions
+from virtio.devices.gpio.simulated import SimulatedLines
 from virtio.testing import TestDriver, attach
 
 NAMES = ("button", "led", "", "Ethernet reset")

@@ -13,10 +13,10 @@ import trio
 from line_client import LineTalker, talking
 from vhost_user_wire import no_fd_leaks, open_fds
 
-from virtio.devices.gpio import VIRTIO_GPIO_MSG_SET_DIRECTION, VIRTIO_GPIO_MSG_SET_IRQ_TYPE, Gpio
-from virtio.devices.gpio_options import GpioOptions
-from virtio.devices.line_server import CLIENTS_MAX, COMMAND_MAX
-from virtio.devices.unix_socket import BACKLOG_MAX
+from virtio.devices.gpio.device import VIRTIO_GPIO_MSG_SET_DIRECTION, VIRTIO_GPIO_MSG_SET_IRQ_TYPE, Gpio
+from virtio.devices.gpio.options import GpioOptions
+from virtio.devices.host.line_server import CLIENTS_MAX, COMMAND_MAX
+from virtio.devices.host.unix_socket import BACKLOG_MAX
 from virtio.errors import HostError
 from virtio.testing import TestDriver, attach
 from virtio.testing.queue import GUARD

@@ -29,7 +29,7 @@ from i2c_guest import (
 )
 from line_client import talking
 
-from virtio.devices.i2c import REQUEST_MAX, SEGMENT_MAX, decode_address
+from virtio.devices.i2c.device import REQUEST_MAX, SEGMENT_MAX, decode_address
 from virtio.testing import attach
 
 

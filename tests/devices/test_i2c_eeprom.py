@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices.i2c import I2c
-from virtio.devices.i2c_options import I2cOptions
+from virtio.devices.i2c.device import I2c
+from virtio.devices.i2c.options import I2cOptions
 from virtio.errors import HostError
 from virtio.testing import TestDriver, attach
 

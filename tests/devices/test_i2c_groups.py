@@ -23,10 +23,10 @@ from i2c_guest import (
     write,
 )
 
-from virtio.devices.i2c import SEGMENTS_MAX, I2c
-from virtio.devices.i2c_bus import Segment
-from virtio.devices.i2c_options import I2cOptions
-from virtio.devices.i2c_simulated import SimulatedBus
+from virtio.devices.i2c.bus import Segment
+from virtio.devices.i2c.device import SEGMENTS_MAX, I2c
+from virtio.devices.i2c.options import I2cOptions
+from virtio.devices.i2c.simulated import SimulatedBus
 
 
 @every_python_setting

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from line_client import talking
 from links import WaistLink
 
-from virtio.backend import Backend
-from virtio.devices.input import EVENT_QUEUE, STATUS_QUEUE, Input
-from virtio.devices.input_codes import CODES, EV_ABS, EV_KEY, EV_LED, EV_REL, parse_code
-from virtio.devices.input_options import InputOptions
-from virtio.devices.input_source import PENDING_MAX, EventQueue, InputEvent
+from virtio.backend.backend import Backend
+from virtio.devices.input.codes import CODES, EV_ABS, EV_KEY, EV_LED, EV_REL, parse_code
+from virtio.devices.input.device import EVENT_QUEUE, STATUS_QUEUE, Input
+from virtio.devices.input.options import InputOptions
+from virtio.devices.input.source import PENDING_MAX, EventQueue, InputEvent
 from virtio.errors import HostError
 from virtio.testing import attach
 from virtio.testing.queue import GUARD

@@ -37,9 +37,9 @@ from net_lan import BROADCAST, lan
 from packets import GSO, KINDS, check_sums, packet
 
 from virtio.device import DeviceOptions
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.net.device import Net, NetOptions
 from virtio.devices.rng import Rng
-from virtio.nic import NicCounters
+from virtio.native.nic import NicCounters
 from virtio.testing import attach
 from virtio.testing.driver import Used
 

@@ -11,10 +11,10 @@ from blk_driver import pattern
 from frontend import F_VERSION_1, NEEDS_RESET, Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
 from pydantic import ValidationError
 
-from virtio.devices.net import Net, NetOptions
-from virtio.devices.net_address import mac_from_name
+from virtio.devices.net.address import mac_from_name
+from virtio.devices.net.device import Net, NetOptions
 from virtio.fd import OwnedFd
-from virtio.nic import NicCounters
+from virtio.native.nic import NicCounters
 from virtio.testing.driver import Element, Used
 from virtio.waist import Doorbell
 

@@ -11,11 +11,11 @@ from blk_driver import pattern
 from frontend import Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
 from links import SocketLink, WaistLink
 
-from virtio.backend import Backend
-from virtio.devices.net import Net, NetOptions
+from virtio.backend.backend import Backend
+from virtio.devices.net.device import Net, NetOptions
 from virtio.errors import PeerError
-from virtio.nic import NicCounters
-from virtio.worker import Worker
+from virtio.native.nic import NicCounters
+from virtio.native.worker import Worker
 
 RX, MAC, VLAN, ANNOUNCE, MQ = range(5)
 OK, ERR = b"\0", b"\1"

@@ -6,7 +6,7 @@ import pytest
 from frontend import REACTORS
 from net_lan import BROADCAST, lan
 
-from virtio.devices.net import NetOptions
+from virtio.devices.net.device import NetOptions
 
 every_reactor = pytest.mark.parametrize("reactor", REACTORS)
 SERVER = {"mac": "52:54:00:00:00:01"}

@@ -10,7 +10,7 @@ from frontend import REACTORS, RINGS
 from net_lan import BROADCAST, Station, lan
 from packets import GSO, KINDS, check_sums, packet
 
-from virtio.nic import NicCounters
+from virtio.native.nic import NicCounters
 
 F_MTU = 1 << 3
 F_GUEST_OFFLOADS = 1 << 1 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 54 | 1 << 55

@@ -21,12 +21,12 @@ from packets import LIES, packet
 from pydantic import ValidationError
 
 from daemon.cli import main
-from virtio.devices import net_socket
-from virtio.devices.net import Net, NetOptions
-from virtio.devices.net_socket import FRAME_MAX
-from virtio.devices.net_socket_options import parse_address
+from virtio.devices.net import peer as net_socket
+from virtio.devices.net.device import Net, NetOptions
+from virtio.devices.net.peer import FRAME_MAX
+from virtio.devices.net.peer_options import parse_address
 from virtio.errors import HostError
-from virtio.nic import NicCounters
+from virtio.native.nic import NicCounters
 from virtio.testing.queue import GUARD
 
 PEER = bytes.fromhex("020000000002")

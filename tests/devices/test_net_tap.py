@@ -20,12 +20,12 @@ from packets import packet
 from pydantic import ValidationError
 from tap_host import HOST, PLAIN, RECEIVE, TRANSMIT, Host, frame, heard, listen, on_tap, send
 
-from virtio.backend import Backend
-from virtio.devices import tap
-from virtio.devices.net import Net, NetOptions
+from virtio.backend.backend import Backend
+from virtio.devices.net import tap
+from virtio.devices.net.device import Net, NetOptions
 from virtio.errors import HostError
+from virtio.native.worker import Worker
 from virtio.testing.queue import GUARD
-from virtio.worker import Worker
 
 SIOCGIFMTU = 0x8921
 RTM_DELLINK, NLM_F_REQUEST, NLM_F_ACK = 17, 1, 4

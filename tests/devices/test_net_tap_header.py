@@ -10,8 +10,8 @@ import pytest
 from frontend import Setting, every_reactor, plugged
 from packets import GSO, KINDS, check_sums, packet
 
-from virtio.devices.net import Net, NetOptions
-from virtio.devices.tap import Tap
+from virtio.devices.net.device import Net, NetOptions
+from virtio.devices.net.tap import Tap
 from virtio.fd import OwnedFd
 
 ADDRESSES = b"\xff" * 6 + bytes.fromhex("020000000001")

@@ -12,7 +12,7 @@ from own_network import own_network
 from packets import GSO, KINDS, LIES, check_sums, packet
 from tap_host import HOST, VNET_HEADER, Host, frame, heard, heard_all, listen, on_tap, send
 
-from virtio.devices.net import Net
+from virtio.devices.net.device import Net
 
 GSO_ECN = 0x80
 F_GUEST_CSUM, F_GUEST_ECN = 1 << 1, 1 << 9

@@ -25,9 +25,9 @@ from packets import internet_sum
 from pydantic import ValidationError
 
 from daemon.cli import main
-from virtio.devices import net_user
-from virtio.devices.net import Net, NetOptions
-from virtio.devices.net_user import UserPeer
+from virtio.devices.net import user as net_user
+from virtio.devices.net.device import Net, NetOptions
+from virtio.devices.net.user import UserPeer
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
 
@@ -278,7 +278,7 @@ async def test_it_ends_with_the_device_and_leaves_nothing_behind() -> None:
 async def test_it_ends_with_a_daemon_that_is_killed() -> None:
     text = """
 import time
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.net.device import Net, NetOptions
 net = Net("guest", NetOptions(backend="user"), 1, 256)
 print(net._peer._process.pid, flush=True)
 time.sleep(60)

@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices import gpio_uapi, i2c_adapter, input_evdev, ioctl
-from virtio.devices.gpio import Gpio
-from virtio.devices.gpio_options import GpioOptions
-from virtio.devices.i2c import I2c
-from virtio.devices.i2c_options import I2cOptions
-from virtio.devices.input import Input
-from virtio.devices.input_codes import CODE_COUNTS
-from virtio.devices.input_options import InputOptions
+from virtio.devices.gpio import uapi as gpio_uapi
+from virtio.devices.gpio.device import Gpio
+from virtio.devices.gpio.options import GpioOptions
+from virtio.devices.host import ioctl
+from virtio.devices.i2c import adapter as i2c_adapter
+from virtio.devices.i2c.device import I2c
+from virtio.devices.i2c.options import I2cOptions
+from virtio.devices.input import evdev as input_evdev
+from virtio.devices.input.codes import CODE_COUNTS
+from virtio.devices.input.device import Input
+from virtio.devices.input.options import InputOptions
 from virtio.errors import HostError
 from virtio.testing import attach
 

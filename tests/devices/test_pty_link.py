@@ -13,13 +13,13 @@ from typing import Final
 import pytest
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices.console import Console, ConsoleOptions
+from virtio.devices.console.device import Console, ConsoleOptions
 from virtio.errors import HostError
 
 _DAEMON: Final = """
 import signal, sys
 from pathlib import Path
-from virtio.devices.console import Console, ConsoleOptions
+from virtio.devices.console.device import Console, ConsoleOptions
 consoles = [Console("c", ConsoleOptions(backend="pty", path=Path(path)), 1, 64) for path in sys.argv[1:]]
 print(*(console._options.path.readlink() for console in consoles), flush=True)
 signal.pause()

@@ -15,10 +15,10 @@ from console_guest import RECEIVE, receive_exactly, take, type_in
 from frontend import Setting, every_python_setting, plugged
 from vhost_user_wire import no_fd_leaks
 
-from virtio.devices.console import ConsoleOptions
-from virtio.devices.console_port import Pending
-from virtio.devices.terminal import HELP, Escapes, TerminalConsole, TerminalEnd
-from virtio.devices.unix_socket import BACKLOG_MAX
+from virtio.devices.console.device import ConsoleOptions
+from virtio.devices.console.port import Pending
+from virtio.devices.console.terminal import HELP, Escapes, TerminalConsole, TerminalEnd
+from virtio.devices.host.unix_socket import BACKLOG_MAX
 from virtio.testing.queue import GUARD
 
 EVERY_BYTE = bytes(range(256)) * 4

@@ -28,8 +28,8 @@ from vsock_guest import (
     works,
 )
 
-from virtio.devices.vsock import RESETS_MAX
-from virtio.devices.vsock_shares import BUFFER
+from virtio.devices.vsock.device import RESETS_MAX
+from virtio.devices.vsock.shares import BUFFER
 from virtio.testing import attach
 
 

@@ -35,7 +35,7 @@ from vsock_guest import (
     works,
 )
 
-from virtio.devices.vsock_packet import HEADER_SIZE, Packet
+from virtio.devices.vsock.packet import HEADER_SIZE, Packet
 from virtio.testing import attach
 from virtio.testing.driver import Element
 

@@ -27,7 +27,7 @@ from vsock_guest import (
     works,
 )
 
-from virtio.devices.vsock import LAST_WORDS_MAX, Vsock
+from virtio.devices.vsock.device import LAST_WORDS_MAX, Vsock
 from virtio.testing import attach
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from vsock_guest import REQUEST, RESPONSE, RST, VsockGuest, vsock
 
-from virtio.devices.vsock_shares import Shares
+from virtio.devices.vsock.shares import Shares
 from virtio.testing import attach
 from virtio.testing.queue import GUARD
 

@@ -16,9 +16,9 @@ from links import WaistLink
 from net_lan import BROADCAST, F_MRG_RXBUF, RECEIVE, Station
 from packets import internet_sum
 
-from virtio.backend import Backend
-from virtio.devices.net import Net, NetOptions
-from virtio.worker import Worker
+from virtio.backend.backend import Backend
+from virtio.devices.net.device import Net, NetOptions
+from virtio.native.worker import Worker
 
 OWN: Final = IPv4Address("10.9.0.1").packed
 GUEST: Final = IPv4Address("10.9.0.15").packed

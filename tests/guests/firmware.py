@@ -15,10 +15,10 @@ from guest.boot.accel import Acceleration
 from guest.boot.machine import QEMU, Guest, Hypervisor, Machine, shared_memory, start_machine
 from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import Device
+from virtio.native.worker import Worker
 from virtio.spec import VIRTIO_F_VERSION_1
-from virtio.worker import Worker
 
 MEMORY_MIB = 512  # with 256, GRUB under OVMF has too little in one piece for Linux 7.3
 CPUS = 4

@@ -19,9 +19,9 @@ from guests.firmware import (
 )
 from guests.testbed import Testbed
 
-from virtio.backend import Backend
-from virtio.devices.blk import Blk, BlkOptions
-from virtio.worker import Worker
+from virtio.backend.backend import Backend
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.native.worker import Worker
 
 pytestmark = pytest.mark.guest
 

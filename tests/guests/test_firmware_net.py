@@ -15,9 +15,9 @@ from guests.testbed import Testbed
 
 from guest.boot.machine import Guest
 from guest.debian.cache import PrepareError
-from virtio.backend import Backend
-from virtio.devices.net import Net, NetOptions
-from virtio.worker import Worker
+from virtio.backend.backend import Backend
+from virtio.devices.net.device import Net, NetOptions
+from virtio.native.worker import Worker
 
 pytestmark = pytest.mark.guest
 

@@ -15,7 +15,7 @@ from packets import internet_sum
 from guest.boot.initramfs import prepare_initramfs
 from guest.boot.machine import Machine, shared_memory
 from guest.boot.service import free_port, serve
-from virtio.devices.net_address import mac_from_name
+from virtio.devices.net.address import mac_from_name
 
 pytestmark = pytest.mark.guest
 

@@ -16,9 +16,9 @@ from frontend import Guest
 from links import SocketLink
 from scene import DaemonProcess, LogBook
 
-from daemon.control import ask
-from daemon.doorbell_report import save
-from daemon.doorbells import report_of
+from daemon.doorbells.measure import report_of
+from daemon.doorbells.report import save
+from daemon.running.control import ask
 from guest.boot.toy import prepare_toy
 
 CONFIGURATION = """

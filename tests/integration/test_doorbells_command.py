@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 import trio
 
-from daemon.doorbell_report import load
+from daemon.doorbells.report import load
 from transports.kvm.doorbell_cost.guest import Ring, Step, acknowledging, make_ram, run_steps, settle
 from transports.kvm.host import Kvm
 from transports.kvm.vm.vmm import Vm, VmSetup

@@ -14,7 +14,7 @@ from frontend import Guest
 from links import SocketLink
 from scene import DaemonProcess, LogBook
 
-from daemon.control import ask
+from daemon.running.control import ask
 from virtio.testing.queue import GUARD
 
 CONFIGURATION = """

@@ -15,7 +15,7 @@ from driven import DRIVEN, check_it_works, make_device
 from frontend import NATIVE_SETTINGS, PACKED_START, Plugged, Setting, plugged
 from links import SocketLink
 
-from virtio.devices.blk import Blk
+from virtio.devices.blk.device import Blk
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD, GuestQueue
 

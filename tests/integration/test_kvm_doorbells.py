@@ -11,7 +11,7 @@ from kvm_guest import DEVICE_GPA, DEVICE_SIZE, Machine, count_of, eventfd, machi
 from transports.kvm.cpu.cpuid import AMD_SIGNATURES, PlatformKey, signature_of
 from transports.kvm.native import check, lib
 from virtio.errors import HostError
-from virtio.interrupt import InterruptStatus
+from virtio.native.interrupt import InterruptStatus
 
 EXIT = "mov $0, %al; out %al, $0xf4"
 QUEUE_NOTIFY = DEVICE_GPA + 0x50

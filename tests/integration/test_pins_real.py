@@ -16,13 +16,13 @@ import pytest
 import uinput
 from uinput import EV_ABS, EV_KEY, EV_LED, REPORT, InputDevice, read_events
 
-from virtio.devices import gpio_uapi
-from virtio.devices.gpio import Gpio
-from virtio.devices.gpio_options import GpioOptions
-from virtio.devices.i2c import I2c
-from virtio.devices.i2c_options import I2cOptions
-from virtio.devices.input import Input
-from virtio.devices.input_options import InputOptions
+from virtio.devices.gpio import uapi as gpio_uapi
+from virtio.devices.gpio.device import Gpio
+from virtio.devices.gpio.options import GpioOptions
+from virtio.devices.i2c.device import I2c
+from virtio.devices.i2c.options import I2cOptions
+from virtio.devices.input.device import Input
+from virtio.devices.input.options import InputOptions
 from virtio.errors import HostError
 from virtio.testing import TestDriver, attach
 

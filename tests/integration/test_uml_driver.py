@@ -21,10 +21,10 @@ from structlog.testing import capture_logs
 
 from guest.boot.initramfs import BUSYBOX, Entry, newc
 from transports.vhost_user.serving.endpoint import Listen
-from virtio.backend import Backend
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.backend.backend import Backend
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.native.worker import Worker
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED
-from virtio.worker import Worker
 
 MIB = 1 << 20
 UML = shutil.which("linux.uml")

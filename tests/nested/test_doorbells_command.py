@@ -9,8 +9,8 @@ import pytest
 import trio
 from nested.laboratory import Laboratory
 
-from daemon.doorbell_report import DOORBELLS, Report
-from daemon.doorbell_table import render
+from daemon.doorbells.report import DOORBELLS, Report
+from daemon.doorbells.table import render
 from guest.boot.toy import prepare_toy
 from guest.nested.level import Level
 from guest.nested.tracing import Counts, watch_doorbells

@@ -16,7 +16,7 @@ from guest.nested.level import Level
 from guest.nested.tracing import Counts, watch_doorbells
 from transports.hypercall import connection_id
 from transports.kvm.machine.slots import slot
-from virtio.mmio_registers import OFFSETS
+from virtio.mmio.registers import OFFSETS
 
 FILE = "test_kvm_machine"
 SECONDS = 120.0

@@ -9,8 +9,8 @@ import pytest
 
 from daemon.attach.qemu_front_ends import FRONT_ENDS, NET_QUEUE_SIZE_MIN
 from daemon.attach.qemu_version import QemuVersion, installed_version, parse_version
-from daemon.catalogue import device_types
 from daemon.cli import main
+from daemon.devices.catalogue import device_types
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
 

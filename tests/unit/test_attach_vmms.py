@@ -13,7 +13,7 @@ import pytest
 from daemon.attach.vmms import VMMS
 from daemon.cli import main
 from virtio.devices import REGISTRY
-from virtio.devices.net import NetOptions
+from virtio.devices.net.device import NetOptions
 
 TYPES = {
     "disk": 'type = "blk"\nbackend = "null"\nsize = "1M"\nqueues = 2\nqueue_size = 512',

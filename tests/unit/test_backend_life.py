@@ -13,13 +13,13 @@ from driven import add_request, check_it_works, every_driven, make_device
 from frontend import NEEDS_RESET, REACTORS, Setting, every_ring, plugged
 from vhost_user_wire import no_fd_leaks
 
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.errors import HostError
-from virtio.stats import DURATION_BOUNDS
+from virtio.native.stats import DURATION_BOUNDS
+from virtio.native.worker import Worker
 from virtio.testing.driver import Element
 from virtio.testing.queue import GUARD
 from virtio.waist import ConfigChanged, QueueBroken
-from virtio.worker import Worker
 
 DRIVER_OK = 15
 

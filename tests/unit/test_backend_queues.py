@@ -15,9 +15,9 @@ from frontend import F_EVENT_IDX, PACKED_START, Setting, every_ring, plugged
 from structlog.testing import capture_logs
 from vhost_user_wire import eventfd, memfd, no_fd_leaks
 
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.devices.rng import Rng
 from virtio.errors import GuestError, PeerError
 from virtio.fd import OwnedFd

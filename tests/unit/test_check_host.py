@@ -17,8 +17,8 @@ from typing import Final
 import pytest
 
 from daemon.cli import main
-from virtio.devices.blk import Blk, BlkOptions
-from virtio.devices.remedies import remedy
+from virtio.devices.blk.device import Blk, BlkOptions
+from virtio.devices.host.remedies import remedy
 from virtio.errors import HostError
 
 ROOT: Final = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_direct_io_that_the_file_system_has_not_is_refused_at_its_key(
     def refuse(fd: object) -> tuple[int, int]:
         raise HostError("no", errno=errno.EINVAL)
 
-    monkeypatch.setattr("daemon.image_checks.direct_alignment", refuse)
+    monkeypatch.setattr("daemon.checks.images.direct_alignment", refuse)
     status, text = check(write(folder, f'path = "{path}"', "direct = true"), capsys)
     assert (status, "[devices.disk] direct: " in text) == (78, True)
 

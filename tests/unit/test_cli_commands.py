@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import structlog
 
-from daemon.app import App
+from daemon.checks.preflight import PACKAGES, foreign_packages
 from daemon.cli import _parser, main
-from daemon.preflight import PACKAGES, foreign_packages
+from daemon.running.app import App
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
 

@@ -19,10 +19,10 @@ import structlog
 import trio
 
 from config.loader import Config
-from daemon.app import App, LogChoice
 from daemon.cli import load_config
-from daemon.control import ask
-from daemon.systemd import Notifier
+from daemon.running.app import App, LogChoice
+from daemon.running.control import ask
+from daemon.running.systemd import Notifier
 from transports.stock_qemu.messages import Message, Type
 from virtio.fd import OwnedFd
 from virtio.waist import AddressSpace, QueueSetup

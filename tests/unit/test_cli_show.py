@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import trio
 
-from daemon.control import CLIENTS_MAX, LINE_MAX, ask, respond, serve_control
+from daemon.running.control import CLIENTS_MAX, LINE_MAX, ask, respond, serve_control
 from daemon.show import duration, render, size
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.errors import HostError
-from virtio.stats import HISTOGRAM_BUCKETS, BackendStats, OpStats, QueueStats, Storage, StorageErrors, WorkerStats
+from virtio.native.stats import (
+    HISTOGRAM_BUCKETS,
+    BackendStats,
+    OpStats,
+    QueueStats,
+    Storage,
+    StorageErrors,
+    WorkerStats,
+)
 
 
 def state() -> DaemonState:

@@ -10,8 +10,8 @@ import pytest
 import config
 from config.json_schema import DIALECT, json_schema
 from config.loader import drop_ins
-from daemon.catalogue import device_types
 from daemon.cli import load_config
+from daemon.devices.catalogue import device_types
 from transports import TRANSPORTS
 
 EXAMPLES = Path(config.__file__).parent / "examples"

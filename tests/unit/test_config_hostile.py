@@ -12,7 +12,7 @@ import pytest
 
 from config.loader import drop_ins
 from daemon.cli import main
-from virtio.devices.unix_socket import listen
+from virtio.devices.host.unix_socket import listen
 from virtio.errors import HostError
 
 DISK = '[devices.disk]\ntype = "blk"\npath = "disk.img"\nsocket = "disk.sock"\n'

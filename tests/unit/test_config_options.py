@@ -8,10 +8,10 @@ import pytest
 
 from config.options import OptionDevice, parse_devices
 from config.problems import ConfigError
-from daemon.catalogue import device_types
-from virtio.devices.blk import BlkOptions
-from virtio.devices.gpio_options import GpioOptions
-from virtio.devices.i2c_options import I2cOptions
+from daemon.devices.catalogue import device_types
+from virtio.devices.blk.device import BlkOptions
+from virtio.devices.gpio.options import GpioOptions
+from virtio.devices.i2c.options import I2cOptions
 
 TYPES = device_types()
 

@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, serving, u64
 
 from daemon.cli import load_config
-from daemon.descriptors import worst_case
+from daemon.running.descriptors import worst_case
 from transports.vhost_user.serving.endpoint import Listen
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
 
@@ -201,7 +201,8 @@ def test_every_device_and_all_that_it_may_connect_is_in_the_sum(tmp_path: Path) 
 SOFT = """
 import resource, sys
 sys.argv = ["hyperbell", "serve", {file!r}, "--log-format", "json"]
-from daemon import app, cli
+from daemon import cli
+from daemon.running import app
 async def run(self):
     print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 app.App.run = run

@@ -12,13 +12,13 @@ from driven import Scripted
 
 from config.loader import load
 from config.problems import ConfigError
-from daemon.catalogue import device_types, features_off, make_devices
 from daemon.cli import EXIT_CONFIG, main
-from daemon.device_checks import fault_of
-from daemon.device_classes import DeviceClasses, device_class
-from daemon.failures import leaves
+from daemon.devices.catalogue import device_types, features_off, make_devices
+from daemon.devices.class_checks import fault_of
+from daemon.devices.classes import DeviceClasses, device_class
+from daemon.running.failures import leaves
 from transports import TRANSPORTS
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import Device
 from virtio.devices import REGISTRY
 from virtio.errors import HostError

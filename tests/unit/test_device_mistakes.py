@@ -15,14 +15,14 @@ from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd
 
 from config.loader import load
-from daemon.assembly import Assembly
-from daemon.catalogue import device_types, make_devices
-from daemon.device_classes import device_class
-from daemon.links import Links
+from daemon.devices.catalogue import device_types, make_devices
+from daemon.devices.classes import device_class
+from daemon.running.assembly import Assembly
+from daemon.running.links import Links
 from transports import TRANSPORTS
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
+from virtio.backend.device_calls import close_all
 from virtio.device import Chain, Queue
-from virtio.device_calls import close_all
 from virtio.errors import HostError
 from virtio.testing.queue import GUARD
 

@@ -15,17 +15,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import capture_logs
 
 from daemon.cli import main
-from daemon.control import respond
-from daemon.doorbell_meter import WINDOW_SECONDS, DoorbellMeter, open_meter
-from daemon.doorbell_report import Report, save
-from daemon.doorbell_worth import DeviceWorth
-from daemon.doorbells import make_report, report_of
-from daemon.metrics import StateCollector
-from daemon.policies import Policies
+from daemon.doorbells.measure import make_report, report_of
+from daemon.doorbells.policies import Policies
+from daemon.doorbells.report import Report, save
+from daemon.doorbells.worth import DeviceWorth
+from daemon.metrics.page import StateCollector
+from daemon.running.control import respond
+from daemon.running.doorbell_meter import WINDOW_SECONDS, DoorbellMeter, open_meter
 from daemon.show import render
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from transports.stock_qemu.state import BellState, VmState
-from virtio.stats import BackendStats, QueueStats
+from virtio.native.stats import BackendStats, QueueStats
 
 CONNECTION = ConnectionState(True, 1, 0, 0, 9, 1, {}, 100.0)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from doorbell_reports import MEDIANS, measurement
 
-from daemon.doorbell_report import VERSION, Report, load, save, to_json
-from daemon.doorbells import make_report, report_of
+from daemon.doorbells.measure import make_report, report_of
+from daemon.doorbells.report import VERSION, Report, load, save, to_json
 from virtio.errors import HostError
 
 

@@ -7,9 +7,9 @@ import re
 import pytest
 from doorbell_reports import MEDIANS, measurement
 
-from daemon.amounts import share, span
-from daemon.doorbell_table import bars, render
-from daemon.doorbells import make_report, report_of
+from daemon.doorbells.measure import make_report, report_of
+from daemon.doorbells.table import bars, render
+from daemon.text import share, span
 
 
 def test_the_table_has_every_kind_with_its_figures() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.doorbell_worth import RingRates, apportion, worth
+from daemon.doorbells.worth import RingRates, apportion, worth
 
 COSTS = {"mmio": 900e-9, "mmio-match": 1300e-9, "pio": 800e-9, "hypercall": 400e-9, "exit": 5e-6}
 

@@ -13,7 +13,7 @@ from vhost_user_wire import eventfd, no_fd_leaks
 
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd, eventfd_id
-from virtio.interrupt import InterruptStatus
+from virtio.native.interrupt import InterruptStatus
 from virtio.waist import Doorbell
 
 FURTHER = (Doorbell.PIO, Doorbell.HYPERCALL)

@@ -7,8 +7,8 @@ import trio.testing
 from driven import Scripted
 from frontend import Setting, plugged
 
+from virtio.backend.events import Events
 from virtio.errors import GuestError
-from virtio.events import Events
 from virtio.waist import ConfigChanged, IotlbMiss, Permission, QueueBroken
 
 

@@ -17,12 +17,12 @@ from unit.test_cli_serve import Daemon, serving, sockets
 
 from config.loader import Device as Configured
 from daemon.cli import load_config
-from daemon.control import ask
-from daemon.metrics import StateCollector
-from daemon.served import RETRY_SECONDS_MAX, ServedDevice
+from daemon.metrics.page import StateCollector
+from daemon.running.control import ask
+from daemon.running.served import RETRY_SECONDS_MAX, ServedDevice
 from daemon.show import render
 from daemon.state import DaemonState, FailedDevice
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import Device
 from virtio.errors import HostError
 

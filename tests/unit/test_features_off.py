@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 
 from config.loader import Config, load
 from config.problems import ConfigError
-from daemon.assembly import assemble
-from daemon.catalogue import device_types, feature_bits, make_devices
-from daemon.features import ALWAYS_OFFERED, REQUIREMENTS
+from daemon.devices.catalogue import device_types, feature_bits, make_devices
+from daemon.devices.features import ALWAYS_OFFERED, REQUIREMENTS
+from daemon.running.assembly import assemble
 from transports import TRANSPORTS
 from virtio.devices import REGISTRY
 

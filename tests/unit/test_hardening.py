@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.device_classes import DeviceClassError, class_from_file
-from daemon.hardening import KEPT
+from daemon.devices.classes import DeviceClassError, class_from_file
+from daemon.running.hardening import KEPT
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -25,7 +25,8 @@ socket = "{folder}/disk.sock"
 """
 COMMAND = """
 import pathlib
-from daemon import app, cli
+from daemon import cli
+from daemon.running import app
 async def run(self):
     print(pathlib.Path("/proc/self/status").read_text(), flush=True)
     print("owner", pathlib.Path("/proc/self/environ").stat().st_uid)

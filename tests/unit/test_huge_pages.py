@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from virtio.fd import OwnedFd
-from virtio.memory import MemoryTable
+from virtio.native.memory import MemoryTable
 from virtio.waist import MemoryRegion
 
 MIB: Final = 1 << 20

@@ -17,9 +17,9 @@ import trio
 from prometheus_client import CollectorRegistry, generate_latest
 
 from daemon.cli import main
-from daemon.control import respond, serve_control
-from daemon.metrics import StateCollector
-from daemon.policies import Policies
+from daemon.doorbells.policies import Policies
+from daemon.metrics.page import StateCollector
+from daemon.running.control import respond, serve_control
 from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import derive_key
@@ -27,7 +27,7 @@ from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBel
 from transports.stock_qemu.library import library_path
 from transports.stock_qemu.state import BellState, VmState
 from virtio.errors import HostError
-from virtio.stats import BackendStats, QueueStats
+from virtio.native.stats import BackendStats, QueueStats
 
 CONFIG: Final = """
 [daemon]

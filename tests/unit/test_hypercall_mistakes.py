@@ -13,8 +13,8 @@ import trio
 
 from daemon.cli import main
 from daemon.command_options import SERVE_EPILOG
-from daemon.control import ask, serve_control
-from daemon.policies import Policies
+from daemon.doorbells.policies import Policies
+from daemon.running.control import ask, serve_control
 from daemon.state import DaemonState
 from transports.kvm.machine.state import MachineState
 from transports.stock_qemu.state import VmState

@@ -12,10 +12,10 @@ import trio.testing
 
 import config
 from daemon.cli import main
-from virtio.devices.input_codes import EV_ABS, EV_KEY
-from virtio.devices.input_options import InputOptions
-from virtio.devices.input_source import PENDING_MAX, InputEvent
-from virtio.devices.input_timed import SCRIPT_MAX, Player, Script, read_script
+from virtio.devices.input.codes import EV_ABS, EV_KEY
+from virtio.devices.input.options import InputOptions
+from virtio.devices.input.source import PENDING_MAX, InputEvent
+from virtio.devices.input.timed import SCRIPT_MAX, Player, Script, read_script
 
 KEY_A, KEY_B = 30, 48
 

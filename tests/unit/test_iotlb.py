@@ -22,7 +22,7 @@ from ring_device import (
 
 from virtio.dataplane import lib
 from virtio.errors import HostError
-from virtio.memory import Iotlb
+from virtio.native.memory import Iotlb
 from virtio.testing.driver import Element, GuestMemory, SplitDriver, VirtqueueDriver
 from virtio.waist import AddressSpace, IotlbMiss, Permission
 

@@ -15,13 +15,13 @@ from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.kvm.machine.device import LINES_MAX
 from transports.kvm.machine.slots import DEVICES_MAX, gsi_of, slot
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.devices.rng import Rng
 from virtio.errors import HostError
+from virtio.native.worker import Worker
 from virtio.waist import AddressSpace, ConfigChanged, QueueSetup
-from virtio.worker import Worker
 
 NEGOTIATED = regs.ACKNOWLEDGE | regs.DRIVER | regs.FEATURES_OK
 

@@ -18,7 +18,7 @@ from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.hypercall import RESERVED_ID, connection_id
 from transports.kvm.machine.state import MmioDeviceState, QueueBell
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
 from virtio.errors import HostError, PeerError

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from transports.hypercall import connection_id
 from transports.kvm.machine.hypercalls import HypervEventfds
 from transports.kvm.vm import doorbells
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -13,6 +15,7 @@ import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SHARED_BY_TRANSPORTS: Final = ("transports", "transports.base", "transports.hypercall")
+FILES_MAX: Final = 16
 PACKAGES: Final = ("config", "daemon", "transports", "virtio")
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "config": frozenset({"config"}),
@@ -21,14 +24,22 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "virtio": frozenset({"virtio"}),
 }
 A_DEVICE_MAY_IMPORT: Final = frozenset(
-    f"virtio.{name}" for name in ("device", "chain", "spec", "config_space", "errors", "fd", "disk", "nic", "clients")
+    f"virtio.{name}"
+    for name in (
+        "device",
+        "native.chain",
+        "spec",
+        "config_space",
+        "errors",
+        "fd",
+        "native.disk",
+        "native.nic",
+        "clients",
+    )
 )
 MAY_USE_THE_MACHINE: Final = frozenset(
     f"transports.kvm.{name}"
     for name in ("host", "vm.vmm", "vm.entry", "vm.ending", "vm.doorbells", "cpu.host", "doorbell_cost.guest")
-)
-MAY_USE_THE_DATA_PLANE: Final = frozenset(
-    f"virtio.{name}" for name in ("virtqueue", "memory", "chain", "worker", "disk", "pump", "interrupt", "nic")
 )
 
 
@@ -76,7 +87,7 @@ def imports_of(module: str, *, types_too: bool = True) -> frozenset[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert len(FILES) > 40
-    assert "virtio.backend" in imports_of("daemon.assembly")
+    assert "virtio.backend.backend" in imports_of("daemon.running.assembly")
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -99,7 +110,7 @@ def test_a_device_knows_the_device_interface_and_nothing_else(module: str) -> No
 def test_the_compiled_module_has_one_door_and_few_who_may_use_it(module: str) -> None:
     if module != "virtio.dataplane":
         assert "virtio._dataplane" not in imports_of(module)
-    if module not in MAY_USE_THE_DATA_PLANE and not module.startswith("virtio.dataplane"):
+    if not module.startswith(("virtio.native.", "virtio.dataplane")):
         assert not {name for name in imports_of(module) if name.startswith("virtio.dataplane")}
 
 
@@ -126,8 +137,57 @@ def test_transports_do_not_import_each_other(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("transports.")])
 def test_a_transport_knows_the_waist_and_not_what_is_behind_it(module: str) -> None:
-    behind = {"backend", "device", "devices", "disk", "memory", "pump", "running", "virtqueue", "worker", "chain"}
-    assert not {name for name in imports_of(module) if name.startswith("virtio.") and name.split(".")[1] in behind}
+    behind = ("virtio.backend", "virtio.device", "virtio.native")
+    imports = {name for name in imports_of(module) if name.startswith(behind)}
+    assert not imports - {"virtio.native.interrupt"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """A row of ARCHITECTURE.md's table: its modules are those whose longest prefix it is."""
+
+    name: str
+    imports: frozenset[str]
+
+
+def rooms() -> list[Room]:
+    """In the order of the table: a room stands above all that it imports."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- rooms -->")[2].partition("<!-- /rooms -->")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if "`" in line]
+    return [
+        Room(row[0].strip("`"), frozenset(re.findall(r"`([\w.]+)`", row[2] if len(row) > 2 else ""))) for row in rows
+    ]
+
+
+ROOMS: Final = rooms()
+
+
+def room_of(module: str) -> str:
+    found = [room.name for room in ROOMS if module == room.name or module.startswith(f"{room.name}.")]
+    assert found, f"{module} is in no room of ARCHITECTURE.md"
+    return max(found, key=len)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_imports_what_the_table_says_and_all_of_that(room: Room) -> None:
+    modules = [module for module in FILES if room_of(module) == room.name]
+    assert modules, "there is no such room"
+    imported = {name for module in modules for name in imports_of(module, types_too=False) if name in FILES}
+    assert {room_of(name) for name in imported} - {room.name} == room.imports
+
+
+def test_no_arrow_leads_up_the_house() -> None:
+    below: set[str] = set()
+    for room in ROOMS:
+        assert room.imports <= below, f"{room.name} imports a room that is not below it"
+        below.add(room.name)
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in FILES.values()}), ids=lambda path: path.name)
+def test_a_room_says_what_belongs_there_and_can_be_taken_in(package: Path) -> None:
+    assert ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    assert len([path for path in package.iterdir() if path.suffix in (".py", ".c", ".h")]) <= FILES_MAX
 
 
 def test_no_modules_of_ours_import_each_other_in_a_circle() -> None:

@@ -13,15 +13,15 @@ import trio
 from prometheus_client import CollectorRegistry, generate_latest
 
 from daemon.cli import main
-from daemon.control import respond, serve_control
-from daemon.links import Links
-from daemon.metrics import StateCollector
+from daemon.metrics.page import StateCollector
+from daemon.running.control import respond, serve_control
+from daemon.running.links import Links
 from daemon.show import render
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.device import DeviceOptions
-from virtio.devices.net import Net, NetOptions
+from virtio.devices.net.device import Net, NetOptions
 from virtio.devices.rng import Rng
-from virtio.stats import HISTOGRAM_BUCKETS, BackendStats, Lost, OpStats, QueueStats
+from virtio.native.stats import HISTOGRAM_BUCKETS, BackendStats, Lost, OpStats, QueueStats
 
 
 def op(requests: int, errors: int, size: int) -> OpStats:

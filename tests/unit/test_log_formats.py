@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from daemon import log
+from daemon.log import setup as log
 
 
 @pytest.fixture(autouse=True)

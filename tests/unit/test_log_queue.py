@@ -23,9 +23,9 @@ import pytest
 import structlog
 import trio
 
-from daemon import log
-from daemon.log_floods import KINDS_MAX, OF_A_DEVICE, OF_THE_DAEMON, SPAN_SECONDS, Floods
-from daemon.log_queue import FAILED, QUEUE_BYTES, QUEUE_LINES, SLOW, LineQueue
+from daemon.log import setup as log
+from daemon.log.floods import KINDS_MAX, OF_A_DEVICE, OF_THE_DAEMON, SPAN_SECONDS, Floods
+from daemon.log.queue import FAILED, QUEUE_BYTES, QUEUE_LINES, SLOW, LineQueue
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60.0  # seconds; only a failing run gets there

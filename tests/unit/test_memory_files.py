@@ -10,13 +10,13 @@ import trio
 from failing_storage import failing_image
 from vhost_user_wire import memfd
 
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
+from virtio.backend.memory_files import ANSWER_SECONDS
 from virtio.device import DeviceOptions
 from virtio.devices.rng import Rng
 from virtio.errors import HostError, HyperbellError
 from virtio.fd import OwnedFd, may_block
-from virtio.memory import file_system
-from virtio.memory_files import ANSWER_SECONDS
+from virtio.native.memory import file_system
 from virtio.waist import MemoryRegion
 
 SIZE = 1 << 20

@@ -12,7 +12,7 @@ from ring_device import FORMATS, Rings, make_driver, region_of
 from virtio.dataplane import lib
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
-from virtio.memory import Mapping, MemoryTable
+from virtio.native.memory import Mapping, MemoryTable
 from virtio.testing.driver import Element, GuestMemory, SplitDriver
 from virtio.waist import AddressSpace, MemoryRegion
 

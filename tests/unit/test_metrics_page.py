@@ -19,12 +19,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from daemon.metrics import StateCollector
-from daemon.metrics_server import CONNECTIONS_MAX, REQUEST_MAX, REQUEST_SECONDS, serve_metrics
+from daemon.metrics.page import StateCollector
+from daemon.metrics.server import CONNECTIONS_MAX, REQUEST_MAX, REQUEST_SECONDS, serve_metrics
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBell
 from virtio.errors import HostError
-from virtio.stats import (
+from virtio.native.stats import (
     DURATION_BOUNDS,
     HISTOGRAM_BUCKETS,
     BackendStats,

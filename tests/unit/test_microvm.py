@@ -12,11 +12,11 @@ import trio.testing
 from elf_kernel import plain_kernel
 from structlog.testing import capture_logs
 
-from daemon.assembly import Assembly
 from daemon.cli import _parser
-from daemon.microvm import QUIET_SECONDS, Microvm, has_ended_well, prepare
-from daemon.microvm_options import MicrovmOptions, read_options
-from daemon.policies import Policies
+from daemon.doorbells.policies import Policies
+from daemon.microvm.options import MicrovmOptions, read_options
+from daemon.microvm.run import QUIET_SECONDS, Microvm, has_ended_well, prepare
+from daemon.running.assembly import Assembly
 from transports.kvm.boot import pvh
 from transports.kvm.machine.slots import DEVICES_MAX, slot
 from transports.kvm.vm.ending import VmEnd
@@ -102,7 +102,7 @@ async def test_the_same_policy_again_is_another_attempt_and_the_first_ones_are_n
 
     async with trio.open_nursery() as nursery:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("daemon.microvm.serve_control", serve_control)
+            patch.setattr("daemon.microvm.run.serve_control", serve_control)
             await microvm._serve(nursery, machine)
         (policies,) = given
         await trio.testing.wait_all_tasks_blocked()

@@ -10,7 +10,7 @@ import pytest
 
 from config.problems import ConfigError
 from daemon.cli import _parser
-from daemon.microvm_options import MicrovmOptions, read_options
+from daemon.microvm.options import MicrovmOptions, read_options
 from transports.hypercall import derive_key
 from virtio.errors import HostError
 

@@ -24,9 +24,9 @@ from mmio_guest import (
     Performer,
 )
 
-from virtio.mmio import RegisterFile
-from virtio.mmio_queues import Bells
-from virtio.mmio_registers import (
+from virtio.mmio.queues import Bells
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import (
     BY_OFFSET,
     REGISTERS,
     Access,

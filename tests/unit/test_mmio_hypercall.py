@@ -14,9 +14,9 @@ from mmio_guest import (
 )
 
 from transports import hypercall
-from virtio.mmio import RegisterFile
-from virtio.mmio_queues import VIRTIO_F_HYPERCALL_NOTIFY, Bells
-from virtio.mmio_registers import Reason, SetDriverFeatures
+from virtio.mmio.queues import VIRTIO_F_HYPERCALL_NOTIFY, Bells
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import Reason, SetDriverFeatures
 
 BELLS = Bells(0xABCDEF, (0x200, 0x201, 0))
 

@@ -21,8 +21,8 @@ from mmio_guest import (
     Performer,
 )
 
-from virtio.mmio import RegisterFile
-from virtio.mmio_registers import Reason, StartQueue, StopQueue
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import Reason, StartQueue, StopQueue
 
 OFFERED = F_VERSION_1 | F_RING_PACKED | F_RING_RESET
 NEGOTIATED = ACKNOWLEDGE | DRIVER | FEATURES_OK

@@ -37,8 +37,8 @@ from mmio_guest import (
     Performer,
 )
 
-from virtio.mmio import RegisterFile
-from virtio.mmio_registers import (
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import (
     AcknowledgeInterrupt,
     EnableQueue,
     Notify,

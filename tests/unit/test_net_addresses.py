@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import main
-from virtio.devices import net_address
-from virtio.devices.net_address import host_identity, mac_from_name
-from virtio.nic import PORTS_MAX
+from virtio.devices.net import address as net_address
+from virtio.devices.net.address import host_identity, mac_from_name
+from virtio.native.nic import PORTS_MAX
 
 ID, OTHER_ID = "0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210"
 SWITCH = 'backend = "switch"\nswitch = "lan"\n'

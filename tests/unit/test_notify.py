@@ -16,9 +16,9 @@ from ring_device import FORMATS, RingDevice, Rings, make_driver, put_one, read_c
 from virtio.dataplane import lib
 from virtio.errors import HostError, KeptFullError
 from virtio.fd import OwnedFd
+from virtio.native.virtqueue import Virtqueue
 from virtio.testing.driver import SplitDriver
 from virtio.testing.virtqueue_driver import Desc
-from virtio.virtqueue import Virtqueue
 
 FULL = (1 << 64) - 2
 Setter = Callable[[Virtqueue, OwnedFd | None], None]

@@ -16,8 +16,8 @@ from config.loader import load
 from config.options import parse_devices
 from config.problems import ConfigError
 from config.schema import DEFAULT_WORKER, WorkerConfig
-from daemon.assembly import Assembly, assemble
-from daemon.catalogue import Configured, device_types, make_devices
+from daemon.devices.catalogue import Configured, device_types, make_devices
+from daemon.running.assembly import Assembly, assemble
 from guest.boot.service import free_port, serve
 from transports import TRANSPORTS
 from transports.vhost_user.serving.endpoint import Inherit
@@ -25,7 +25,7 @@ from transports.vhost_user.serving.server import VhostUserServer
 from virtio import spec
 from virtio.devices import REGISTRY
 from virtio.fd import OwnedFd
-from virtio.mmio import RegisterFile
+from virtio.mmio.register_file import RegisterFile
 
 OWN: Final = """
 from virtio import Chain, Device, Queue

@@ -11,8 +11,8 @@ import trio.testing
 from driven import Pulling, Scripted
 from frontend import Plugged, Setting, every_ring, plugged
 
-from virtio.chain import Chain
-from virtio.pump import BATCH, Queue
+from virtio.native.chain import Chain
+from virtio.native.pump import BATCH, Queue
 from virtio.testing.queue import GUARD, GuestQueue
 
 

@@ -11,7 +11,7 @@ from driven import Scripted
 from frontend import Setting, every_ring, plugged
 from structlog.testing import capture_logs
 
-from virtio import running
+from virtio.backend import drivers as running
 from virtio.device import Chain, Device, DeviceOptions, Queue
 from virtio.errors import GuestError
 from virtio.testing.queue import GUARD, GuestQueue

@@ -7,9 +7,9 @@ import trio
 from driven import Pulling, Scripted
 from frontend import Setting, every_ring, plugged
 
-from virtio import pump
-from virtio.chain import Chain
-from virtio.pump import TURN_NS, Queue
+from virtio.native import pump
+from virtio.native.chain import Chain
+from virtio.native.pump import TURN_NS, Queue
 from virtio.testing.queue import GUARD
 
 COST_NS = 100_000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.qemu_start import without_kvm
+from daemon.attach.qemu_start import without_kvm
 
 QEMU = "qemu-system-x86_64"
 

@@ -7,7 +7,7 @@ from ring_device import FORMATS, Rings, assert_broken, make_driver, region_of
 
 from virtio.dataplane import FAULTS, lib
 from virtio.errors import GuestError, PeerError
-from virtio.memory import MemoryTable
+from virtio.native.memory import MemoryTable
 from virtio.testing.driver import PackedDriver, SplitDriver
 
 SIZE = 8

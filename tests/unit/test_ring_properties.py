@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 from ring_device import FORMATS, Popped, RingDevice, make_driver, region_of
 
-from virtio.memory import MemoryTable
+from virtio.native.memory import MemoryTable
 from virtio.testing.driver import GuestMemory, RingFullError, VirtqueueDriver
 
 SIZES = st.lists(st.integers(1, 40), max_size=4)

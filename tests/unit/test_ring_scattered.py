@@ -23,7 +23,7 @@ from ring_device import (
 )
 
 from virtio.dataplane import ffi, lib
-from virtio.memory import MemoryTable, install_sigbus_guard
+from virtio.native.memory import MemoryTable, install_sigbus_guard
 from virtio.testing.driver import Element, GuestMemory, VirtqueueDriver
 from virtio.waist import AddressSpace, IotlbMiss, MemoryRegion, Permission
 

@@ -6,7 +6,7 @@ import pytest
 from ring_device import FORMATS, Rings, make_driver, put_one, region_of
 
 from virtio.dataplane import lib
-from virtio.memory import MemoryTable
+from virtio.native.memory import MemoryTable
 from virtio.testing.driver import Desc, Element, PackedDriver, RingFullError, SplitDriver
 
 NEXT, WRITE, INDIRECT = 1, 2, 4

@@ -11,7 +11,7 @@ import pytest
 from ring_device import FORMATS, RingDevice, Rings, make_driver, read_counter
 
 from virtio.dataplane import lib
-from virtio.memory import install_sigbus_guard
+from virtio.native.memory import install_sigbus_guard
 from virtio.testing.driver import Element, GuestMemory, VirtqueueDriver
 
 
@@ -106,7 +106,7 @@ def test_a_mapping_that_died_stays_dead_for_later_users(rings: Rings) -> None:
 
 ELSEWHERE = """
 import faulthandler, mmap, os, sys
-from virtio.memory import install_sigbus_guard
+from virtio.native.memory import install_sigbus_guard
 for step in sys.argv[1:]:
     {"on": faulthandler.enable, "off": faulthandler.disable, "guard": install_sigbus_guard}[step]()
 fd = os.memfd_create("not guest memory")

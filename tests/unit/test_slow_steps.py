@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from structlog.testing import capture_logs
 
-from daemon.slow_steps import DEVICE, LONG_SECONDS, SILENT_SECONDS, SlowSteps
+from daemon.running.slow_steps import DEVICE, LONG_SECONDS, SILENT_SECONDS, SlowSteps
 
 
 class Clock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from virtio.devices.storage_log import QUIET_SECONDS, StorageLog
+from virtio.devices.blk.storage_log import QUIET_SECONDS, StorageLog
 
 
 class Clock:

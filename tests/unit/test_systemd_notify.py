@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
-from daemon.systemd import Notifier, feed_watchdog, watchdog_interval
+from daemon.running.systemd import Notifier, feed_watchdog, watchdog_interval
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from daemon.terminal import raw_terminal, terminal_size
+from daemon.microvm.terminal import raw_terminal, terminal_size
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from driven import Echo, Scripted
 
 from virtio.device import DeviceOptions
-from virtio.devices.blk import Blk, BlkOptions
+from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.errors import GuestError
 from virtio.testing import attach
 

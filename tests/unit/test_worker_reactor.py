@@ -12,8 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from config.schema import WorkerConfig
-from daemon.assembly import start_workers
-from daemon.control import respond
+from daemon.running.assembly import start_workers
+from daemon.running.control import respond
 from daemon.show import render
 from daemon.state import DaemonState
 
@@ -22,7 +22,7 @@ import ctypes, json, struct, sys
 import trio
 from structlog.testing import capture_logs
 from config.schema import WorkerConfig
-from daemon.assembly import start_workers
+from daemon.running.assembly import start_workers
 
 # seccomp: io_uring_setup (425) answers EPERM, as containers have it
 program = struct.pack("<HBBIHBBIHBBIHBBI", 0x20, 0, 0, 0, 0x15, 0, 1, 425, 6, 0, 0, 0x00050001, 6, 0, 0, 0x7FFF0000)

@@ -1,6 +1,6 @@
 """The compiled data plane: ``ffi``, ``lib``, and the one place where its codes become exceptions.
 
-Only ``virtio.virtqueue``, ``memory``, ``chain``, ``worker``, ``disk``, ``nic``, ``pump`` and ``interrupt`` import it.
+Only ``virtio.native`` imports it.
 """
 
 from __future__ import annotations

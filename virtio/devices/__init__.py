@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from virtio.device import Device
-from virtio.devices.blk import Blk
-from virtio.devices.console import Console
-from virtio.devices.gpio import Gpio
-from virtio.devices.i2c import I2c
-from virtio.devices.input import Input
-from virtio.devices.net import Net
+from virtio.devices.blk.device import Blk
+from virtio.devices.console.device import Console
+from virtio.devices.gpio.device import Gpio
+from virtio.devices.i2c.device import I2c
+from virtio.devices.input.device import Input
+from virtio.devices.net.device import Net
 from virtio.devices.rng import Rng
-from virtio.devices.vsock import Vsock
+from virtio.devices.vsock.device import Vsock
 
 REGISTRY: Final[Mapping[str, type[Device]]] = {
     "blk": Blk,

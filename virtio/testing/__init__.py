@@ -13,13 +13,13 @@ from typing import Final, Literal
 
 import trio
 
-from virtio.backend import Backend
+from virtio.backend.backend import Backend
 from virtio.device import Device
 from virtio.fd import OwnedFd
+from virtio.native.worker import Worker
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver
 from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import AddressSpace, ConfigChanged, MemoryRegion, QueueSetup
-from virtio.worker import Worker
 
 __all__ = ["TestDriver", "attach"]
 

@@ -2,5 +2,5 @@
 
 libslirp reads what a guest sends, opens files for it and is not ours: so it sees no other guest's memory, its files are
 limited, and when it ends, only that guest's connections do. ``python -m virtio.usernet`` is that process;
-``virtio.devices.net_user`` starts it.
+``virtio.devices.net.user`` starts it.
 """

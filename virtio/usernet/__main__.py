@@ -1,4 +1,4 @@
-"""The process of one user network: ``python -m virtio.usernet FRAMES_FD``, started by ``virtio.devices.net_user``.
+"""The process of one user network: ``python -m virtio.usernet FRAMES_FD``, started by ``virtio.devices.net.user``.
 
 Its first line of input is the setup as JSON; it serves until the input ends, which it also does when the daemon dies.
 Its one line of output is "ready", or else the reason why it is not.

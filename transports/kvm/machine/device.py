@@ -26,10 +26,9 @@ from transports.kvm.vm.vmm import Access, Vm
 from virtio import spec
 from virtio.errors import GuestError, HostError, PeerError
 from virtio.fd import OwnedFd
-from virtio.interrupt import InterruptStatus
-from virtio.mmio import RegisterFile
-from virtio.mmio_queues import Bells
-from virtio.mmio_registers import (
+from virtio.mmio.queues import Bells
+from virtio.mmio.register_file import RegisterFile
+from virtio.mmio.registers import (
     OFFSETS,
     WINDOW_SIZE,
     AcknowledgeInterrupt,
@@ -43,6 +42,7 @@ from virtio.mmio_registers import (
     StopQueue,
     WriteConfig,
 )
+from virtio.native.interrupt import InterruptStatus
 from virtio.waist import ConfigChanged, Doorbell, MemoryRegion, QueueBroken, QueueSetup
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ _STEPS: Final = {
 
 
 class HasAddress(Protocol):
-    """``virtio.interrupt.InterruptStatus``: an atomic 32-bit word in C's memory, for as long as the object lives."""
+    """``virtio.native.interrupt.InterruptStatus``: an atomic 32-bit word of C's, for as long as the object lives."""
 
     @property
     def address(self) -> int: ...

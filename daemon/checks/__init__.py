@@ -1,0 +1,1 @@
+"""What ``hyperbell check`` says beyond the configuration: of this host, its images, this installation."""

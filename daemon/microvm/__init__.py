@@ -1,0 +1,1 @@
+"""``hyperbell microvm``: its options, its guest, the terminal it borrows."""

@@ -1,0 +1,116 @@
+"""What every way of serving devices stands on: worker threads, the devices opened, and a back end for each."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Container, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+import trio
+
+from config.schema import DeviceConfig, WorkerConfig
+from daemon.devices.catalogue import Configured, features_left_out, features_off
+from virtio.backend.backend import Backend
+from virtio.backend.device_calls import MISTAKES, close_all
+from virtio.device import Device
+from virtio.errors import HostError
+from virtio.native.stats import WorkerStats
+from virtio.native.worker import Worker
+
+EXAMINE_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """All of it by name, for as long as ``assemble`` is entered."""
+
+    workers: Mapping[str, Worker]
+    devices: Mapping[str, Device]
+    backends: Mapping[str, Backend]
+    examining: dict[str, trio.CapacityLimiter] = field(default_factory=dict)
+    """By device: a file system that hangs keeps one thread, however often it is asked."""
+
+    def worker_stats(self) -> tuple[WorkerStats, ...]:
+        return tuple(worker.stats() for worker in self.workers.values())
+
+    async def refresh_devices(self) -> None:
+        """Look again at what the devices stand on, and tell the drivers of what changed.
+
+        One that hangs delays nothing but the end of this, and that for ``EXAMINE_SECONDS`` at most.
+        """
+        async with trio.open_nursery() as nursery:
+            for name, device in [*self.devices.items()]:
+                nursery.start_soon(self._refresh, name, device)
+
+    async def _refresh(self, name: str, device: Device) -> None:
+        log = structlog.get_logger()
+        one_at_a_time = self.examining.setdefault(name, trio.CapacityLimiter(1))
+        try:
+            with trio.move_on_after(EXAMINE_SECONDS) as scope:
+                await trio.to_thread.run_sync(device.examine, abandon_on_cancel=True, limiter=one_at_a_time)
+            if scope.cancelled_caught:
+                log.error("not examined: its storage has not answered", device=name, seconds=EXAMINE_SECONDS)
+            elif self.devices.get(name) is device and device.refresh():
+                log.info("changed underneath: the driver is told", device=name)
+        except HostError as error:
+            log.error("cannot be examined anew", device=name, error=str(error))
+        except MISTAKES as error:
+            log.error("device failed", device=name, where="refresh", exc_info=error)
+
+
+@asynccontextmanager
+async def assemble(
+    devices: Mapping[str, Device], configured: Mapping[str, Configured], workers: Mapping[str, WorkerConfig]
+) -> AsyncIterator[Assembly]:
+    """Start the workers and put a back end around each of ``devices``, which are closed at the end, last of all.
+
+    ``configured`` says of each device by name who drives it and what of it is turned off. Raises ``HostError``.
+    """
+    async with AsyncExitStack() as stack:
+        stack.callback(close_all, devices.values())
+        used = {name for device in configured.values() for name in device.workers}
+        threads = await stack.enter_async_context(start_workers(workers, used))
+        backends: dict[str, Backend] = {}
+        for name, device in devices.items():
+            backends[name] = await stack.enter_async_context(make_backend(device, configured[name], threads))
+        yield Assembly(threads, devices, backends)
+
+
+@asynccontextmanager
+async def start_workers(workers: Mapping[str, WorkerConfig], used: Container[str]) -> AsyncIterator[dict[str, Worker]]:
+    """The threads of those ``workers`` that devices use, until the end. Raises ``HostError``."""
+    async with AsyncExitStack() as stack:
+        log = structlog.get_logger()
+        threads: dict[str, Worker] = {}
+        for name, settings in workers.items():
+            if name not in used:
+                log.warning("no device uses this worker: it is not started", worker=name)
+                continue
+            worker = Worker(name, settings.cpus or (), settings.poll_us, settings.reactor)
+            threads[name] = await stack.enter_async_context(worker)
+            values = {"worker": name, "reactor": worker.reactor, "reason": worker.reason}
+            if worker.reason.startswith("no io_uring"):
+                log.warning("worker runs without io_uring: its disks are slower", **values)
+            else:
+                log.info("worker runs", **values)
+        yield threads
+
+
+def make_backend(device: Device, configured: Configured, threads: Mapping[str, Worker]) -> Backend:
+    """The back end of ``device``, to be entered. ``HostError``: one of its workers was not started."""
+    for name in configured.workers:
+        if name not in threads:
+            raise HostError(f'its worker "{name}" was not started with the daemon; restart the daemon')
+    without = features_left_out(configured)
+    if without:
+        log = structlog.get_logger()
+        log.info("not offered: requires what is turned off", device=device.name, features=sorted(without))
+    return Backend(
+        device,
+        workers=[threads[name] for name in configured.workers],
+        queue_size_max=configured.common.queue_size,
+        features_off=features_off(configured),
+        remote_memory=isinstance(configured.common, DeviceConfig) and configured.common.remote_memory,
+    )

@@ -1,0 +1,53 @@
+"""The cables of network interfaces: an operator plugs them in and out while the daemon runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Final
+
+from daemon.state import DaemonState
+from virtio.backend.device_calls import DeviceCalls
+from virtio.device import Device
+from virtio.errors import HostError
+
+STATES: Final = {"up": True, "down": False}
+
+EPILOG: Final = """\
+With the link down nothing passes in either direction, and a guest whose front-end passes changes of the configuration
+on sees that its cable is out: so it is in hyperbell microvm. QEMU (seen: 7.2) does not pass them on for network
+interfaces: to show its guest the same, use set_link in QEMU's monitor as well.
+
+The change lasts until the daemon ends.
+
+example:
+  hyperbell link lan down --control /run/hyperbell/control.sock
+"""
+
+
+class Links:
+    """The links of ``devices``, by name."""
+
+    def __init__(self, devices: Mapping[str, Device]) -> None:
+        self._devices = devices
+
+    def set(self, name: str, up: bool) -> bool:
+        """Whether it is another state than before. ``HostError``: there is no such interface."""
+        device = self._devices.get(name)
+        if device is None:
+            raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
+        return DeviceCalls(device).ask("set_link", lambda: device.set_link(up))
+
+
+def guest_is_told(name: str, state: DaemonState) -> bool:
+    """Whether a guest that uses the device now hears of changes of its configuration."""
+    for device in state.devices:
+        if device.backend.device == name:
+            return device.connection is None or device.connection.hears_changes
+    return False
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All but the control socket."""
+    parser.add_argument("device", metavar="DEVICE", help="the interface's name in the configuration")
+    parser.add_argument("state", choices=tuple(STATES), help="plugged in or not")

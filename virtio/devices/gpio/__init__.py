@@ -1,0 +1,1 @@
+"""The GPIO device, and its lines on a chip of the host or simulated."""

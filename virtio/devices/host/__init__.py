@@ -1,0 +1,1 @@
+"""What several devices use of the host: listening sockets, character devices, advice. It knows no device."""

@@ -1,0 +1,76 @@
+"""Options of ``type = "vsock"``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from virtio.device import DeviceOptions
+from virtio.devices.vsock.host import CLIENTS_MAX, PORT_MAX
+from virtio.devices.vsock.packet import CID_FIRST_GUEST, CID_LAST_GUEST
+
+
+class VsockOptions(DeviceOptions):
+    """Who the guest is, and where the host meets it."""
+
+    cid: int = Field(
+        ge=CID_FIRST_GUEST, le=CID_LAST_GUEST, description="The guest's context id: its address, 3 or more."
+    )
+    path: Path = Field(
+        description="The Unix socket on which the host connects to the guest (CONNECT PORT); the guest's connections "
+        "to port N of the host come to path_N, which is no other socket of this file."
+    )
+    group: str | None = Field(
+        None,
+        min_length=1,
+        max_length=63,
+        description="Guests of one group may connect to each other. Default: to the host only.",
+    )
+    connections: int = Field(
+        512,
+        ge=1,
+        le=16384,
+        description="Connections at most; further ones are refused. Another guest of the group has at most as many as "
+        "it leaves free, and an eighth is left to the host and to this guest.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _path_has_a_name(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError(f"{value} is a folder, and a socket needs a name")
+        return value
+
+    @property
+    def descriptors_max(self) -> int:
+        """Of each connection its socket, and what waits for the other end to leave; clients that have not said yet
+        which port they want, and the sockets on which they come."""
+        return 2 * self.connections + 2 * (CLIENTS_MAX + 1)
+
+    @property
+    def seqpacket_path(self) -> Path:
+        """The socket like ``path`` for whole messages."""
+        return self.path.with_name(f"{self.path.name}.seqpacket")
+
+    @property
+    def socket_paths(self) -> dict[tuple[str, ...], Path]:
+        """The longest of them: where a guest's connection to the last port goes."""
+        return {("path",): self.path_of_port(PORT_MAX)}
+
+    @property
+    def numbered_path(self) -> Path:
+        """What an underscore and the number of a port follow where the guest reaches the host: no socket of ours."""
+        return self.path
+
+    def path_of_port(self, port: int) -> Path:
+        """Where a program of the host waits for the guest's connections to ``port``."""
+        return self.path.with_name(f"{self.path.name}_{port}")
+
+    def unique(self, name: str) -> tuple[str, str] | None:
+        """Without a group nobody asks for a guest by its cid."""
+        return ("cid", f'cid {self.cid} of group "{self.group}"') if self.group is not None else None
+
+    @property
+    def derived_paths(self) -> dict[str, Path]:
+        return {"path": self.seqpacket_path}
