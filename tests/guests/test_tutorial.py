@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from guests.testbed import Testbed
+from kit.project import ROOT
 
 from guest.boot.machine import Machine
 from guest.boot.service import free_port, serve
 
 pytestmark = pytest.mark.guest
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "devices.md"
+TUTORIAL = ROOT / "docs" / "devices.md"
 HYPERBELL = Path(sys.executable).parent / "hyperbell"
 
 

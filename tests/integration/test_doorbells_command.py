@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pytest
 import trio
+from kit.project import ROOT
 
 from daemon.doorbells.report import load
 from transports.kvm.doorbell_cost.guest import Ring, Step, acknowledging, make_ram, run_steps, settle
@@ -56,7 +57,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 @pytest.mark.parametrize("error", [errno.ENOTTY, errno.EINVAL])
 def test_a_kvm_that_has_the_hypercall_only_in_name_is_measured_without_it(tmp_path: Path, error: int) -> None:
     fake = tmp_path / "fake.so"
-    source = Path(__file__).parents[1] / "stock_qemu" / "fake_hyperv.c"
+    source = ROOT / "tests" / "stock_qemu" / "fake_hyperv.c"
     subprocess.run(["gcc", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC", source, "-o", fake], check=True)
     done = command("--json", env={**os.environ, "LD_PRELOAD": str(fake), "FAKE_ERROR": str(error)})
     assert done.returncode == 0, done.stderr

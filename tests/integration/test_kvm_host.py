@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 from kvm_guest import need_kvm
 
 from transports.kvm.host import Abilities, Kvm, check_abilities
 from virtio.errors import HostError
 
-ROOT = Path(__file__).resolve().parents[2]
 WHOLE = Abilities(
     api_version=12,
     user_memory=True,

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import trio
 from elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
+from kit.project import ROOT
 
 from guest.boot.toy import prepare_toy
 from transports.kvm.host import Kvm
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 60  # seconds; only a failing run gets there
 LOAD_GPA = 0x100000
 

@@ -168,8 +168,8 @@ def test_a_guest_of_stock_qemu_uses_every_kind_of_device_at_once(pins: Laborator
             )
             # Linux 7.3 calls an exported line by its number, older ones by its name (tests/guests/simulated.py).
             await guest.run(
-                "cd /sys/class/gpio; number=$(($(cat gpiochip*/base) + 1)); echo $number >export;"
-                "[ -e led ] && cd led || cd gpio$number; echo high >direction; [ $(cat value) = 1 ]"
+                "(cd /sys/class/gpio; number=$(($(cat gpiochip*/base) + 1)); echo $number >export;"
+                "[ -e led ] && cd led || cd gpio$number; echo high >direction; [ $(cat value) = 1 ])"
             )
             await guest.run("[ $(i2cget -y 0 0x48 5 b) = 0x19 ]")
             await every_device_has_served(daemon)

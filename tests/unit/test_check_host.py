@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from kit.project import ROOT
 
 from daemon.cli import main
 from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.devices.host.remedies import remedy
 from virtio.errors import HostError
 
-ROOT: Final = Path(__file__).parents[2]
 MIB: Final = 1 << 20
 
 

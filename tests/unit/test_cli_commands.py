@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from kit.project import ROOT
 
 from daemon.checks.preflight import PACKAGES, foreign_packages
 from daemon.cli import _parser, main
@@ -18,7 +19,6 @@ from daemon.running.app import App
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
 
-ROOT = Path(__file__).parents[2]
 DISK = '[devices.disk]\ntype = "blk"\nbackend = "null"\nsize = "1M"\nsocket = "disk.sock"\n'
 
 

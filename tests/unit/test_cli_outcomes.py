@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 
 from daemon import cli
 
-ROOT = Path(__file__).parents[2]
 DISK = '[devices.disk]\ntype = "blk"\nbackend = "null"\nsize = "1M"\nsocket = "disk.sock"\n'
 
 INTERRUPTED = """

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import trio
+from kit.project import ROOT
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 60  # seconds; only a failing run gets there
 DEVICES = """
 [daemon]

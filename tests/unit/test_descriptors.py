@@ -17,6 +17,7 @@ import structlog
 import trio
 import trio.testing
 import vhost_user_wire as wire
+from kit.project import ROOT
 from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, serving, u64
@@ -26,7 +27,6 @@ from daemon.running.descriptors import worst_case
 from transports.vhost_user.serving.endpoint import Listen
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
 
-ROOT = Path(__file__).parents[2]
 DISK = """
 [devices.{name}]
 type = "blk"

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 
 from guest.boot.console import BOOTED, Console, MachineError
 
-ROOT = Path(__file__).resolve().parents[2]
 INNER = """
 import trio
 from guest.boot.console import Console

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 
 from daemon.devices.classes import DeviceClassError, class_from_file
 from daemon.running.hardening import KEPT
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 [daemon]
 metrics = "off"

@@ -10,6 +10,7 @@ from typing import Final
 
 import pytest
 import trio
+from kit.project import ROOT
 
 from daemon.cli import main
 from daemon.command_options import SERVE_EPILOG
@@ -20,7 +21,6 @@ from transports.kvm.machine.state import MachineState
 from transports.stock_qemu.state import VmState
 from virtio.errors import HostError
 
-ROOT: Final = Path(__file__).parents[2]
 CONFIG: Final = """
 [daemon]
 hypercall_socket = "hypercall.sock"

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LIST = """\
 # a comment
 [run]

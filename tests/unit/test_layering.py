@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from kit.project import ROOT
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 SHARED_BY_TRANSPORTS: Final = ("transports", "transports.base", "transports.hypercall")
 FILES_MAX: Final = 16
 PACKAGES: Final = ("config", "daemon", "transports", "virtio")

@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import structlog
 import trio
+from kit.project import ROOT
 
 from daemon.log import setup as log
 from daemon.log.floods import KINDS_MAX, OF_A_DEVICE, OF_THE_DAEMON, SPAN_SECONDS, Floods
 from daemon.log.queue import FAILED, QUEUE_BYTES, QUEUE_LINES, SLOW, LineQueue
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 60.0  # seconds; only a failing run gets there
 F_SETPIPE_SZ = 1031
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.project import ROOT
 
 from transports.stock_qemu import messages
 from transports.stock_qemu.messages import FDS, WIRE_SIZE, Message, Reason, Type, VmFlag, parse_message
 from virtio.errors import PeerError
 
-HEADER: Final = Path(__file__).parents[2] / "transports" / "stock_qemu" / "library" / "wire.h"
+HEADER: Final = ROOT / "transports" / "stock_qemu" / "library" / "wire.h"
 
 
 def test_both_sides_tables_are_the_same() -> None:

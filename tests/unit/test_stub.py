@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from kit.project import ROOT
 
 from transports.kvm.native import lib as vmm
 from virtio._usernet import lib as usernet
 from virtio.dataplane import lib as dataplane
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILED = {"virtio/_dataplane.pyi": dataplane, "virtio/_usernet.pyi": usernet, "transports/_vmm.pyi": vmm}
 LINES_MAX = 480  # about 400 is meant
 FOLDERS = ("config", "daemon", "guest", "tests", "transports", "virtio")

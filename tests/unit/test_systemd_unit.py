@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from kit.project import ROOT
 
-FOLDER = Path(__file__).parents[2] / "systemd"
+FOLDER = ROOT / "systemd"
 UNIT = FOLDER / "hyperbell.service"
 
 
