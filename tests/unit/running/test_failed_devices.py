@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 from structlog.testing import capture_logs
-from unit.test_cli_serve import Daemon, serving, sockets
+from unit.command_line.test_serve import Daemon, serving, sockets
 
 from config.loader import Device as Configured
 from daemon.cli import load_config
