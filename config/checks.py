@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from config.claims import claims_of, faults_in_files_of
 from config.origins import KeyPath
 from config.problems import closest, toml_value
 from config.real_paths import real_path
@@ -128,19 +129,17 @@ def check_sharers(
     devices: Iterable[tuple[str, BaseModel, tuple[str, ...]]],
 ) -> Iterator[tuple[str, str, str, str]]:
     """Devices (name, options, workers) that stand on one thing without a lock, which one worker must therefore drive:
-    (device, key, message, hint) of each that another worker would drive; of one too many the key is ``shares_key``.
-
-    What it is their options say: ``shares``, for instance 'the switch "lan"', ``sharers_max``, and ``shares_key``.
+    (device, key, message, hint) of each that another worker would drive, and of one too many.
     """
     sharers: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for name, options, workers in devices:
-        thing: str | None = getattr(options, "shares", None)
-        if thing is None:
+        claims = claims_of(options, name)
+        if claims is None or claims.shared is None:
             continue
+        thing, limit = claims.shared.thing, claims.shared.most
         first, first_workers = sharers.setdefault(thing, [(name, workers)])[0]
         if first != name:
             sharers[thing].append((name, workers))
-        limit: int = getattr(options, "sharers_max", 0)
         if len(workers) > 1:
             message = f"names {len(workers)} workers, but all devices on {thing} must be driven by one"
             yield name, "worker", message, f"for example: worker = {toml_value(workers[0])}"
@@ -150,38 +149,28 @@ def check_sharers(
             )
             yield name, "worker", message, f"for example: worker = {toml_value(first_workers[0])}"
         if len(sharers[thing]) == limit + 1:
-            key: str = options.shares_key  # type: ignore[attr-defined]  # whoever has a limit has a key
-            yield name, key, f"{thing} has room for {limit} devices", "put some of them on another one"
+            yield name, claims.shared.key, f"{thing} has room for {limit} devices", "put some of them on another one"
 
 
 def check_unique(drafts: Iterable[DeviceDraft]) -> Iterator[Finding]:
-    """Devices that claim what only one of them can be.
-
-    What it is their options say: ``unique``, of a device's name: a key and what its value means, say
-    ("cid", 'cid 3 of group "lab"').
-    """
+    """Devices that claim what only one of them can be."""
     claimed: dict[str, str] = {}
     for draft in drafts:
-        unique: Callable[[str], tuple[str, str] | None] | None = getattr(draft.options, "unique", None)
-        claim = unique(draft.name) if unique is not None else None
-        if claim is not None:
-            key, thing = claim
-            first = claimed.setdefault(thing, draft.name)
-            if first != draft.name:
-                message, place = f'{thing} is already device "{first}"', ("devices", first, key)
-                yield Finding(("devices", draft.name, key), message, "give each its own", place)
+        claims = claims_of(draft.options, draft.name)
+        if claims is None or claims.unique is None:
+            continue
+        key, thing = claims.unique.key, claims.unique.thing
+        first = claimed.setdefault(thing, draft.name)
+        if first != draft.name:
+            message, place = f'{thing} is already device "{first}"', ("devices", first, key)
+            yield Finding(("devices", draft.name, key), message, "give each its own", place)
 
 
 def check_files(drafts: Iterable[DeviceDraft], folder: Path) -> Iterator[Finding]:
-    """What is wrong in files that belong to a device's options, and so to the configuration.
-
-    What it is their options say: ``faults_in_files``.
-    """
+    """What is wrong in files that belong to a device's options, and so to the configuration."""
     for draft in drafts:
-        faults = getattr(draft.options, "faults_in_files", None)
-        if faults is not None:
-            for key, message in faults(folder):
-                yield Finding(("devices", draft.name, key), message, "")
+        for key, message in faults_in_files_of(draft.options, folder):
+            yield Finding(("devices", draft.name, key), message, "")
 
 
 class _Claim(NamedTuple):
@@ -230,13 +219,11 @@ def _check_characters(claims: Iterable[_Claim]) -> Iterator[Finding]:
 def _check_reached_by_guests(
     drafts: Iterable[DeviceDraft], claims: Collection[_Claim], folder: Path
 ) -> Iterator[Finding]:
-    """Sockets of ours at a path where a guest reaches the host: it would speak to a device or to another guest.
-
-    Where that is its options say: ``numbered_path``, which an underscore and the number of a port follow.
-    """
+    """Sockets of ours at a path where a guest reaches the host: it would speak to a device or to another guest."""
     sockets = [claim for claim in claims if claim.is_socket]
     for draft in drafts:
-        prefix: Path | None = getattr(draft.options, "numbered_path", None)
+        own = claims_of(draft.options, draft.name)
+        prefix = None if own is None else own.numbered
         if prefix is None:
             continue
         start = os.path.realpath((folder / prefix).parent) + f"/{prefix.name}_"
@@ -251,17 +238,14 @@ def _check_reached_by_guests(
 def check_sockets(
     drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None], folder: Path
 ) -> Iterator[Finding]:
-    """Sockets whose whole path, from the root on, has no room in an address.
-
-    Which sockets a device makes its options say: ``socket_paths``, by their keys, the longest path of each key.
-    """
+    """Sockets whose whole path, from the root on, has no room in an address."""
     made: list[tuple[KeyPath, Path]] = [(("daemon", name), path) for name, path in sockets.items() if path is not None]
     for draft in drafts:
         path = ("devices", draft.name)
         if "socket" not in draft.faulty:
             made.append(((*path, "socket"), draft.common.socket))
-        own: Mapping[KeyPath, Path] = getattr(draft.options, "socket_paths", {})
-        made += [((*path, *key), socket) for key, socket in own.items()]
+        claims = claims_of(draft.options, draft.name)
+        made += [((*path, *key), socket) for key, socket in claims.sockets.items()] if claims is not None else []
     for key, socket in made:
         whole = folder / socket
         if len(os.fsencode(whole)) > SOCKET_PATH_MAX:
@@ -280,17 +264,14 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
             owner = f'the socket of device "{draft.name}"'
             yield _Claim((*path, "socket"), draft.common.socket, owner, False, is_socket=True)
         if draft.options is not None:
-            read_only: bool | None = getattr(draft.options, "read_only", None)
-            made: Collection[KeyPath] = getattr(draft.options, "socket_paths", {})
+            own = claims_of(draft.options, draft.name)
+            read_only = None if own is None else own.read_only
             for key, file in _paths_in(draft.options):
-                shared = bool(read_only) or key[0] in getattr(draft.options, "only_read", ())
+                shared = bool(read_only) or (own is not None and key[0] in own.only_read)
                 owner = f'the {".".join(key)} of device "{draft.name}"'
-                yield _Claim(
-                    (*path, *key), file, owner, shared, key == ("path",) and read_only is not None, key in made
-                )
-            # Files that the device makes beside those its options name: ``derived_paths``, by the options' keys.
-            derived: Mapping[str, Path] = getattr(draft.options, "derived_paths", {})
-            for name, file in derived.items():
+                is_socket = own is not None and key in own.sockets
+                yield _Claim((*path, *key), file, owner, shared, key == ("path",) and read_only is not None, is_socket)
+            for name, file in own.derived.items() if own is not None else ():
                 owner = f'made beside the {name} of device "{draft.name}"'
                 yield _Claim((*path, name), file, owner, False, is_socket=True)
 

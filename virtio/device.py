@@ -6,12 +6,14 @@ pumped by trio tasks that call ``handle``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import trio
 from pydantic import BaseModel, ConfigDict
 
+from virtio.claims import Claims
 from virtio.errors import HostError, PeerError
 from virtio.native.chain import Chain
 from virtio.native.disk import NativeDevice
@@ -29,6 +31,14 @@ class DeviceOptions(BaseModel):
     """Base of a device type's own options in the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def claims(self, name: str) -> Claims:
+        """What the device called ``name`` claims of the host and of others; asked while a configuration is checked."""
+        return Claims()
+
+    def faults_in_files(self, folder: Path) -> Iterable[tuple[str, str]]:
+        """(option, what is wrong) of files that belong to the configuration, whose folder is ``folder``."""
+        return ()
 
     @property
     def descriptors_max(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 from known_types import KnownTypes
@@ -12,15 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from config.loader import load
 from config.problems import ConfigError, Problem
 from config.schema import DeviceType
+from virtio.claims import Claims, Shared, Unique
+from virtio.device import DeviceOptions
 
 
-class DiskOptions(BaseModel):
+class DiskOptions(DeviceOptions):
     """A disk, for these tests."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: Path = Field(examples=["disk.img"])
     read_only: bool = False
+
+    def claims(self, name: str) -> Claims:
+        return Claims(read_only=self.read_only)
 
 
 class PinOptions(BaseModel):
@@ -289,18 +292,13 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     assert len(problem.message) < 100
 
 
-class PortOptions(BaseModel):
+class PortOptions(DeviceOptions):
     """A device that shares something with others, for these tests."""
 
-    model_config = ConfigDict(extra="forbid")
-
     switch: str | None = None
-    shares_key: ClassVar[str] = "switch"
-    sharers_max: ClassVar[int] = 3
 
-    @property
-    def shares(self) -> str | None:
-        return self.switch and f'the switch "{self.switch}"'
+    def claims(self, name: str) -> Claims:
+        return Claims(shared=Shared(f'the switch "{self.switch}"', "switch", 3) if self.switch else None)
 
 
 PORTS = KnownTypes({"port": DeviceType(PortOptions, frozenset(), True, 1, 8, 2, 1024)})
@@ -339,20 +337,15 @@ def test_devices_that_share_something_must_be_driven_by_one_worker(tmp_path: Pat
     assert found[2] == 'the switch "lan" has room for 3 devices'
 
 
-class GuestOptions(BaseModel):
+class GuestOptions(DeviceOptions):
     """A device that is somebody, and makes a second file, for these tests."""
-
-    model_config = ConfigDict(extra="forbid")
 
     number: int
     path: Path
 
-    def unique(self, name: str) -> tuple[str, str] | None:
-        return ("number", f"number {self.number}") if self.number else None
-
-    @property
-    def derived_paths(self) -> dict[str, Path]:
-        return {"path": self.path.with_name(f"{self.path.name}.more")}
+    def claims(self, name: str) -> Claims:
+        unique = Unique(f"number {self.number}", "number") if self.number else None
+        return Claims(unique=unique, derived={"path": self.path.with_name(f"{self.path.name}.more")})
 
 
 GUESTS = KnownTypes({"guest": DeviceType(GuestOptions, frozenset(), False, 1, 1, 1, 1024)})

@@ -14,15 +14,20 @@ from config.loader import Config, drop_ins, load
 from config.origins import Origin
 from config.problems import ConfigError
 from config.schema import DEFAULT_WORKER, DeviceType
+from virtio.claims import Claims
+from virtio.device import DeviceOptions
 
 
-class DiskOptions(BaseModel):
+class DiskOptions(DeviceOptions):
     """A disk, for these tests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path
     read_only: bool = False
+
+    def claims(self, name: str) -> Claims:
+        return Claims(read_only=self.read_only)
 
 
 class PinOptions(BaseModel):

@@ -34,6 +34,7 @@ A_DEVICE_MAY_IMPORT: Final = frozenset(
         "fd",
         "native.disk",
         "native.nic",
+        "claims",
         "clients",
     )
 )

@@ -11,6 +11,7 @@ import trio
 from pydantic import BeforeValidator, Field, model_validator
 
 from virtio import spec
+from virtio.claims import Claims
 from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
 from virtio.device import Device, DeviceOptions, Storage, StorageErrors
 from virtio.devices.blk.image import Image, open_again, open_image
@@ -84,6 +85,9 @@ class BlkOptions(DeviceOptions):
     write_cache: Literal["writeback", "writethrough"] = Field(
         "writeback", description="writeback: durable after a flush; writethrough: every write is durable when answered."
     )
+
+    def claims(self, name: str) -> Claims:
+        return Claims(read_only=self.read_only)
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> BlkOptions:

@@ -15,6 +15,7 @@ import trio
 from pydantic import Field, model_validator
 
 from virtio import spec
+from virtio.claims import Claims
 from virtio.config_space import VIRTIO_CONSOLE_CONFIG
 from virtio.device import Chain, Device, DeviceOptions, Queue
 from virtio.devices.console.port import LineShare, LogEnd, Pending, PortEnd, PtyEnd, SocketEnd
@@ -79,12 +80,10 @@ class ConsoleOptions(EndOptions):
             raise ValueError("columns and rows go together")
         return self
 
-    @property
-    def socket_paths(self) -> dict[tuple[str, ...], Path]:
-        """The sockets it makes, by their keys."""
+    def claims(self, name: str) -> Claims:
         ends: dict[tuple[str, ...], Path | None] = {("path",): self.socket_path}
         ends |= {("ports", str(number), "path"): port.socket_path for number, port in enumerate(self.ports)}
-        return {key: path for key, path in ends.items() if path is not None}
+        return Claims(sockets={key: path for key, path in ends.items() if path is not None})
 
 
 class _Port:

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from virtio.claims import Claims
 from virtio.device import DeviceOptions
 
 LINES_MAX: Final = 1024
@@ -64,7 +65,5 @@ class GpioOptions(DeviceOptions):
                     raise ValueError(f'lines: with backend = "simulated" a line has a name, not the number {line}')
         return self
 
-    @property
-    def socket_paths(self) -> dict[tuple[str, ...], Path]:
-        """The socket it makes, by its key."""
-        return {("control",): self.control} if self.control is not None else {}
+    def claims(self, name: str) -> Claims:
+        return Claims(sockets={("control",): self.control} if self.control is not None else {})

@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from virtio.claims import Claims
 from virtio.device import DeviceOptions
 
 FIRST_ADDRESS: Final = 0x03
@@ -130,7 +131,5 @@ class I2cOptions(DeviceOptions):
                 raise ValueError(f"chips: two of them have the address {address:#x}")
         return self
 
-    @property
-    def socket_paths(self) -> dict[tuple[str, ...], Path]:
-        """The socket it makes, by its key."""
-        return {("control",): self.control} if self.control is not None else {}
+    def claims(self, name: str) -> Claims:
+        return Claims(sockets={("control",): self.control} if self.control is not None else {})

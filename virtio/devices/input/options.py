@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from virtio.claims import Claims
 from virtio.device import DeviceOptions
 from virtio.devices.input.codes import EV_ABS, GROUPS, parse_code
 from virtio.devices.input.reports import ReportParser
@@ -19,9 +20,6 @@ TEXT_MAX: Final = 128  # 5.8.4: the config space's room for a string
 
 class InputOptions(DeviceOptions):
     """What the guest's keyboard, mouse or tablet is, and what is behind it."""
-
-    only_read: ClassVar[frozenset[str]] = frozenset({"script"})
-    """Files that several devices may have."""
 
     backend: Literal["script", "evdev"] = Field(
         "script", description='"script": events sent over control, or in a file; "evdev": an input device of this host.'
@@ -81,13 +79,12 @@ class InputOptions(DeviceOptions):
                 raise ValueError(f'backend = "{self.backend}" has no {key}')
         return self
 
-    @property
-    def socket_paths(self) -> dict[tuple[str, ...], Path]:
-        """The socket it makes, by its key."""
-        return {("control",): self.control} if self.control is not None else {}
+    def claims(self, name: str) -> Claims:
+        return Claims(
+            sockets={("control",): self.control} if self.control is not None else {}, only_read=frozenset({"script"})
+        )
 
     def faults_in_files(self, folder: Path) -> Iterator[tuple[str, str]]:
-        """(key, what is wrong) of the files that belong to the configuration, whose folder is ``folder``."""
         if self.script is not None:
             try:
                 read_script(folder / self.script, self.reports())

@@ -14,6 +14,7 @@ import trio
 from pydantic import Field, field_validator, model_validator
 
 from virtio import spec
+from virtio.claims import Claims, Shared, Unique
 from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device, Lost
 from virtio.devices.net.address import mac_from_name, parse_mac
@@ -185,28 +186,23 @@ class NetOptions(SocketOptions, UserOptions):
         """Pairs of queues that this back end can have."""
         return 1 if self.backend in ("socket", "user") else PAIRS_MAX
 
-    @property
-    def shares(self) -> str | None:
-        """What else stands on the same switch must be driven by the same worker: there is no lock in it."""
-        return None if self.switch is None else f'the switch "{self.switch}"'
+    def claims(self, name: str) -> Claims:
+        """What else stands on the same switch must be driven by the same worker: there is no lock in it.
 
-    shares_key: ClassVar[str] = "switch"
-
-    @property
-    def sharers_max(self) -> int:
-        return PORTS_MAX
+        An address is one interface's: of its switch, or of whatever networks the host joins.
+        """
+        shared, unique, where = None, None, ""
+        if self.switch is not None:
+            shared = Shared(f'the switch "{self.switch}"', "switch", PORTS_MAX)
+            where = f' on the switch "{self.switch}"'
+        if self.backend != "null":
+            unique = Unique(f"the address {self.address(name).hex(':')}{where}", "mac")
+        return Claims(shared=shared, unique=unique, only_read=frozenset({"tftp"}))
 
     @property
     def keeps_address(self) -> bool:
         """No other port of the switch may send with its address."""
         return self.switch is not None and (self.mac is not None if self.mac_filter is None else self.mac_filter)
-
-    def unique(self, name: str) -> tuple[str, str] | None:
-        """An address is one interface's: of its switch, or of whatever networks the host joins."""
-        if self.backend == "null":
-            return None
-        where = "" if self.switch is None else f' on the switch "{self.switch}"'
-        return "mac", f"the address {self.address(name).hex(':')}{where}"
 
     def address(self, name: str) -> bytes:
         """The address of the device called ``name``."""

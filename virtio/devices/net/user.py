@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, Final
 
 import structlog
 import trio
@@ -124,8 +124,6 @@ class UserOptions(DeviceOptions):
     tftp: Path | None = Field(
         None, description="The folder whose files the guest may read by TFTP at the host's address. Default: none."
     )
-
-    only_read: ClassVar[frozenset[str]] = frozenset({"tftp"})
 
     @field_validator("forwards")
     @classmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from virtio.claims import Claims, Unique
 from virtio.device import DeviceOptions
 from virtio.devices.vsock.host import CLIENTS_MAX, PORT_MAX
 from virtio.devices.vsock.packet import CID_FIRST_GUEST, CID_LAST_GUEST
@@ -53,24 +54,16 @@ class VsockOptions(DeviceOptions):
         """The socket like ``path`` for whole messages."""
         return self.path.with_name(f"{self.path.name}.seqpacket")
 
-    @property
-    def socket_paths(self) -> dict[tuple[str, ...], Path]:
-        """The longest of them: where a guest's connection to the last port goes."""
-        return {("path",): self.path_of_port(PORT_MAX)}
-
-    @property
-    def numbered_path(self) -> Path:
-        """What an underscore and the number of a port follow where the guest reaches the host: no socket of ours."""
-        return self.path
+    def claims(self, name: str) -> Claims:
+        """Without a group nobody asks for a guest by its cid. Its longest path is that of the last port."""
+        unique = Unique(f'cid {self.cid} of group "{self.group}"', "cid") if self.group is not None else None
+        return Claims(
+            unique=unique,
+            sockets={("path",): self.path_of_port(PORT_MAX)},
+            derived={"path": self.seqpacket_path},
+            numbered=self.path,
+        )
 
     def path_of_port(self, port: int) -> Path:
         """Where a program of the host waits for the guest's connections to ``port``."""
         return self.path.with_name(f"{self.path.name}_{port}")
-
-    def unique(self, name: str) -> tuple[str, str] | None:
-        """Without a group nobody asks for a guest by its cid."""
-        return ("cid", f'cid {self.cid} of group "{self.group}"') if self.group is not None else None
-
-    @property
-    def derived_paths(self) -> dict[str, Path]:
-        return {"path": self.seqpacket_path}
