@@ -198,11 +198,25 @@ def _queue_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:
         for kind, rings in queue.doorbells.items():
             doorbells.add_metric((*values, kind), rings)
     yield doorbells
+    yield _guest_durations(rows)
     for name, text, count in QUEUE_GAUGES:
         gauge = GaugeMetricFamily(name, text, labels=labels)
         for values, queue in rows:
             gauge.add_metric(values, count(queue))
         yield gauge
+
+
+def _guest_durations(rows: Iterable[tuple[tuple[str, str], QueueStats]]) -> Metric:
+    """Not of a queue that has none: buffers to be filled (a network interface's receive queues) are no requests."""
+    guest = HistogramMetricFamily(
+        "hyperbell_guest_request_duration_seconds",
+        "Time from when a request was available, as far as the device can know, to answering it.",
+        labels=("device", "queue"),
+    )
+    for values, queue in rows:
+        if any(queue.guest_duration_buckets):
+            guest.add_metric(values, _cumulative(queue.guest_duration_buckets), queue.guest_duration_sum_seconds)
+    return guest
 
 
 def _connection_metrics(devices: Iterable[DeviceState]) -> Iterator[Metric]:

@@ -33,9 +33,9 @@ static void no_room_for_a_chain(bool packed, bool event_idx, uint32_t before)
 	for (tag = 0; tag <= before; tag++)
 		driver_add(&d, tag, &(struct piece){ GUEST_GPA + DRIVER_AREA + 64 * tag, 64, true }, 1, false);
 	if (before)
-		CHECK(virtqueue_pop_many(vq, chains, before, UINT32_MAX) == (int)before);
+		CHECK(virtqueue_pop_many(vq, chains, before, UINT32_MAX, 0) == (int)before);
 	malloc_fails = 1;
-	CHECK(virtqueue_pop_many(vq, chains + before, 8, UINT32_MAX) == 0);
+	CHECK(virtqueue_pop_many(vq, chains + before, 8, UINT32_MAX, 0) == 0);
 	CHECK(malloc_fails == 0);
 	CHECK(driver_used(&d, &tag, &written) && tag == before && written == 0);
 	CHECK(interrupts(call_fd) == 1);

@@ -51,8 +51,8 @@ class Queue:
         self._turn_began = now_ns()
         self.spawned: trio.Nursery  # for as long as the queue runs
 
-    def _pop(self, limit: int) -> list[Chain]:
-        count = self._vq.pop_many(self._room, limit, self._request_max)
+    def _pop(self, limit: int, *, as_they_come: bool = False) -> list[Chain]:
+        count = self._vq.pop_many(self._room, limit, self._request_max, as_they_come=as_they_come)
         chains = [Chain(self, self._room[i]) for i in range(count)]
         self._outstanding.update(dict.fromkeys(chains))
         return chains
@@ -170,7 +170,7 @@ class Queue:
     async def serve(self, handle: Callable[[Queue, Chain], Awaitable[None]]) -> None:
         """Hand every chain to ``handle``, for ever. Cancelled in the middle, what was not handled is un-popped."""
         while True:
-            chains = self._pop(BATCH)
+            chains = self._pop(BATCH, as_they_come=True)
             if not chains:
                 await self._wait_for_kick()
                 continue

@@ -6,8 +6,10 @@ and at least the bound before it; the last bucket has no upper bound.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 from typing import Final
 
 HISTOGRAM_BUCKETS: Final = 25
@@ -49,11 +51,28 @@ class QueueStats:
     ops: Mapping[str, OpStats]
     notifications_lost: int = 0
     """Of those sent: nobody was at the other end of the call fd."""
+    guest_duration_buckets: tuple[int, ...] = (0,) * HISTOGRAM_BUCKETS
+    """How long requests took as the guest feels it: from when they were available to their completion."""
+    guest_duration_sum_seconds: float = 0.0
 
     @property
     def kicks(self) -> int:
         """How often the driver rang, by whatever doorbell."""
         return sum(self.doorbells.values())
+
+
+def quantile_bound(buckets: Sequence[int], share: float) -> float | None:
+    """A bound that this share of the durations is below, in seconds: of a bucket, so at most twice the quantile.
+
+    Infinite in the last bucket; None where nothing was counted.
+    """
+    total = sum(buckets)
+    if not total:
+        return None
+    for bound, below in zip((*DURATION_BOUNDS, inf), accumulate(buckets), strict=True):
+        if below >= share * total:
+            return bound
+    raise AssertionError("the last bucket has all of them")
 
 
 @dataclass(frozen=True, slots=True)

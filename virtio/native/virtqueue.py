@@ -166,12 +166,15 @@ class Virtqueue:
         count: int = lib.virtqueue_take_kicks(self.pointer)
         return count
 
-    def pop_many(self, room: Any, limit: int, request_max: int = CHAIN_LENGTH_MAX) -> int:
+    def pop_many(
+        self, room: Any, limit: int, request_max: int = CHAIN_LENGTH_MAX, *, as_they_come: bool = False
+    ) -> int:
         """Fill ``room`` (a ``struct chain *[]``) with up to ``limit`` chains; how many, 0 also when broken.
 
-        A chain of more than ``request_max`` bytes, readable or writable, breaks the queue.
+        A chain of more than ``request_max`` bytes, readable or writable, breaks the queue. ``as_they_come``: chains are
+        requests, so how long they waited is counted. (A buffer that waits for something to be put into it is none.)
         """
-        count: int = lib.virtqueue_pop_many(self.pointer, room, limit, request_max)
+        count: int = lib.virtqueue_pop_many(self.pointer, room, limit, request_max, as_they_come)
         return max(count, 0)
 
     def push_many(self, pointers: Sequence[Any], written: Sequence[int]) -> None:
@@ -210,6 +213,8 @@ class Virtqueue:
             oldest_age_seconds=max(now_ns - oldest, 0) / 1e9 if oldest else 0.0,
             running=running,
             broken=self.report().error is not None,
+            guest_duration_buckets=tuple(raw.guest_buckets),
+            guest_duration_sum_seconds=raw.guest_sum_ns / 1e9,
             ops={
                 name: OpStats(
                     requests=op.requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from dataclasses import replace
@@ -191,7 +192,9 @@ def test_the_table_shows_front_ends_and_queues() -> None:
     assert devices.splitlines()[1].split() == [
         *("disk", "blk", "connected", "2", "min", "5", "s", "3", "4", "7", "/run/disk.sock"),
     ]
-    assert queues.splitlines()[1].split() == ["disk", "0", "running", "6", "1", "5.0", "MiB", "2", "11", "75%"]
+    assert queues.splitlines()[1].split() == [
+        *("disk", "0", "running", "6", "1", "5.0", "MiB", "2", "11", "75%", "-", "-"),
+    ]
     assert workers.splitlines()[1].split() == ["fast", "io_uring", "available"]
 
 
@@ -227,3 +230,28 @@ def test_a_disk_whose_storage_failed_is_shown_with_what_that_means() -> None:
         assert expected in text
         assert "write zeroes ENOSPC 3, flush EIO 1" in text
     assert "STORAGE" not in render(answer("stats"))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "text"), [(0, "<1 us"), (3, "<8 us"), (10, "<1 ms"), (13, "<8 ms"), (21, "<2.1 s"), (24, ">9 s")]
+)
+def test_a_queue_shows_what_the_device_took_and_what_the_guest_felt(bucket: int, text: str) -> None:
+    one = state()
+    (queue,) = one.devices[0].backend.queues
+    felt = tuple(99 if each == bucket else 0 for each in range(HISTOGRAM_BUCKETS))
+    reads = replace(queue.ops["read"], duration_buckets=(99, *(0,) * 12, 1, *(0,) * (HISTOGRAM_BUCKETS - 14)))
+    queue = replace(queue, ops={"read": reads, "write": reads}, guest_duration_buckets=felt)
+    device = replace(one.devices[0], backend=replace(one.devices[0].backend, queues=(queue,)))
+    stats = json.loads(json.dumps(respond(b'{"command": "stats"}', replace(one, devices=(device,))), default=str))
+    header, row = next(
+        (above, below) for above, below in itertools.pairwise(render(stats).splitlines()) if above.endswith("GUEST P99")
+    )
+    assert header.split()[-3:] == ["P99", "GUEST", "P99"]
+    assert row.endswith(text)
+    assert "<1 us" in row
+
+
+def test_a_queue_without_requests_has_no_time() -> None:
+    stats = answer("stats")
+    del stats["devices"][0]["backend"]["queues"][0]["guest_duration_buckets"]  # an earlier daemon's
+    assert next(line for line in render(stats).splitlines() if "5.0 MiB" in line).split()[-2:] == ["-", "-"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -292,6 +293,47 @@ async def test_only_a_chain_that_was_taken_is_completed_by_hand() -> None:
             chain.complete()
 
     await check_chain(check, [b"x"], [])
+
+
+@every_ring
+async def test_the_guest_waits_for_a_batch_and_for_those_before_it(ring: str) -> None:
+    """What comes with the second batch has waited for all of the first, which no request's own time says."""
+    device = Scripted()
+    slow_ns = 200_000
+
+    async def slowly(queue: Queue, chain: Chain) -> None:
+        until = time.monotonic_ns() + slow_ns
+        while time.monotonic_ns() < until:
+            pass
+        await device.answer(queue, chain)
+
+    device.script = slowly
+    async with plugged(device, setting(ring), queue_size=256) as p:
+        queue = p.guest.queues[0]
+        before = time.monotonic()
+        for n in range(BATCH + 10):
+            add(queue, bytes([n]))
+        queue.kick()
+        await queue.used(BATCH + 10)
+        stats = p.backend.stats().queues[0]
+        assert sum(stats.guest_duration_buckets) == BATCH + 10
+        own = stats.ops["request"].duration_sum_seconds
+        assert stats.guest_duration_sum_seconds - own >= 10 * BATCH * slow_ns / 1e9
+        assert stats.guest_duration_sum_seconds <= (BATCH + 10) * (time.monotonic() - before)
+
+
+@every_ring
+async def test_a_buffer_that_waits_to_be_filled_is_no_request_that_waits(ring: str) -> None:
+    device = Pulling()
+    async with plugged(device, setting(ring)) as p:
+        queue = p.guest.queues[0]
+        queue.driver.add([], [16])
+        queue.kick()
+        device.send.send_nowait(b"hello")
+        await queue.used()
+        stats = p.backend.stats().queues[0]
+        assert stats.ops["request"].requests == 1
+        assert not any(stats.guest_duration_buckets)
 
 
 @every_ring

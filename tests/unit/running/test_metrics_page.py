@@ -55,6 +55,8 @@ def queue(number: int, ops: dict[str, OpStats], broken: bool = False) -> QueueSt
         running=True,
         broken=broken,
         ops=ops,
+        guest_duration_buckets=(0, 2, *(0,) * (HISTOGRAM_BUCKETS - 3), 4) if number == 0 else (0,) * HISTOGRAM_BUCKETS,
+        guest_duration_sum_seconds=7.5,
     )
 
 
@@ -204,6 +206,17 @@ def test_histogram_buckets_are_cumulative_and_bounded_in_seconds() -> None:
     counts = list(buckets.values())
     assert counts[:4] == [1, 1, 1, 3]
     assert counts[-2:] == [3, 6]
+
+
+def test_what_the_guest_feels_is_a_histogram_of_each_queue_that_has_requests() -> None:
+    found = collected(state())
+    name = "hyperbell_guest_request_duration_seconds"
+    labels = {"device": "disk", "queue": "0"}
+    assert value(found, f"{name}_count", **labels) == 6
+    assert value(found, f"{name}_sum", **labels) == 7.5
+    assert value(found, f"{name}_bucket", **labels, le=repr(DURATION_BOUNDS[0])) == 0
+    assert value(found, f"{name}_bucket", **labels, le=repr(DURATION_BOUNDS[1])) == 2
+    assert {dict(labels)["queue"] for found_name, labels in found if found_name.startswith(name)} == {"0"}
 
 
 def test_every_metric_has_a_help_text_and_our_prefix() -> None:

@@ -13,7 +13,8 @@ uint64_t virtqueue_take_kicks(struct virtqueue *vq);
  * Up to `max` chains into `chains`, or so many as hold a MiB; returns how many, VQ_BROKEN, or 0 (empty or parked).
  * One of more than `request_max` bytes, readable or writable, breaks the queue.
  */
-int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max);
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max,
+		       uint32_t as_they_come);
 void chain_info(const struct chain *c, struct chain_info *info);
 int64_t chain_read(const struct chain *c, uint64_t offset, void *buffer, uint64_t length);
 int64_t chain_write(struct chain *c, uint64_t offset, const void *buffer, uint64_t length);

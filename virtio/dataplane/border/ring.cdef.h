@@ -58,6 +58,9 @@ struct queue_stats { /* as op_stats */
 	uint64_t inflight;
 	uint64_t oldest_ns;     /* CLOCK_MONOTONIC of the oldest request in flight; 0: none */
 	struct op_stats ops[DP_QUEUE_OPS];
+	/* From when a request was available, as far as the device can know, to its completion: ring/guest_wait.c. */
+	uint64_t guest_sum_ns;
+	uint64_t guest_buckets[DP_HISTOGRAM_BUCKETS];
 };
 
 struct queue_setup {

@@ -48,18 +48,21 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 	struct chain_view chain = { .iov = w->scratch };
 	struct iovec iov[NET_IOV_MAX];
 	struct net_frame frame;
-	uint64_t since = 0;
+	uint64_t since = 0, turn_ns = w->clock_ns;
 	uint32_t moved = 0;
+	int rc = VQ_CHAIN;
 
 	w->moved = 0;
 	if (vq->kicked)
 		store_relaxed(&pair->awake, 1);
 	if (transmit_asleep(pair))
 		return false;
-	while (!transmit_blocked(pair) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+	guest_wait_begin(vq, w->looked_ns);
+	while (!transmit_blocked(pair) && (rc = virtqueue_pop(vq, &chain)) == VQ_CHAIN) {
 		bool honest = net_frame_read(net, &chain, iov, &frame);
 		uint32_t head = chain.head, slots = chain.slots;
 
+		guest_wait_popped(vq);
 		if (!honest) {
 			stat_add(&pair->counters.malformed, 1);
 			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);
@@ -78,11 +81,14 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 				w->moved += frame.length;
 		}
 		w->moved += NET_DELIVERY_COST;
+		/* Until its turn came: the frames of a turn share one look at the clock, before it. */
+		guest_wait_complete(vq, vq->wait.available_ns, turn_ns);
 		virtqueue_push(vq, head, slots, 0);
 		worker_touch(w, vq);
 		if (turn_over(pair, w, ++moved, &since))
 			break;
 	}
+	guest_wait_end(vq, rc == VQ_EMPTY, turn_ns);
 	return moved > 0;
 }
 

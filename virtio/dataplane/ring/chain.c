@@ -33,6 +33,7 @@ static struct chain *chain_keep(struct virtqueue *vq, const struct chain_view *v
 	c->op = 0;
 	c->failed = false;
 	c->link.start_ns = now_ns();
+	c->link.available_ns = 0;
 	inflight_add(vq, &c->link);
 	return c;
 }
@@ -44,7 +45,16 @@ static void chain_release(struct chain *c)
 	free(c);
 }
 
-int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max)
+/* The pump has no other queues to look at between two looks at this one. Nothing rang in a sleep that it ended by itself. */
+static void look_begins(struct virtqueue *vq)
+{
+	uint64_t now = vq->kicked || !vq->wait.looked_ns ? now_ns() : 0;
+
+	guest_wait_begin(vq, now);
+}
+
+int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max, uint32_t request_max,
+		       uint32_t as_they_come)
 {
 	static __thread struct iovec scratch[CHAIN_IOV_MAX];
 	struct chain_view view = { .iov = scratch };
@@ -54,6 +64,8 @@ int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max
 
 	if (!vq->configured)
 		return 0;
+	if (as_they_come)
+		look_begins(vq);
 	while (count < max && bytes < POP_BYTES && (rc = virtqueue_pop(vq, &view)) == VQ_CHAIN) {
 		if (unlikely(view.readable_len > request_max || view.writable_len > request_max)) {
 			virtqueue_unpop(vq, &view.head, 1, view.slots);
@@ -68,8 +80,14 @@ int virtqueue_pop_many(struct virtqueue *vq, struct chain **chains, uint32_t max
 			virtqueue_notify(vq);
 			break;
 		}
+		if (as_they_come) {
+			guest_wait_popped(vq);
+			chains[count]->link.available_ns = vq->wait.available_ns;
+		}
 		count++;
 	}
+	if (as_they_come)
+		guest_wait_end(vq, rc == VQ_EMPTY, count ? chains[0]->link.start_ns : now_ns());
 	if (vq->kicked && count == 0 && !vq->parked)
 		stat_add(&vq->stats.empty_wakeups, 1);
 	vq->kicked = false;
@@ -118,6 +136,8 @@ void virtqueue_push_many(struct virtqueue *vq, struct chain **chains, const uint
 		if (likely(c->epoch == vq->epoch)) /* or else its ring is gone, and its head means nothing any more */
 			virtqueue_push(vq, c->view.head, c->view.slots, n);
 		op_stats_add(&vq->stats.ops[c->op], now - c->link.start_ns, c->view.readable_len + n, c->failed);
+		if (c->link.available_ns)
+			guest_wait_complete(vq, c->link.available_ns, now);
 		chain_release(c);
 	}
 	virtqueue_publish(vq);

@@ -205,6 +205,25 @@ static bool packed_has_work(const struct virtqueue *vq)
 	return is_available((uint16_t)(load_relaxed(DESC(vq, 2 * r->avail_idx + 1)) >> 48), r->avail_wrap);
 }
 
+/* The driver makes descriptors available in their order, so the first one that is not is found by halves. */
+static uint32_t packed_waiting(const struct virtqueue *vq)
+{
+	const struct packed_ring *r = &vq->packed;
+	uint32_t low = 0, high = vq->size;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2, at = r->avail_idx + middle;
+		bool wraps = at >= vq->size;
+		uint64_t word = load_relaxed(DESC(vq, 2 * (wraps ? at - vq->size : at) + 1));
+
+		if (is_available((uint16_t)(word >> 48), r->avail_wrap != wraps))
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
 static void packed_arm(struct virtqueue *vq)
 {
 	struct packed_ring *r = &vq->packed;
@@ -234,6 +253,7 @@ const struct ring_ops RING_OPS(packed) = {
 	.rewind = packed_rewind,
 	.needs_notify = packed_needs_notify,
 	.has_work = packed_has_work,
+	.waiting = packed_waiting,
 	.arm = packed_arm,
 	.disarm = packed_disarm,
 };

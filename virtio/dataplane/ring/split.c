@@ -159,6 +159,13 @@ static bool split_has_work(const struct virtqueue *vq)
 	return r->avail_seen != r->last_avail || load_relaxed(AVAIL(vq, IDX)) != r->last_avail;
 }
 
+static uint32_t split_waiting(const struct virtqueue *vq)
+{
+	uint32_t count = (uint16_t)(load_relaxed(AVAIL(vq, IDX)) - vq->split.last_avail);
+
+	return count < vq->size ? count : vq->size;
+}
+
 static void split_arm(struct virtqueue *vq)
 {
 	struct split_ring *r = &vq->split;
@@ -190,6 +197,7 @@ const struct ring_ops RING_OPS(split) = {
 	.rewind = split_rewind,
 	.needs_notify = split_needs_notify,
 	.has_work = split_has_work,
+	.waiting = split_waiting,
 	.arm = split_arm,
 	.disarm = split_disarm,
 };

@@ -8,13 +8,10 @@ const struct queue_stats *virtqueue_stats(struct virtqueue *vq)
 
 void op_stats_add(struct op_stats *op, uint64_t duration_ns, uint64_t bytes, bool failed)
 {
-	/* Bucket k holds durations below 2^(10+k) ns; the last one everything longer. */
-	unsigned width = duration_ns >> 10 ? 64 - (unsigned)__builtin_clzll(duration_ns >> 10) : 0;
-
 	stat_add(&op->requests, 1);
 	stat_add(&op->bytes, bytes);
 	stat_add(&op->duration_sum_ns, duration_ns);
-	stat_add(&op->buckets[width < DP_HISTOGRAM_BUCKETS ? width : DP_HISTOGRAM_BUCKETS - 1], 1);
+	stat_add(&op->buckets[histogram_bucket(duration_ns)], 1);
 	if (failed)
 		stat_add(&op->errors, 1);
 }

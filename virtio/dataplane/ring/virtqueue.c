@@ -38,6 +38,7 @@ void virtqueue_forget(struct virtqueue *vq)
 	store_release(&vq->miss, 0);
 	store_release(&vq->moved, 0);
 	memset(&vq->report, 0, sizeof(vq->report));
+	guest_wait_reset(vq, 0);
 }
 
 void virtqueue_free(struct virtqueue *vq)

@@ -80,6 +80,15 @@ struct ring_ops;
 struct inflight { /* a link in a queue's list of what is in flight; driver thread */
 	struct inflight *older, *newer;
 	uint64_t start_ns;
+	uint64_t available_ns; /* 0: not of interest */
+};
+
+struct guest_wait { /* since when the chains of a queue wait: ring/guest_wait.c; driver thread */
+	uint32_t waiting;       /* of the chains to pop next, so many ... */
+	uint64_t waiting_ns;    /* ... were not there yet at this look, and there at `looked_ns` */
+	uint64_t looked_ns;     /* all behind them was not there yet at this look */
+	bool unfinished;        /* there was more in the ring then, or no later look */
+	uint64_t available_ns;  /* since when the chain popped last was available, at most */
 };
 
 struct virtqueue {
@@ -113,6 +122,7 @@ struct virtqueue {
 		struct packed_ring packed;
 	};
 	struct inflight *oldest, *newest; /* what waits for its I/O, by age */
+	struct guest_wait wait;
 	struct queue_stats stats;
 	/* driver thread writes, then stores `event` with release; Python reads after acquire */
 	uint32_t fault;           /* atomic */
@@ -150,6 +160,8 @@ struct ring_ops {
 	void (*rewind)(struct virtqueue *vq, uint32_t chains, uint32_t slots);
 	bool (*needs_notify)(struct virtqueue *vq);
 	bool (*has_work)(const struct virtqueue *vq);
+	/* How many chains there are to pop, or their descriptors, if those are easier to count. */
+	uint32_t (*waiting)(const struct virtqueue *vq);
 	void (*arm)(struct virtqueue *vq);
 	void (*disarm)(struct virtqueue *vq);
 	/* The same format where each area is contiguous in our memory, and where the ring lies in vq->pages. */
@@ -231,9 +243,40 @@ static inline bool vring_need_event(uint16_t event, uint16_t new_idx, uint16_t o
 
 struct interrupt_status *interrupt_status_ref(struct interrupt_status *status);
 
+/* Bucket k holds durations below 2^(10+k) ns; the last one everything longer. */
+static inline unsigned histogram_bucket(uint64_t duration_ns)
+{
+	unsigned width = duration_ns >> 10 ? 64 - (unsigned)__builtin_clzll(duration_ns >> 10) : 0;
+
+	return width < DP_HISTOGRAM_BUCKETS ? width : DP_HISTOGRAM_BUCKETS - 1;
+}
+
 /* Keep stats.inflight and stats.oldest_ns; start_ns of the link is set by the caller. */
 void inflight_add(struct virtqueue *vq, struct inflight *link);
 void inflight_remove(struct virtqueue *vq, struct inflight *link);
 void op_stats_add(struct op_stats *op, uint64_t duration_ns, uint64_t bytes, bool failed);
+
+/*
+ * ring/guest_wait.c: a turn of a queue begins; its driver looked at all its queues at `looked_ns` before / ends, at now_ns or
+ * later, and has seen the end of the ring or not / a request that was available since then is complete.
+ */
+void guest_wait_begin(struct virtqueue *vq, uint64_t looked_ns);
+void guest_wait_end(struct virtqueue *vq, bool empty, uint64_t now_ns);
+void guest_wait_complete(struct virtqueue *vq, uint64_t available_ns, uint64_t now_ns);
+/* Nothing is known of the time before now_ns. */
+void guest_wait_reset(struct virtqueue *vq, uint64_t now_ns);
+
+/* A chain was popped. */
+static inline void guest_wait_popped(struct virtqueue *vq)
+{
+	struct guest_wait *wait = &vq->wait;
+
+	if (unlikely(wait->waiting)) {
+		wait->waiting--;
+		wait->available_ns = wait->waiting_ns;
+	} else {
+		wait->available_ns = wait->looked_ns;
+	}
+}
 
 #endif

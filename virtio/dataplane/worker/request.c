@@ -57,6 +57,7 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 	r->segment = r->segment_count = 0;
 	r->zeroing = false;
 	r->link.start_ns = start_ns;
+	r->link.available_ns = vq->wait.available_ns;
 	inflight_add(vq, &r->link);
 	return r;
 }
@@ -65,10 +66,13 @@ void request_finish(struct request *r, uint32_t written, bool failed)
 {
 	struct worker *w = r->worker;
 	struct virtqueue *vq = r->vq;
+	uint64_t now = now_ns();
 
+	worker_clock(w, now);
 	inflight_remove(vq, &r->link);
 	virtqueue_push(vq, r->head, r->slots, written);
-	op_stats_add(&vq->stats.ops[r->op], now_ns() - r->link.start_ns, failed ? 0 : r->bytes, failed);
+	op_stats_add(&vq->stats.ops[r->op], now - r->link.start_ns, failed ? 0 : r->bytes, failed);
+	guest_wait_complete(vq, r->link.available_ns, now);
 	worker_touch(w, vq);
 	memory_table_unref(r->table);
 	native_device_unref(r->device);

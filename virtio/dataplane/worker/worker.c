@@ -29,16 +29,21 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 	struct chain_view chain = { .iov = w->scratch };
 	uint64_t turn_ns = 0, start_ns = 0, batch_ns = 0;
 	uint32_t served = 0;
+	int rc = VQ_CHAIN;
 
 	if (vq->unfinished) {
-		if (vq->device->ops->proceed(vq->unfinished))
+		if (vq->device->ops->proceed(vq->unfinished)) {
 			vq->unfinished = NULL;
+			guest_wait_end(vq, false, w->clock_ns);
+		}
 		return 1;
 	}
 	w->moved = 0;
-	while (served < WORKER_TURN && requests_left(vq) && virtqueue_pop(vq, &chain) == VQ_CHAIN) {
+	guest_wait_begin(vq, w->looked_ns);
+	while (served < WORKER_TURN && requests_left(vq) && (rc = virtqueue_pop(vq, &chain)) == VQ_CHAIN) {
 		int64_t written;
 
+		guest_wait_popped(vq);
 		if (served++ == 0)
 			turn_ns = start_ns = batch_ns = now_ns();
 		written = vq->device->ops->serve(vq->device, w, vq, &chain, start_ns);
@@ -50,6 +55,7 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 		if (written >= 0) {
 			virtqueue_push(vq, chain.head, chain.slots, (uint32_t)written);
 			start_ns = now_ns();
+			guest_wait_complete(vq, vq->wait.available_ns, start_ns);
 			worker_touch(w, vq);
 			if (start_ns - batch_ns >= WORKER_BATCH_NS) {
 				virtqueue_publish(vq);
@@ -64,6 +70,9 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 			break;
 		}
 	}
+	if (served)
+		worker_clock(w, start_ns);
+	guest_wait_end(vq, rc == VQ_EMPTY, w->clock_ns);
 	return served;
 }
 
@@ -90,6 +99,7 @@ static bool serve_queues(struct worker *w)
 {
 	bool served = false;
 
+	worker_looks(w);
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
 		if (vq->unfinished || (!vq->detaching && (vq->kicked || queue_ready(vq))))
 			served |= serve_queue(w, vq);
@@ -139,6 +149,7 @@ static int attach(struct worker *w, struct virtqueue *vq, struct native_device *
 	vq->device = native_device_ref(device);
 	vq->worker_next = w->queues;
 	w->queues = vq;
+	guest_wait_reset(vq, now_ns());
 	/* A front-end that kicked before we watched, or whose notifier is new, left its work in the ring. */
 	virtqueue_disarm(vq);
 	if (queue_ops(vq))
@@ -290,18 +301,21 @@ bool worker_round(struct worker *w)
 
 static bool poll_for_work(struct worker *w)
 {
-	uint64_t until;
+	uint64_t now, until;
 
 	if (w->poll_ns == 0)
 		return false;
-	until = now_ns() + w->poll_ns;
+	now = now_ns();
+	until = now + w->poll_ns;
 	do {
+		worker_clock(w, now);
 		if (worker_round(w)) {
 			stat_add(&w->stats.poll_hits, 1);
 			return true;
 		}
 		__builtin_ia32_pause();
-	} while (now_ns() < until);
+		now = now_ns();
+	} while (now < until);
 	stat_add(&w->stats.poll_misses, 1);
 	return false;
 }
@@ -321,7 +335,7 @@ static void queue_disarm(struct virtqueue *vq)
 
 static void worker_sleep(struct worker *w)
 {
-	uint64_t start = now_ns(), slept;
+	uint64_t start = now_ns(), now, slept;
 	bool ready = false;
 
 	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
@@ -339,13 +353,17 @@ static void worker_sleep(struct worker *w)
 	worker_publish_touched(w);
 	detach_drained(w);
 	/* Would polling have caught it? Then poll longer the next time; if it would have taken too long, less. */
-	slept = now_ns() - start;
+	now = now_ns();
+	slept = now - start;
 	if (slept < w->poll_max_ns)
 		w->poll_ns = w->poll_ns < POLL_MIN_NS ? POLL_MIN_NS : w->poll_ns * 2;
 	else
 		w->poll_ns = w->poll_ns / 2 < POLL_MIN_NS ? 0 : w->poll_ns / 2;
 	if (w->poll_ns > w->poll_max_ns)
 		w->poll_ns = w->poll_max_ns;
+	/* Kicks woke us, so what is in the rings has just come; where there are none it came after the look before. */
+	w->looking_ns = w->kickless ? start : now;
+	worker_clock(w, now);
 }
 
 void worker_run(struct worker *w)

@@ -196,10 +196,30 @@ struct worker {
 	struct request *parts, **parts_tail; /* what worker_submit_part was given, in order */
 	uint64_t moved;                 /* bytes copied in this turn, as far as its queue counts them */
 	uint64_t poll_ns;               /* the adaptive window */
+	uint64_t clock_ns;              /* the clock, when it was looked at last */
+	bool clock_read;                /* in this round */
+	uint64_t looking_ns, looked_ns; /* when this round began to look at the queues, and when the round before did */
 	uint32_t kickless;              /* queues without a kick fd: they are polled, with short sleeps */
 	struct worker_command *quit;
 	struct iovec scratch[CHAIN_IOV_MAX];
 };
+
+/* Worker thread: what the clock has just said, so that the next round need not look at it. */
+static inline void worker_clock(struct worker *w, uint64_t now)
+{
+	w->clock_ns = now;
+	w->clock_read = true;
+}
+
+/* Worker thread: a round looks at every queue: what is found now and was not at the last look came since then (ring/guest_wait.c). */
+static inline void worker_looks(struct worker *w)
+{
+	w->looked_ns = w->looking_ns;
+	if (!w->clock_read) /* nothing else has looked at it since, and what it said may be long ago */
+		w->clock_ns = now_ns();
+	w->clock_read = false;
+	w->looking_ns = w->clock_ns;
+}
 
 /* Any thread: r may go on, on its own worker, which lives until then. */
 void request_hand_over(struct request *r);
