@@ -78,6 +78,7 @@ class _Lib:
     VQ_FAULT_RING_PIECES: int
     VQ_FAULT_PIECES: int
     VQ_FAULT_KICK_FD: int
+    VQ_FAULT_KICK_POLL: int
     VQ_SPACE_GPA: int
     VQ_SPACE_UVA: int
     VQ_SPACE_IOVA: int

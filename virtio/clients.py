@@ -30,6 +30,10 @@ SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENO
 LOST: Final = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 """The listening socket itself is of no use; what else accept(2) raises is about one client that has gone."""
 
+FAILURES_MAX: Final = 128
+"""So many clients in a row that have gone are clients. After that the host refuses (a security module, a full protocol
+table), and to ask again at once would take a CPU."""
+
 ROOM: Final = 32
 """Descriptors that must be free before a message with some is taken: its own, and what carrying it out needs."""
 
@@ -69,10 +73,13 @@ class Door:
 
     def __init__(self, listener: trio.socket.SocketType, what: str, log: FilteringBoundLogger | None = None) -> None:
         self._listener = listener
-        self._shortage = Shortage(what, log if log is not None else structlog.get_logger())
+        self._what = what
+        self._log = log if log is not None else structlog.get_logger()
+        self._shortage = Shortage(what, self._log)
 
     async def accept(self) -> trio.socket.SocketType:
         """The next client, who waits while there are no descriptors. ``OSError``: the listening socket is lost."""
+        failures = 0
         while True:
             try:
                 client, _ = await self._listener.accept()
@@ -81,6 +88,12 @@ class Door:
                     raise
                 if error.errno in SHORTAGE:
                     await self._shortage.wait(error)
+                    continue
+                failures += 1
+                if failures == FAILURES_MAX:
+                    self._log.error(f"{self._what} cannot be let in: trying on", error=error.strerror)
+                if failures >= FAILURES_MAX:
+                    await trio.sleep(DELAY_MAX)
                 continue
             self._shortage.over()
             return client

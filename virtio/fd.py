@@ -113,6 +113,17 @@ class OwnedFd:
         return f"OwnedFd({self._fd})" if self._fd >= 0 else "OwnedFd(closed)"
 
 
+def take_count(fd: int) -> int:
+    """How often a non-blocking eventfd was rung since the last time: 0 where somebody else has read it meanwhile.
+
+    What is waited for may be gone when the task that waited runs: readiness is a hint.
+    """
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
 def _close_elsewhere(fd: int) -> None:
     def close() -> None:
         try:

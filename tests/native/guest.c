@@ -251,3 +251,52 @@ void *__wrap_malloc(size_t size)
 	malloc_fails--;
 	return NULL;
 }
+
+/* ---- a kernel that takes no submissions ---- */
+
+int submissions_fail;
+uint32_t submissions_failed;
+
+struct io_uring;
+struct io_uring_cqe;
+struct __kernel_timespec;
+
+static bool refused(void)
+{
+	if (!load_relaxed(&submissions_fail))
+		return false;
+	__atomic_add_fetch(&submissions_failed, 1, __ATOMIC_RELAXED);
+	return true;
+}
+
+int __real_io_uring_submit(struct io_uring *ring);
+int __wrap_io_uring_submit(struct io_uring *ring);
+int __real_io_uring_submit_and_get_events(struct io_uring *ring);
+int __wrap_io_uring_submit_and_get_events(struct io_uring *ring);
+int __real_io_uring_submit_and_wait(struct io_uring *ring, unsigned count);
+int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count);
+int __real_io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe, unsigned count,
+					    struct __kernel_timespec *timeout, void *signals);
+int __wrap_io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe, unsigned count,
+					    struct __kernel_timespec *timeout, void *signals);
+
+int __wrap_io_uring_submit(struct io_uring *ring)
+{
+	return refused() ? -EAGAIN : __real_io_uring_submit(ring);
+}
+
+int __wrap_io_uring_submit_and_get_events(struct io_uring *ring)
+{
+	return refused() ? -EAGAIN : __real_io_uring_submit_and_get_events(ring);
+}
+
+int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count)
+{
+	return refused() ? -EAGAIN : __real_io_uring_submit_and_wait(ring, count);
+}
+
+int __wrap_io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe, unsigned count,
+					    struct __kernel_timespec *timeout, void *signals)
+{
+	return refused() ? -EAGAIN : __real_io_uring_submit_and_wait_timeout(ring, cqe, count, timeout, signals);
+}

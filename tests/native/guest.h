@@ -67,6 +67,10 @@ void driver_wait_end(struct driver *d);
 /* So many of this thread's next calls of malloc find no memory. */
 extern __thread unsigned int malloc_fails;
 
+/* While it is not 0 the kernel takes no submission of any io_uring; how many it has refused. Both are atomic. */
+extern int submissions_fail;
+extern uint32_t submissions_failed;
+
 /* Deterministic randomness, the same everywhere. */
 static inline uint32_t random_next(uint64_t *state)
 {

@@ -6,7 +6,6 @@ of a transport. The state of each queue is in ``virtio.backend.queue``.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -25,7 +24,7 @@ from virtio.backend.new_driver import DriverWatch
 from virtio.backend.queue import BackendQueue, number_of
 from virtio.device import Device
 from virtio.errors import HostError, PeerError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 from virtio.native.interrupt import InterruptStatus
 from virtio.native.memory import Iotlb, MemoryTable, install_sigbus_guard
 from virtio.native.stats import BackendStats
@@ -131,8 +130,7 @@ class Backend:
     async def _watch(self, event_fd: int) -> None:
         while True:
             await trio.lowlevel.wait_readable(event_fd)
-            with contextlib.suppress(BlockingIOError):  # whatever woke this task, it looks
-                os.eventfd_read(event_fd)
+            take_count(event_fd)  # whatever woke this task, it looks
             for queue in self._queues:
                 self._look(queue)
 

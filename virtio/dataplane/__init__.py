@@ -41,6 +41,7 @@ FAULTS: Final[dict[int, str]] = {
     lib.VQ_FAULT_SHAPE: "a request without the parts its device needs",
     lib.VQ_FAULT_CALL_FD: "the call eventfd is kept full by the other side",
     lib.VQ_FAULT_KICK_FD: "its kick eventfd counts down by one (EFD_SEMAPHORE) from a number without end",
+    lib.VQ_FAULT_KICK_POLL: "the kernel does not watch its kick eventfd",
     lib.VQ_FAULT_REQUEST_MAX: "a request of more bytes than its device takes (request_max)",
     lib.VQ_FAULT_DEVICE: "its device failed, as the log says",
 }
@@ -63,6 +64,8 @@ def guest_error(queue_index: int, fault: int, head: int, gpa: int, length: int) 
     where = f" (head {head}, address {gpa:#x}, length {length:#x})"
     if fault == lib.VQ_FAULT_REQUEST_MAX:
         where = f": head {head} has {gpa} bytes to read and room for {length}"
+    elif fault == lib.VQ_FAULT_KICK_POLL:
+        where = f": {os.strerror(length)}"
     elif fault == lib.VQ_FAULT_DEVICE:
         where = ""
     return GuestError(

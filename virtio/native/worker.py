@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -15,7 +14,7 @@ import trio
 
 from virtio.dataplane import check, ffi, lib
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 from virtio.native.disk import NativeDevice
 from virtio.native.memory import MemoryTable
 from virtio.native.stats import WorkerStats
@@ -109,8 +108,7 @@ class Worker:
         with trio.CancelScope(shield=True) as scope:
             while not scope.cancel_called:
                 await trio.lowlevel.wait_readable(done_fd)
-                with contextlib.suppress(BlockingIOError):  # whatever woke this task, it looks
-                    os.eventfd_read(done_fd)
+                take_count(done_fd)  # whatever woke this task, it looks
                 command = lib.worker_take_done(self._pointer)
                 while command != ffi.NULL:
                     following = command.next

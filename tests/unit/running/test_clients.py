@@ -10,7 +10,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from virtio.clients import DELAY_MAX, Door, Place, Places, shortages
+from virtio.clients import DELAY_MAX, FAILURES_MAX, Door, Place, Places, shortages
 
 
 def taken(places: Places) -> Place:
@@ -96,6 +96,16 @@ async def test_a_client_that_gave_up_costs_neither_a_line_nor_a_wait(number: int
     with capture_logs() as logs:
         (await Door(Failing(number, 100), "a client").accept()).close()  # type: ignore[arg-type]
     assert logs == []
+
+
+async def test_a_host_that_refuses_every_client_is_asked_once_a_second_and_said_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = Failing(errno.EPERM, 10**9)
+    with capture_logs() as logs, trio.move_on_after(100 * DELAY_MAX):
+        await Door(listener, "a client").accept()  # type: ignore[arg-type]
+    assert 10**9 - listener.times <= FAILURES_MAX + 100
+    assert [(entry["log_level"], entry["error"]) for entry in logs] == [("error", os.strerror(errno.EPERM))]
 
 
 @pytest.mark.parametrize("number", [errno.EBADF, errno.EINVAL])

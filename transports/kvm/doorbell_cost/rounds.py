@@ -30,7 +30,7 @@ from transports.kvm.doorbell_cost.statistics import Summary, percentile, summari
 from transports.kvm.host import KVM_PATH
 from transports.kvm.vm.vmm import Vm, VmSetup
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 
 ROUNDS: Final = 24
 BUDGET_SECONDS: Final = 2.4  # of all rounds together
@@ -261,7 +261,7 @@ class _Run:
         elif result.unanswered and not await settle(self._vm.setup.ram):
             lane.why_not = "a ring never reached the thread that waits for it"
         elif lane.target == KERNEL and lane.fd is not None:
-            arrived = _count(lane.fd)
+            arrived = take_count(lane.fd.fileno())
             if arrived != len(result.samples):
                 lane.why_not = f"of {len(result.samples)} rings {arrived} reached the eventfd"
 
@@ -289,11 +289,3 @@ class _Run:
         """The guest's counter by the host's clock, from the end of the first run to that of the last."""
         (first, begin), (last, end) = self._clock[0], self._clock[-1]
         return (last - first) / (end - begin) / 1000
-
-
-def _count(fd: OwnedFd) -> int:
-    """How often the (non-blocking) eventfd was rung since the last time."""
-    try:
-        return os.eventfd_read(fd.fileno())
-    except BlockingIOError:
-        return 0

@@ -23,7 +23,7 @@ from transports.kvm.vm.ending import VmEnd, describe_end
 from transports.kvm.vm.entry import Entry, entry_state
 from transports.kvm.vm.ram import GuestRam
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 
 OUTPUT_CHUNK: Final = 65536
 
@@ -260,7 +260,7 @@ class Vm:
 
     async def _next_event(self) -> None:
         await trio.lowlevel.wait_readable(self._event_fd.fileno())
-        os.eventfd_read(self._event_fd.fileno())
+        take_count(self._event_fd.fileno())
 
     async def _join(self) -> None:
         lib.vm_stop(self._pointer)

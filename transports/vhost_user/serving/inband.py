@@ -19,7 +19,7 @@ from transports.vhost_user.requests.rings import SetCall, SetErr, SetKick
 from transports.vhost_user.serving.backend_channel import RingCall, RingError
 from transports.vhost_user.state.vring import Vring
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class InbandNotifications:
         with watch.fd, watch.scope:
             while True:
                 await trio.lowlevel.wait_readable(watch.fd.fileno())
-                os.eventfd_read(watch.fd.fileno())
-                self._post(event)
+                if take_count(watch.fd.fileno()):
+                    self._post(event)
 
 
 def _eventfd() -> OwnedFd:

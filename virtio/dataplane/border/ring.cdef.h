@@ -28,6 +28,7 @@
 #define VQ_FAULT_RING_PIECES 20
 #define VQ_FAULT_PIECES 21
 #define VQ_FAULT_KICK_FD 22
+#define VQ_FAULT_KICK_POLL 23
 
 #define VQ_SPACE_GPA 0
 #define VQ_SPACE_UVA 1

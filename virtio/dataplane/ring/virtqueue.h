@@ -140,6 +140,7 @@ struct virtqueue {
 	struct request *pool, *free_requests; /* its requests that wait for I/O: so many at a time are its share */
 	uint32_t pool_size, pool_used;        /* those from pool_used on were never taken */
 	uint32_t ones[DOORBELL_KINDS]; /* how often in a row an eventfd of the kind counted no more than 1 */
+	uint32_t poll_errors[DOORBELL_KINDS];  /* how often in a row watching it ended with an error */
 	uint32_t doorbells_armed; /* a bit for each kind whose eventfd the reactor watches */
 	bool kicked;              /* one fired since the queue was last served */
 	bool touched;             /* elements were pushed and not yet published */

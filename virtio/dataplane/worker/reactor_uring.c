@@ -11,7 +11,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#ifndef SQ_ENTRIES /* tests have fewer, to run out of them */
 #define SQ_ENTRIES 512
+#endif
 #define CQ_ENTRIES 4096
 #define IO_THREADS_MAX 2048
 
@@ -24,8 +26,25 @@
 #define TAG_DOORBELL 4 /* + DOORBELL_* */
 _Static_assert(TAG_DOORBELL + DOORBELL_KINDS - 1 <= TAG_MASK, "a tag for each kind of doorbell");
 
+/* So many attempts to hand over what fills the submission queue; then the rest waits for the next turn. */
+#define SUBMIT_TRIES 4
+/* A poll that ends with an error so often in a row, and is set up again each time, never works. */
+#define POLL_ERRORS_MAX 16
+#define TROUBLED_NS 1000000 /* between two turns of a worker that could not sleep: the kernel takes nothing from it */
+
+struct control { /* a poll to set up, or one to cancel, that found no room in the submission queue */
+	uint64_t user_data;
+	uint32_t events;
+	int fd; /* < 0: cancel */
+};
+
 struct reactor_state {
 	struct io_uring ring;
+	uint32_t watched;               /* doorbells and sources */
+	struct control *later;          /* in order; room for a poll and a cancel of each that is watched, and the wake-up */
+	uint32_t later_count, later_room;
+	struct request *requests, **requests_tail; /* the same for I/O */
+	uint32_t wake_errors;
 };
 
 static const uint8_t allowed_ops[] = {
@@ -33,23 +52,64 @@ static const uint8_t allowed_ops[] = {
 	IORING_OP_FALLOCATE,
 };
 
+/*
+ * NULL: the submission queue is full and the kernel takes nothing from it now (no memory, completions that were not
+ * reaped). The caller keeps what it has for the next turn, in which completions are reaped and commands are obeyed.
+ */
 static struct io_uring_sqe *sqe_get(struct io_uring *ring)
 {
 	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
 
-	while (!sqe) { /* full: hand over what is gathered */
+	for (int tries = 0; unlikely(!sqe) && tries < SUBMIT_TRIES; tries++) {
 		io_uring_submit(ring);
 		sqe = io_uring_get_sqe(ring);
 	}
 	return sqe;
 }
 
-static void poll_fd(struct io_uring *ring, int fd, uint32_t events, uint64_t user_data)
+static bool control_now(struct io_uring *ring, const struct control *c)
 {
 	struct io_uring_sqe *sqe = sqe_get(ring);
 
-	io_uring_prep_poll_multishot(sqe, fd, events);
-	io_uring_sqe_set_data64(sqe, user_data);
+	if (unlikely(!sqe))
+		return false;
+	if (c->fd < 0) {
+		/* A cancel, not POLL_REMOVE: that answers EALREADY, and leaves the poll, when a kick is just on its way. */
+		io_uring_prep_cancel64(sqe, c->user_data, 0);
+		io_uring_sqe_set_data64(sqe, TAG_REMOVED);
+	} else {
+		io_uring_prep_poll_multishot(sqe, c->fd, c->events);
+		io_uring_sqe_set_data64(sqe, c->user_data);
+	}
+	return true;
+}
+
+/* In order: a poll comes before its cancel. */
+static void control(struct reactor_state *state, int fd, uint32_t events, uint64_t user_data)
+{
+	struct control c = { user_data, events, fd };
+
+	if (likely(!state->later_count && control_now(&state->ring, &c)))
+		return;
+	state->later[state->later_count++] = c;
+}
+
+/* Another doorbell or source: a poll of it and a cancel may have to wait. */
+static int watch(struct reactor_state *state, int fd, uint32_t events, uint64_t user_data)
+{
+	uint32_t room = state->later_count + 2 * (state->watched + 1) + 1;
+
+	if (room > state->later_room) {
+		struct control *later = realloc(state->later, 2 * room * sizeof(*later));
+
+		if (!later)
+			return -ENOMEM;
+		state->later = later;
+		state->later_room = 2 * room;
+	}
+	state->watched++;
+	control(state, fd, events, user_data);
+	return 0;
 }
 
 /*
@@ -104,14 +164,23 @@ static int uring_open(struct worker *w)
 		free(state);
 		return rc;
 	}
+	state->later_room = 1;
+	state->later = calloc(state->later_room, sizeof(*state->later));
+	if (!state->later) {
+		io_uring_queue_exit(&state->ring);
+		free(state);
+		return -ENOMEM;
+	}
+	state->requests_tail = &state->requests;
 	w->state = state;
-	poll_fd(&state->ring, w->wake_fd, POLLIN, TAG_WAKE);
+	control(state, w->wake_fd, POLLIN, TAG_WAKE);
 	return 0;
 }
 
 static void uring_close(struct worker *w)
 {
 	io_uring_queue_exit(&w->state->ring);
+	free(w->state->later);
 	free(w->state);
 }
 
@@ -122,17 +191,13 @@ static uint64_t doorbell_data(struct virtqueue *vq, uint32_t kind)
 
 static int uring_add_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
 {
-	poll_fd(&w->state->ring, vq->doorbell_fds[kind], POLLIN, doorbell_data(vq, kind));
-	return 0;
+	vq->poll_errors[kind] = 0;
+	return watch(w->state, vq->doorbell_fds[kind], POLLIN, doorbell_data(vq, kind));
 }
 
 static void cancel(struct worker *w, uint64_t user_data)
 {
-	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
-
-	/* A cancel, not POLL_REMOVE: that answers EALREADY, and leaves the poll, when a kick is just on its way. */
-	io_uring_prep_cancel64(sqe, user_data, 0);
-	io_uring_sqe_set_data64(sqe, TAG_REMOVED);
+	control(w->state, -1, 0, user_data);
 }
 
 static void uring_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32_t kind)
@@ -142,8 +207,7 @@ static void uring_remove_doorbell(struct worker *w, struct virtqueue *vq, uint32
 
 static int uring_add_source(struct worker *w, struct source *source)
 {
-	poll_fd(&w->state->ring, source->fd, source->events, (uint64_t)(uintptr_t)source | TAG_SOURCE);
-	return 0;
+	return watch(w->state, source->fd, source->events, (uint64_t)(uintptr_t)source | TAG_SOURCE);
 }
 
 static void uring_remove_source(struct worker *w, struct source *source)
@@ -151,10 +215,12 @@ static void uring_remove_source(struct worker *w, struct source *source)
 	cancel(w, (uint64_t)(uintptr_t)source | TAG_SOURCE);
 }
 
-static void uring_submit(struct worker *w, struct request *r)
+static bool submit_now(struct io_uring *ring, const struct request *r)
 {
-	struct io_uring_sqe *sqe = sqe_get(&w->state->ring);
+	struct io_uring_sqe *sqe = sqe_get(ring);
 
+	if (unlikely(!sqe))
+		return false;
 	switch (r->io) {
 	case IO_READ:
 		io_uring_prep_readv2(sqe, r->fd, r->io_iov, request_pieces(r), r->offset, r->flags);
@@ -176,6 +242,34 @@ static void uring_submit(struct worker *w, struct request *r)
 	if (r->may_block && (r->io == IO_READ || r->io == IO_WRITE))
 		sqe->flags |= IOSQE_ASYNC;
 	io_uring_sqe_set_data64(sqe, (uint64_t)(uintptr_t)r);
+	return true;
+}
+
+static void uring_submit(struct worker *w, struct request *r)
+{
+	struct reactor_state *state = w->state;
+
+	if (likely(!state->requests && submit_now(&state->ring, r)))
+		return;
+	r->next = NULL;
+	*state->requests_tail = r;
+	state->requests_tail = &r->next;
+}
+
+/* What found no room before. */
+static void submit_later(struct reactor_state *state)
+{
+	uint32_t done = 0;
+
+	while (done < state->later_count && control_now(&state->ring, &state->later[done]))
+		done++;
+	state->later_count -= done;
+	memmove(state->later, state->later + done, state->later_count * sizeof(*state->later));
+	while (!state->later_count && state->requests && submit_now(&state->ring, state->requests)) {
+		state->requests = state->requests->next;
+		if (!state->requests)
+			state->requests_tail = &state->requests;
+	}
 }
 
 static void wake_drain(struct worker *w)
@@ -191,15 +285,21 @@ static void doorbell_rang(struct worker *w, const struct io_uring_cqe *cqe, bool
 	struct virtqueue *vq = (struct virtqueue *)(uintptr_t)(cqe->user_data & ~TAG_MASK);
 	uint32_t kind = (uint32_t)(cqe->user_data & TAG_MASK) - TAG_DOORBELL;
 
-	if (cqe->res >= 0)
+	if (likely(cqe->res >= 0)) {
+		vq->poll_errors[kind] = 0;
 		worker_kicked(vq);
+	}
 	if (!last)
 		return;
 	/* A multishot poll may end by itself, say when the completion queue was full: set it up again. */
-	if (worker_doorbell_leaves(vq, kind))
+	if (cqe->res < 0 && cqe->res != -ECANCELED && ++vq->poll_errors[kind] == POLL_ERRORS_MAX)
+		virtqueue_fail(vq, VQ_FAULT_KICK_POLL, 0, 0, (uint64_t)-cqe->res);
+	if (worker_doorbell_leaves(vq, kind)) {
+		w->state->watched--;
 		worker_doorbell_removed(w, vq, kind);
-	else
-		poll_fd(&w->state->ring, vq->doorbell_fds[kind], POLLIN, cqe->user_data);
+	} else {
+		control(w->state, vq->doorbell_fds[kind], POLLIN, cqe->user_data);
+	}
 }
 
 static void source_completed(struct worker *w, const struct io_uring_cqe *cqe, bool last)
@@ -210,8 +310,10 @@ static void source_completed(struct worker *w, const struct io_uring_cqe *cqe, b
 		source_rang(source, (uint32_t)cqe->res);
 	else if (cqe->res < 0 && cqe->res != -ECANCELED)
 		source->wanted = false; /* nothing that can be waited for */
-	if (last)
+	if (last) {
+		w->state->watched--;
 		source_removed(w, source);
+	}
 }
 
 static void complete(struct worker *w, const struct io_uring_cqe *cqe)
@@ -227,8 +329,9 @@ static void complete(struct worker *w, const struct io_uring_cqe *cqe)
 		break;
 	case TAG_WAKE:
 		wake_drain(w);
+		w->state->wake_errors = cqe->res < 0 ? w->state->wake_errors + 1 : 0;
 		if (last)
-			poll_fd(&w->state->ring, w->wake_fd, POLLIN, TAG_WAKE);
+			control(w->state, w->wake_fd, POLLIN, TAG_WAKE);
 		break;
 	case TAG_SOURCE:
 		source_completed(w, cqe, last);
@@ -241,18 +344,32 @@ static void complete(struct worker *w, const struct io_uring_cqe *cqe)
 	}
 }
 
+static void nap(void)
+{
+	struct timespec time = { .tv_nsec = TROUBLED_NS };
+
+	nanosleep(&time, NULL);
+}
+
 static bool uring_turn(struct worker *w, uint64_t timeout_ns)
 {
 	struct io_uring *ring = &w->state->ring;
 	struct __kernel_timespec timeout = { .tv_sec = (long long)(timeout_ns / 1000000000u),
 					     .tv_nsec = (long long)(timeout_ns % 1000000000u) };
+	struct __kernel_timespec troubled = { .tv_nsec = TROUBLED_NS };
 	struct io_uring_cqe *cqe;
 	unsigned head, seen = 0;
+	bool later = w->state->later_count || w->state->requests;
+	int rc = 0;
 
-	if (timeout_ns == WAIT_FOREVER)
-		io_uring_submit_and_wait(ring, 1);
+	if (unlikely(later)) {
+		submit_later(w->state);
+		later = w->state->later_count || w->state->requests;
+	}
+	if (timeout_ns == WAIT_FOREVER && likely(!later))
+		rc = io_uring_submit_and_wait(ring, 1);
 	else if (timeout_ns)
-		io_uring_submit_and_wait_timeout(ring, &cqe, 1, &timeout, NULL);
+		rc = io_uring_submit_and_wait_timeout(ring, &cqe, 1, later ? &troubled : &timeout, NULL);
 	else if (io_uring_sq_ready(ring))
 		io_uring_submit_and_get_events(ring);
 	else if (IO_URING_READ_ONCE(*ring->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
@@ -262,6 +379,9 @@ static bool uring_turn(struct worker *w, uint64_t timeout_ns)
 		complete(w, cqe);
 	}
 	io_uring_cq_advance(ring, seen);
+	/* It could not sleep, and would look again at once, for as long as the kernel takes nothing. */
+	if (unlikely((rc < 0 && rc != -EINTR && rc != -ETIME && !seen) || w->state->wake_errors >= POLL_ERRORS_MAX))
+		nap();
 	return seen > 0;
 }
 

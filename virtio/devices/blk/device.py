@@ -18,7 +18,7 @@ from virtio.devices.blk.image import Image, open_again, open_image
 from virtio.devices.blk.image_size import extend_image, usable_size
 from virtio.devices.blk.storage_log import StorageLog, explain
 from virtio.errors import HostError
-from virtio.fd import OwnedFd
+from virtio.fd import OwnedFd, take_count
 from virtio.native.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
@@ -312,7 +312,7 @@ class Blk(Device):
         while True:
             with trio.move_on_after(book.due()):
                 await trio.lowlevel.wait_readable(self._news.fileno())
-                os.eventfd_read(self._news.fileno())
+                take_count(self._news.fileno())
             self._disk.await_news()
             errors = self._disk.errors()
             for values in book.lines(errors.counts):

@@ -96,17 +96,20 @@ class TerminalEnd:
 
     async def _read_some(self) -> bytes:
         """What there is to read; empty at the end of input, and when the terminal is gone."""
-        try:
-            await trio.lowlevel.wait_readable(self._read_fd)
-        except PermissionError:
-            # A regular file or /dev/null: epoll does not know them, and reading them never waits.
-            await trio.lowlevel.checkpoint()
-        except OSError:
-            return b""
-        try:
-            return os.read(self._read_fd, READ_SIZE)
-        except OSError:
-            return b""
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self._read_fd)
+            except PermissionError:
+                # A regular file or /dev/null: epoll does not know them, and reading them never waits.
+                await trio.lowlevel.checkpoint()
+            except OSError:
+                return b""
+            try:
+                return os.read(self._read_fd, READ_SIZE)
+            except BlockingIOError:
+                pass  # another program at this terminal has read it
+            except OSError:
+                return b""
 
     async def _write(self) -> None:
         while not self._gone:

@@ -211,4 +211,7 @@ class ChipLines:
 
 def _read_events(fd: OwnedFd) -> bytes:
     """None of a line that was given back between the news and our turn."""
-    return b"" if fd.closed else os.read(fd.fileno(), EVENTS_AT_ONCE * gpio_uapi.EVENT_SIZE)
+    try:
+        return b"" if fd.closed else os.read(fd.fileno(), EVENTS_AT_ONCE * gpio_uapi.EVENT_SIZE)
+    except BlockingIOError:
+        return b""

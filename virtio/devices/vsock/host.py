@@ -90,6 +90,8 @@ async def read_command(socket: sockets.socket) -> int | None:
             try:
                 # Byte by byte where there are no messages: what follows the line is for the guest.
                 piece = socket.recv(1 if is_stream else COMMAND_MAX)
+            except BlockingIOError:
+                continue
             except OSError:
                 return None
             line += piece
