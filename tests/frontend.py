@@ -19,11 +19,11 @@ import pytest
 import trio
 from links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
 
-from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend.backend import Backend
 from virtio.device import Device
 from virtio.native.worker import Worker
+from virtio.socket_file import Listen
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver
 from virtio.testing.queue import GUARD, GuestQueue
 from virtio.waist import QueueBroken

@@ -27,11 +27,11 @@ from frontend import Guest
 from links import SocketLink
 
 from daemon.running.control import ask
-from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend.backend import Backend
 from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.native.worker import Worker
+from virtio.socket_file import Listen
 from virtio.testing.queue import GUARD
 
 Entry = Mapping[str, Any]

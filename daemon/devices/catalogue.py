@@ -17,12 +17,13 @@ from daemon.devices.classes import DeviceClassError, DeviceClasses, class_from_f
 from daemon.devices.features import ALWAYS_OFFERED, left_out
 from transports import TRANSPORTS
 from transports.base import BackendLike
-from transports.vhost_user.serving.endpoint import Connect, Endpoint, Inherit, Listen
+from transports.vhost_user.serving.endpoint import Connect, Endpoint, Inherit
 from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend.device_calls import MISTAKES, close_all, one_line
 from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.socket_file import Listen
 from virtio.spec import RING_FEATURES
 
 

@@ -33,12 +33,12 @@ from daemon.running.systemd import Notifier, feed_watchdog, watchdog_interval
 from daemon.state import ConnectionState, DaemonState, DeviceState, FailedDevice, version
 from transports.stock_qemu.server import serve as serve_qemu_doorbells
 from transports.stock_qemu.vms import QemuDoorbells
-from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.backend.backend import Backend
 from virtio.clients import shortages
 from virtio.device import START_SECONDS
 from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
+from virtio.socket_file import Listen, SocketFile
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 RELOADABLE: Final = frozenset({("daemon", "log_level"), ("daemon", "log_format")})

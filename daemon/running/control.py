@@ -25,9 +25,9 @@ import trio
 from daemon.doorbells.policies import POLICIES, Policies
 from daemon.running.links import STATES, Links, guest_is_told
 from daemon.state import DaemonState, DeviceState, version
-from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.clients import Door, Place, Places
 from virtio.errors import HostError
+from virtio.socket_file import Listen, SocketFile
 
 LINE_MAX: Final = 4096  # bytes of one request
 CLIENTS_MAX: Final = 16  # beyond, the one that has been idle for longest gives way

@@ -13,11 +13,11 @@ from guests.boot_images import need
 
 from guest.boot.accel import Acceleration
 from guest.boot.machine import QEMU, Guest, Hypervisor, Machine, shared_memory, start_machine
-from transports.vhost_user.serving.endpoint import Listen
 from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend.backend import Backend
 from virtio.device import Device
 from virtio.native.worker import Worker
+from virtio.socket_file import Listen
 from virtio.spec import VIRTIO_F_VERSION_1
 
 MEMORY_MIB = 512  # with 256, GRUB under OVMF has too little in one piece for Linux 7.3

@@ -20,10 +20,10 @@ import vhost_user_wire as wire
 from structlog.testing import capture_logs
 
 from guest.boot.initramfs import BUSYBOX, Entry, newc
-from transports.vhost_user.serving.endpoint import Listen
 from virtio.backend.backend import Backend
 from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.native.worker import Worker
+from virtio.socket_file import Listen
 from virtio.spec import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ from vhost_user_wire import no_fd_leaks
 from virtio.devices.console.device import ConsoleOptions
 from virtio.devices.console.port import Pending
 from virtio.devices.console.terminal import HELP, Escapes, TerminalConsole, TerminalEnd
-from virtio.devices.host.unix_socket import BACKLOG_MAX
+from virtio.devices.host.outbox import BACKLOG_MAX
 from virtio.testing.queue import GUARD
 
 EVERY_BYTE = bytes(range(256)) * 4

@@ -81,7 +81,7 @@ async def test_the_sockets_are_their_owners_only_and_gone_at_the_end(tmp_path: P
 
 def test_a_path_in_use_is_one_clear_error_and_stays(tmp_path: Path) -> None:
     device = vsock(tmp_path)
-    with pytest.raises(HostError, match=r"vsock socket .*/vsock: Address already in use"):
+    with pytest.raises(HostError, match=r"/vsock: another process listens there"):
         vsock(tmp_path)
     assert (tmp_path / "vsock").is_socket()
     device.close()

@@ -12,8 +12,8 @@ import pytest
 
 from config.loader import drop_ins
 from daemon.cli import main
-from virtio.devices.host.unix_socket import listen
 from virtio.errors import HostError
+from virtio.socket_file import Listen, SocketFile
 
 DISK = '[devices.disk]\ntype = "blk"\npath = "disk.img"\nsocket = "disk.sock"\n'
 LONG = "x" * 300  # no file's name can be so long, so looking for it fails otherwise than for one that is not there
@@ -262,8 +262,8 @@ def test_a_relative_path_of_a_socket_counts_from_the_root(
 
 
 def test_a_socket_whose_path_is_too_long_says_so_when_it_is_made() -> None:
-    with pytest.raises(HostError, match=r"console socket /0+: AF_UNIX path too long"):
-        listen(Path("/" + "0" * 199), "console")
+    with pytest.raises(HostError, match=r"/0+: a Unix socket's path has at most 107 bytes"):
+        SocketFile(Listen(Path("/" + "0" * 199)))
 
 
 def test_two_users_of_one_file_are_told_of_read_only_only_where_both_have_the_key(

@@ -36,6 +36,7 @@ A_DEVICE_MAY_IMPORT: Final = frozenset(
         "native.nic",
         "claims",
         "clients",
+        "socket_file",
     )
 )
 MAY_USE_THE_MACHINE: Final = frozenset(

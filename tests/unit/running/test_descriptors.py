@@ -24,8 +24,8 @@ from vhost_user_wire import FrontEnd, serving, u64
 
 from daemon.cli import load_config
 from daemon.running.descriptors import worst_case
-from transports.vhost_user.serving.endpoint import Listen
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
+from virtio.socket_file import Listen
 
 DISK = """
 [devices.{name}]

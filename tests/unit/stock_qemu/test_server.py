@@ -21,9 +21,9 @@ from transports.stock_qemu import server
 from transports.stock_qemu.descriptors import VcpuStatistics, doorbell_id
 from transports.stock_qemu.messages import WIRE_SIZE, Message, Type, VmFlag
 from transports.stock_qemu.vms import QemuDoorbells
-from transports.vhost_user.serving.endpoint import Listen, SocketFile
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd, eventfd_id
+from virtio.socket_file import Listen, SocketFile
 
 LIMIT: Final = 20  # seconds; only a failing run gets there
 SHOWN: Final = VmFlag.KEY_SHOWN | VmFlag.CPUID_SEEN | VmFlag.HYPERV

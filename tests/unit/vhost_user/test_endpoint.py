@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import vhost_user_wire as wire
 
-from transports.vhost_user.serving.endpoint import Listen, SocketFile, connect_unix, inherited_socket, is_listening
+from transports.vhost_user.serving.endpoint import connect_unix, inherited_socket, is_listening
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.socket_file import Listen, SocketFile
 
 
 def test_a_socket_is_made_and_removed_with_its_owner(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from recording_backend import RecordingBackend
 from vhost_user_wire import Dialogue, FrontEnd, chunked, serving, u64
 
 from transports.vhost_user.requests.net import Announce, SetMtu
-from transports.vhost_user.serving.endpoint import Listen
 from virtio.errors import PeerError
+from virtio.socket_file import Listen
 
 SEND_RARP, SET_MTU, ADD_REGION, REMOVE_REGION = 19, 20, 37, 38
 NET_FEATURES = wire.ALL_PROTOCOL_FEATURES | wire.RARP | wire.NET_MTU

@@ -17,11 +17,12 @@ from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, serving, u64
 
-from transports.vhost_user.serving.endpoint import Connect, Inherit, Listen
+from transports.vhost_user.serving.endpoint import Connect, Inherit
 from transports.vhost_user.serving.server import CONNECT_DELAY_MAX, SILENT_SECONDS, VhostUserServer, serve
 from transports.vhost_user.serving.waiting import WAITING_MAX
 from virtio.errors import GuestError, HostError
 from virtio.fd import OwnedFd
+from virtio.socket_file import Listen
 from virtio.waist import QueueBroken
 
 

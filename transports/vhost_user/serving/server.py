@@ -16,9 +16,6 @@ from transports.vhost_user.serving.endpoint import (
     Connect,
     Endpoint,
     Inherit,
-    Listen,
-    SocketFile,
-    check_path,
     connect_unix,
     inherited_socket,
     is_listening,
@@ -26,6 +23,7 @@ from transports.vhost_user.serving.endpoint import (
 from transports.vhost_user.serving.stats import ConnectionStats
 from transports.vhost_user.serving.waiting import Waiting, has_hung_up
 from virtio.clients import Door
+from virtio.socket_file import Listen, SocketFile, check_path
 from virtio.waist import QueueBroken
 
 if TYPE_CHECKING:

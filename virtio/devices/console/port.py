@@ -23,9 +23,10 @@ import trio
 
 from virtio.clients import Door
 from virtio.devices.console.pty_link import claim, remove_stale_link
-from virtio.devices.host.unix_socket import Outbox, file_identity, listen
+from virtio.devices.host.outbox import Outbox
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.socket_file import Listen, SocketFile
 
 PENDING_MAX: Final = 64 * 1024
 """Bytes read from the host ahead of a guest that does not take them."""
@@ -201,11 +202,10 @@ class SocketEnd:
         self._outbox = Outbox()
         self._reader: trio.CancelScope | None = None
         self.connected = False
-        self._listener = listen(path, "console")
-        self._identity = file_identity(path)
+        self._file = SocketFile(Listen(path))
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        listener = trio.socket.from_stdlib_socket(self._listener)
+        listener = trio.socket.from_stdlib_socket(self._file.socket)
         log = structlog.get_logger().bind(socket=str(self._path))
         door = Door(listener, "a console's reader", log)
         async with trio.open_nursery() as nursery:
@@ -250,9 +250,7 @@ class SocketEnd:
             self._reader.cancel()
 
     def close(self) -> None:
-        self._listener.close()
-        if file_identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 class PtyEnd:

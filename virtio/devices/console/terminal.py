@@ -15,7 +15,7 @@ import trio
 
 from virtio.devices.console.device import Console, ConsoleOptions, EndOptions
 from virtio.devices.console.port import UNREAD_PIECE, Pending, PortEnd
-from virtio.devices.host.unix_socket import Outbox
+from virtio.devices.host.outbox import Outbox
 
 READ_SIZE: Final = 4096
 ESCAPE: Final = 0x01  # Ctrl-A

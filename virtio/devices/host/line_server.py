@@ -14,7 +14,8 @@ from typing import Final
 import trio
 
 from virtio.clients import Door, Place, Places
-from virtio.devices.host.unix_socket import Outbox, file_identity, listen
+from virtio.devices.host.outbox import Outbox
+from virtio.socket_file import Listen, SocketFile
 
 COMMAND_MAX: Final = 4096
 """Bytes of the longest line a client may send."""
@@ -55,13 +56,11 @@ class LineServer:
     """
 
     def __init__(self, path: Path | None, what: str, command: Command) -> None:
-        self._path = path
         self._what = what
         self._command = command
         self._clients: set[LineClient] = set()
         self._places = Places(CLIENTS_MAX)
-        self._listener = listen(path, what) if path is not None else None
-        self._identity = file_identity(path) if path is not None else None
+        self._file = SocketFile(Listen(path)) if path is not None else None
 
     def tell(self, line: str) -> None:
         """A change, for all who watch."""
@@ -70,10 +69,10 @@ class LineServer:
                 client.send(line)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if self._listener is None:
+        if self._file is None:
             task_status.started()
             return
-        door = Door(trio.socket.from_stdlib_socket(self._listener), f"a client of the {self._what} socket")
+        door = Door(trio.socket.from_stdlib_socket(self._file.socket), f"a client of the {self._what} socket")
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
@@ -136,11 +135,8 @@ class LineServer:
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        if self._listener is None or self._path is None:
-            return
-        self._listener.close()
-        if file_identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
 
 
 async def _send(stream: trio.SocketStream, data: bytes) -> bool:

@@ -19,8 +19,8 @@ import structlog
 import trio
 
 from virtio.clients import Door
-from virtio.devices.host.unix_socket import file_identity, listen
 from virtio.devices.vsock.packet import VIRTIO_VSOCK_TYPE_SEQPACKET, VIRTIO_VSOCK_TYPE_STREAM
+from virtio.socket_file import Listen, SocketFile
 
 SOCKET_KINDS: Final = {
     VIRTIO_VSOCK_TYPE_STREAM: sockets.SOCK_STREAM,
@@ -45,11 +45,8 @@ class HostListener:
     def __init__(self, path: Path, type: int) -> None:
         """``HostError``: it cannot be made there, or somebody listens there already."""
         self.type: Final = type
-        self._path = path
-        self._socket = listen(path, "vsock", SOCKET_KINDS[type], BACKLOG)
-        self._socket.setblocking(False)
-        self._identity = file_identity(path)
-        listener = trio.socket.from_stdlib_socket(self._socket)
+        self._file = SocketFile(Listen(path, kind=SOCKET_KINDS[type], backlog=BACKLOG))
+        listener = trio.socket.from_stdlib_socket(self._file.socket)
         self._door = Door(listener, "a client of vsock", log.bind(socket=str(path)))
 
     async def accept(self) -> sockets.socket:
@@ -58,9 +55,7 @@ class HostListener:
         return sockets.socket(fileno=client.detach())
 
     def close(self) -> None:
-        self._socket.close()
-        if file_identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def connect(path: Path, type: int) -> sockets.socket | None:
