@@ -35,6 +35,8 @@ from daemon.new_device import new_device
 from daemon.running.app import STOP_SIGNALS, App, LogChoice
 from daemon.running.control import ask
 from daemon.running.descriptors import raise_limit, too_few
+from daemon.running.disks import REOPEN_EPILOG, REOPEN_SECONDS, RETRY_EPILOG
+from daemon.running.disks import add_device as add_disk
 from daemon.running.failures import leaves
 from daemon.running.hardening import harden
 from daemon.running.links import EPILOG as LINK_EPILOG
@@ -212,6 +214,20 @@ def link(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def reopen(arguments: argparse.Namespace) -> int:
+    """Open a disk's image again, in the running daemon."""
+    ask(_control_of(arguments), "reopen", device=arguments.device, wait_seconds=REOPEN_SECONDS + 5)
+    print(f"{arguments.device}: opened again; check the file systems of its guest")
+    return EXIT_OK
+
+
+def retry(arguments: argparse.Namespace) -> int:
+    """Try again what a stopped disk keeps, in the running daemon."""
+    answer = ask(_control_of(arguments), "retry", device=arguments.device)
+    print(f"{arguments.device}: {'tried again' if answer['stopped'] else 'not stopped'}")
+    return EXIT_OK
+
+
 def microvm(arguments: argparse.Namespace) -> int:
     """Run a Linux guest of our own."""
     from daemon.microvm.run import run  # only here: nothing else needs a KVM that can be talked to
@@ -294,6 +310,12 @@ def _parser() -> argparse.ArgumentParser:
     link_parser = add("link", link, "plug a network interface's cable in or out", LINK_EPILOG)
     add_link_options(link_parser)
     options.add_control(link_parser)
+    reopen_parser = add("reopen", reopen, "open a disk's image again after a flush failed", REOPEN_EPILOG)
+    add_disk(reopen_parser)
+    options.add_control(reopen_parser)
+    retry_parser = add("retry", retry, "try again the requests that a stopped disk keeps", RETRY_EPILOG)
+    add_disk(retry_parser)
+    options.add_control(retry_parser)
     text = "run a Linux guest on virtio-mmio devices of ours, without QEMU"
     add_microvm_options(add("microvm", microvm, text, MICROVM_EPILOG), options.memory_size)
     add_new_device_arguments(add("new-device", new_device, "write a device, its test and its file", NEW_DEVICE_EPILOG))

@@ -196,14 +196,23 @@ def _p99(buckets: Sequence[int]) -> str:
 def _storage_rows(backend: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     """One for a disk whose storage has failed in some way."""
     storage = backend.get("storage")  # an earlier daemon has none
-    if storage is None or not storage["errors"]:
+    if storage is None or not (storage["errors"] or storage.get("reopened")):
         return
-    failed = storage["flush_failed"]
     yield (
         backend["device"],
-        "answers" if failed is None else f"a flush failed ({failed}): all fail until the image is opened again",
+        _storage_condition(storage),
         ", ".join(f"{error['op'].replace('_', ' ')} {error['errno']} {error['count']}" for error in storage["errors"]),
     )
+
+
+def _storage_condition(storage: Mapping[str, Any]) -> str:
+    failed, reopened = storage["flush_failed"], storage.get("reopened", 0)
+    if storage.get("stopped") is not None:
+        waiting = f"stopped ({storage['stopped']}): {storage['kept']} requests wait, tried {storage['retries']} times"
+        return waiting if failed is None else f"{waiting}; a flush failed ({failed}): all fail until hyperbell reopen"
+    if failed is not None:
+        return f"a flush failed ({failed}): all fail until hyperbell reopen"
+    return f"answers; opened again {reopened} times" if reopened else "answers"
 
 
 def _interface_rows(backend: Mapping[str, Any]) -> Iterator[Sequence[str]]:

@@ -132,6 +132,17 @@ class Device:
         """Of a disk: what its storage answered. Any thread."""
         return None
 
+    def inherit_storage(self, before: Storage) -> None:
+        """Of a disk: what the storage answered to the device that had its name before, until that one failed."""
+
+    def reopening(self) -> Callable[[], None]:
+        """Of a disk: what opens its image again, to be called in a thread. ``HostError``, also when it is called."""
+        raise HostError(f"a {self.type_name} device has no image to open again")
+
+    def retry_storage(self) -> bool:
+        """Of a disk: try again the requests that it keeps; False: it keeps none. ``HostError``: there is no storage."""
+        raise HostError(f"a {self.type_name} device has no storage")
+
     def use_workers(self, count: int) -> None:
         """Of a native device, before its first queue runs: so many workers drive it. ``HostError``."""
 

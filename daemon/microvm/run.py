@@ -27,6 +27,7 @@ from daemon.microvm.terminal import raw_terminal, terminal_size
 from daemon.running.assembly import Assembly, assemble
 from daemon.running.control import serve_control
 from daemon.running.descriptors import raise_limit
+from daemon.running.disks import Disks
 from daemon.running.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.running.failures import leaves
 from daemon.running.hardening import harden
@@ -145,7 +146,8 @@ class Microvm:
             nursery.start_soon(self._meter.run, self.snapshot)
         if daemon.control is not None:
             links = Links(self._assembly.devices)
-            await nursery.start(serve_control, daemon.control, self.snapshot, policies, links)
+            disks = Disks(self._assembly.devices, self._assembly.examining)
+            await nursery.start(serve_control, daemon.control, self.snapshot, policies, links, disks)
         if daemon.metrics_address is not None:
             host, port = await nursery.start(serve_metrics, *daemon.metrics_address, self.snapshot)
             self._log.info("metrics", url=metrics_url(host, port))

@@ -25,6 +25,7 @@ from daemon.log import setup as log
 from daemon.metrics.server import metrics_url, serve_metrics
 from daemon.running.assembly import Assembly, make_backend, start_workers
 from daemon.running.control import serve_control
+from daemon.running.disks import Disks
 from daemon.running.doorbell_meter import DoorbellMeter, open_meter
 from daemon.running.links import Links
 from daemon.running.served import ServedDevice
@@ -208,7 +209,8 @@ class App:
             await nursery.start(self._serve_qemu_doorbells, config.daemon.hypercall_socket)
         if config.daemon.control is not None:
             links = Links(self._assembly.devices)
-            await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies, links)
+            disks = Disks(self._assembly.devices, self._assembly.examining)
+            await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies, links, disks)
         if config.daemon.metrics_address is not None:
             host, port = await nursery.start(serve_metrics, *config.daemon.metrics_address, self.snapshot)
             self._metrics_url = metrics_url(host, port)

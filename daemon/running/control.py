@@ -2,7 +2,8 @@
 
 Commands: ``{"command": "list"}`` names the devices, ``{"command": "stats"}`` gives every counter,
 ``{"command": "hypercall", "device": NAME, "policy": "offer"}`` (or withhold, auto) changes who may ring by hypercall,
-and ``{"command": "link", "device": NAME, "state": "down"}`` (or up) pulls a network interface's cable.
+``{"command": "link", "device": NAME, "state": "down"}`` (or up) pulls a network interface's cable, and
+``{"command": "reopen", "device": NAME}`` opens a disk's image again, ``retry`` tries what a stopped disk keeps.
 An answer has ``"ok"``; when it is false, ``"error"`` says why. The socket has mode 0600: its user is the daemon's
 user (or root).
 """
@@ -13,7 +14,7 @@ import contextlib
 import errno
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ import structlog
 import trio
 
 from daemon.doorbells.policies import POLICIES, Policies
+from daemon.running.disks import COMMANDS as DISK_COMMANDS
+from daemon.running.disks import Disks
 from daemon.running.links import STATES, Links, guest_is_told
 from daemon.state import DaemonState, DeviceState, version
 from virtio.clients import Door, Place, Places
@@ -44,6 +47,7 @@ async def serve_control(
     snapshot: Callable[[], DaemonState],
     policies: Policies | None = None,
     links: Links | None = None,
+    disks: Disks | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the Unix socket ``path`` until cancelled, and remove it then; started once it listens.
@@ -57,18 +61,27 @@ async def serve_control(
     try:
         listener = trio.socket.from_stdlib_socket(socket_file.socket)
         task_status.started()
-        await _accept(listener, partial(_answer, snapshot=snapshot, policies=policies, links=links))
+        await _accept(listener, partial(_answer, snapshot=snapshot, policies=policies, links=links, disks=disks))
     finally:
         socket_file.close()
 
 
-def _answer(
-    line: bytes, *, snapshot: Callable[[], DaemonState], policies: Policies | None, links: Links | None
+async def _answer(
+    line: bytes,
+    *,
+    snapshot: Callable[[], DaemonState],
+    policies: Policies | None,
+    links: Links | None,
+    disks: Disks | None,
 ) -> Answer:
-    return respond(line, snapshot(), policies, links)
+    if disks is not None:
+        request = _request(line)
+        if request is not None and (command := request.get("command")) in DISK_COMMANDS:
+            return await disks.answer(command, request)
+    return respond(line, snapshot(), policies, links, DISK_COMMANDS if disks is not None else ())
 
 
-async def _accept(listener: trio.socket.SocketType, answer: Callable[[bytes], Answer]) -> None:
+async def _accept(listener: trio.socket.SocketType, answer: Callable[[bytes], Awaitable[Answer]]) -> None:
     door, places = Door(listener, "a client of the control socket"), Places(CLIENTS_MAX)
     async with trio.open_nursery() as nursery:
         while True:
@@ -77,14 +90,14 @@ async def _accept(listener: trio.socket.SocketType, answer: Callable[[bytes], An
 
 
 async def _serve_client(
-    connection: trio.socket.SocketType, places: Places, place: Place, answer: Callable[[bytes], Answer]
+    connection: trio.socket.SocketType, places: Places, place: Place, answer: Callable[[bytes], Awaitable[Answer]]
 ) -> None:
     stream = trio.SocketStream(connection)
     try:
         async with stream:
             with place.scope, contextlib.suppress(trio.BrokenResourceError, trio.TooSlowError):
                 async for line in _lines(stream):
-                    reply = json.dumps(answer(line), default=str).encode()
+                    reply = json.dumps(await answer(line), default=str).encode()
                     places.active(place)
                     with trio.fail_after(IDLE_SECONDS):
                         await stream.send_all(reply + b"\n")
@@ -109,14 +122,25 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
     yield buffer
 
 
-def respond(line: bytes, state: DaemonState, policies: Policies | None = None, links: Links | None = None) -> Answer:
-    """The answer to one request line, which may change ``policies`` or ``links``; no I/O, so it is tested without a
-    socket."""
+def _request(line: bytes) -> Mapping[str, Any] | None:
     try:
         request = json.loads(line) if len(line) <= LINE_MAX else None
     except (ValueError, RecursionError):
-        request = None
-    if not isinstance(request, Mapping):
+        return None
+    return request if isinstance(request, Mapping) else None
+
+
+def respond(
+    line: bytes,
+    state: DaemonState,
+    policies: Policies | None = None,
+    links: Links | None = None,
+    others: Collection[str] = (),
+) -> Answer:
+    """The answer to one request line, which may change ``policies`` or ``links``; no I/O, so it is tested without a
+    socket. ``others``: further commands that there are."""
+    request = _request(line)
+    if request is None:
         return {"ok": False, "error": 'a request is one line of JSON such as {"command": "list"}'}
     command = request.get("command")
     if command == "list":
@@ -129,7 +153,7 @@ def respond(line: bytes, state: DaemonState, policies: Policies | None = None, l
     if command == "link" and links is not None:
         return _change_link(request, state, links)
     more = {"hypercall": policies, "link": links}
-    commands = ", ".join(["list", "stats", *(name for name, taker in more.items() if taker is not None)])
+    commands = ", ".join(["list", "stats", *(name for name, taker in more.items() if taker is not None), *others])
     return {"ok": False, "error": f"there is no command {json.dumps(command)}; there are: {commands}"}
 
 
@@ -173,14 +197,14 @@ def _summary(device: DeviceState) -> Answer:
     }
 
 
-def ask(path: Path, command: str, **arguments: str) -> Answer:
-    """Send one command to the daemon at ``path`` and give its answer; blocks up to ``ANSWER_SECONDS``.
+def ask(path: Path, command: str, *, wait_seconds: float = ANSWER_SECONDS, **arguments: str) -> Answer:
+    """Send one command to the daemon at ``path`` and give its answer; blocks up to ``wait_seconds``.
 
     Raises ``HostError`` when nothing answers, or when what answers refuses.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(ANSWER_SECONDS)
+            client.settimeout(wait_seconds)
             client.connect(str(path))
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with client.makefile("rb") as reader:

@@ -21,9 +21,10 @@ from daemon.running.failures import leaves
 from daemon.running.slow_steps import DEVICE
 from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend.backend import Backend
-from virtio.backend.device_calls import close_all, one_line
+from virtio.backend.device_calls import DeviceCalls, close_all, one_line
 from virtio.device import Device
 from virtio.errors import HostError
+from virtio.native.stats import Storage
 
 RETRY_SECONDS_MIN: Final = 1.0  # after the first failure; doubled after each further one ...
 RETRY_SECONDS_MAX: Final = 60.0  # ... up to this
@@ -73,6 +74,7 @@ class ServedDevice:
         self._strict = strict
         self._delay = RETRY_SECONDS_MIN
         self._retry = trio.Event()
+        self._storage: Storage | None = None  # of the device that failed
         self._inherited = False  # a socket was inherited and has been used
         self._log = structlog.get_logger().bind(device=name)
 
@@ -105,6 +107,8 @@ class ServedDevice:
         """One attempt; returns when the front-end of an inherited connection left. Raises ``HostError`` (in groups)."""
         configured = self._around.configured(self.name)
         device = make_device(self.name, configured)
+        if self._storage is not None:  # a flush that failed is not forgotten with the device
+            device.inherit_storage(self._storage)
         try:
             async with self._around.backend_of(device, configured) as backend:
                 self._around.came(self.name, device, backend)
@@ -113,6 +117,7 @@ class ServedDevice:
                 finally:
                     self._around.went(self.name)
         finally:
+            self._storage = DeviceCalls(device).look("storage", device.storage, None)
             close_all([device])
 
     async def _serve_front_ends(self, backend: Backend, common: DeviceConfig) -> None:

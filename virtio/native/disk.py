@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -57,6 +57,8 @@ class DiskSetup:
     serial: bytes
     erase_align: int = 1
     """What a discard is aligned to, or the storage refuses it."""
+    stop_on_error: bool = False
+    """Keep the requests that the storage fails, and what comes after them, until they are tried again."""
     news_fd: OwnedFd | None = None
     """An eventfd, written when there is an error that ``errors`` has not reported yet."""
 
@@ -71,6 +73,11 @@ class DiskErrors:
 
     counts: dict[tuple[str, str], int]
     flush_failed: str | None
+    reopened: int = 0
+    stopped: tuple[str, str] | None = None
+    """Operation and errno: requests are kept since one was answered so."""
+    kept: int = 0
+    retries: int = 0
 
 
 def errno_name(number: int) -> str:
@@ -101,6 +108,7 @@ class NativeDisk(NativeDevice):
         raw.max_write_zeroes_sectors = setup.max_write_zeroes_sectors
         raw.serial = setup.serial[:20]
         raw.inline_io = setup.fd is not None and setup.direct is None and file_is_memory(setup.fd)
+        raw.stop_on_error = setup.stop_on_error
         raw.news_fd = setup.news_fd.fileno() if setup.news_fd is not None else -1
         error = ffi.new("int *")
         pointer = lib.blk_new(raw, error)
@@ -135,7 +143,28 @@ class NativeDisk(NativeDevice):
             for number, count in enumerate(raw.counts[place])
             if count
         }
-        return DiskErrors(counts, errno_name(raw.sync_error) if raw.sync_error else None)
+        failed = errno_name(raw.sync_error) if raw.sync_error else None
+        stopped = (OPS[raw.stop_op], errno_name(raw.stop_error)) if raw.stopped else None
+        return DiskErrors(counts, failed, raw.reopened, stopped, raw.kept, raw.retries)
+
+    def retry(self) -> None:
+        """Try again what is kept of a stopped disk."""
+        lib.blk_retry(self._alive())
+
+    def installer(self) -> Callable[[OwnedFd, OwnedFd | None, Sequence[OwnedFd]], None]:
+        """Puts new open file descriptions of the image in the place of those in use, after which flushes may succeed.
+
+        To be called in a thread, for it closes files. The disk may be closed meanwhile. The arguments: the first
+        description, one without O_DIRECT where there is one, and as many as ``use_sync_fds`` had.
+        """
+        pointer = self._alive()
+
+        def install(first: OwnedFd, cached: OwnedFd | None, others: Sequence[OwnedFd]) -> None:
+            numbers = [fd.fileno() for fd in others]
+            cached_number = cached.fileno() if cached is not None else -1
+            check(lib.blk_reopened(pointer, first.fileno(), cached_number, numbers, len(numbers)), "opening it again")
+
+        return install
 
     def await_news(self) -> None:
         """The next error writes ``news_fd`` again; call it before ``errors``, so that none is missed."""

@@ -95,10 +95,19 @@ class StorageErrors:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A disk's storage. ``flush_failed``: the errno of the flush that failed, after which none may succeed."""
+    """A disk's storage. ``flush_failed``: the errno of the flush that failed, after which none may succeed.
+
+    ``reopened``: how often its image was opened again while the daemon ran, so that flushes might succeed again.
+    ``stopped``: operation and errno of the request because of which requests are kept, ``kept`` of them now.
+    ``retries``: how often they were tried again.
+    """
 
     errors: tuple[StorageErrors, ...]
     flush_failed: str | None
+    reopened: int = 0
+    stopped: str | None = None
+    kept: int = 0
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)

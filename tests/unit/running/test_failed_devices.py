@@ -23,7 +23,8 @@ from daemon.running.served import RETRY_SECONDS_MAX, ServedDevice
 from daemon.show import render
 from daemon.state import DaemonState, FailedDevice
 from virtio.backend.backend import Backend
-from virtio.device import Device
+from virtio.device import Device, Storage
+from virtio.devices.rng import Rng
 from virtio.errors import HostError
 
 MISSING = """
@@ -260,6 +261,18 @@ async def test_attempts_grow_rarer_up_to_a_minute_and_each_reason_is_logged_once
     assert max(waits) == RETRY_SECONDS_MAX
     assert [line["reason"] for line in logs if line["event"] == "device failed"] == ["no tap", "no bridge"]
     assert device.failures == 10
+
+
+async def test_a_device_that_is_tried_again_inherits_what_the_storage_had_answered_before(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, inherited = Storage((), "EIO"), []
+    monkeypatch.setattr(Rng, "storage", lambda device: lost)
+    monkeypatch.setattr(Rng, "inherit_storage", lambda device, before: inherited.append(before))
+    scene = Scene(tmp_path)
+    scene.errors = [HostError("no bridge")]
+    await log_until_served(scene, ServedDevice("e", scene, strict=False))
+    assert inherited == [lost]
 
 
 async def test_a_mistake_of_ours_in_one_device_is_logged_with_its_traceback_and_tried_again(

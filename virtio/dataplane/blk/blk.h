@@ -25,7 +25,7 @@ struct blk_lane { /* what a worker keeps of an image: blk/flush.c; its thread on
 
 struct blk_device {
 	struct native_device native; /* first */
-	struct blk_setup setup;      /* immutable; its fd is ours */
+	struct blk_setup setup;      /* immutable; its fd is ours, and may be given another file: blk_reopened */
 	uint64_t capacity;           /* atomic, sectors: changes when the image is resized */
 	uint32_t writeback;          /* atomic: the driver's choice of cache mode */
 	uint32_t discards, zeroes;   /* atomic: the driver accepted these requests */
@@ -36,6 +36,11 @@ struct blk_device {
 	bool shares_blocks;          /* fixed: direct I/O on blocks of the host's that hold several of the guest's */
 	struct { pthread_mutex_t mutex; struct blk_range *oldest, *newest; } ranges;
 	struct blk_errors errors;    /* atomic */
+	struct {                     /* blk/kept.c: the requests of a stopped disk */
+		pthread_mutex_t mutex;
+		struct request *first, **last;
+		uint32_t trying;     /* handed over to be tried again, and not ended yet */
+	} kept;
 	uint32_t news;               /* atomic: Python was woken for an error and has not looked yet */
 	struct blk_lane *lanes;      /* atomic, grows at its head */
 	uint32_t lane_count;         /* atomic */
@@ -55,6 +60,7 @@ struct blk_request {
 	struct iovec *data;
 	uint32_t data_count;
 	uint64_t data_len;
+	uint64_t done;            /* of a transfer that failed at once: what was done of it, and is off `data` */
 	uint32_t segment_count;
 	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
 };
@@ -71,14 +77,22 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 /* Has the file no I/O that returns where it would have to wait? This looks at it without waiting itself. */
 int blk_file_may_block(int fd);
 void blk_io_done(struct request *r, int result);
-/* A request on a file whose I/O never waits, at once: a VIRTIO_BLK_S_*. */
+#define BLK_AGAIN -2   /* it failed, and is to be done through the reactor, where it can be kept */
+
+/* A request on a file whose I/O never waits, at once: a VIRTIO_BLK_S_*, or BLK_AGAIN. */
 int blk_file_now(struct blk_device *blk, struct blk_request *q);
 /* Hand r's I/O to the reactor / end the request with this VIRTIO_BLK_S_* / with an error of the storage's. */
 void blk_submit(struct request *r);
 /* ... but no more of it at once than a turn may have; `first`: nothing of it was submitted yet. */
 void blk_submit_part(struct request *r, bool first);
 void blk_finish(struct request *r, int status);
-/* `error`: an errno, or BLK_FILE_ENDED. */
+/* Begin the I/O of a request whose pieces or segments are set. */
+void blk_begin(struct request *r);
+/* What r holds beside its place in the pool. */
+void blk_let_go(struct request *r);
+/* End r, which had no memory to begin with. */
+void blk_no_memory(struct request *r);
+/* The I/O that r has last submitted failed: keep r, or end it. `error`: an errno, or BLK_FILE_ENDED. */
 void blk_fail(struct request *r, int error);
 /* The sync of this request, or of the batch it was in, ended: go on with the request. */
 void blk_sync_done(struct request *r, int result);
@@ -114,9 +128,26 @@ void blk_flush_free(struct blk_device *blk);
 
 /* ---- blk/errors.c ---- */
 
+/* Python has something to look at. */
+void blk_raise_news(struct blk_device *blk);
+
 void blk_count_error(struct blk_device *blk, uint32_t op, int error);
 /* A sync failed: from now on every flush does. */
 void blk_count_sync_error(struct blk_device *blk, uint32_t op, int error);
+
+/* ---- blk/kept.c: on_error = "stop" ---- */
+
+enum { BLK_KEPT_FAILED = 1, BLK_KEPT_WAITING };
+
+/* r's I/O failed: true if r is kept, to be submitted again. */
+bool blk_keep(struct request *r, int error);
+/* r has not begun: true if the disk is stopped, and r is kept until it continues. */
+bool blk_waits(struct request *r);
+/* r, which was tried again, ends. */
+void blk_tried(struct request *r);
+/* r, which was kept or has waited for a range, may go on. */
+void blk_resumed(struct request *r);
+void blk_drain(struct native_device *device, struct virtqueue *vq);
 
 /* ---- blk/parts.c ---- */
 

@@ -222,6 +222,7 @@ static void blk_free(struct native_device *device)
 		close(blk->setup.cached_fd);
 	blk_flush_free(blk);
 	pthread_mutex_destroy(&blk->ranges.mutex);
+	pthread_mutex_destroy(&blk->kept.mutex);
 	free(blk);
 }
 
@@ -229,7 +230,8 @@ static const struct native_ops blk_ops = {
 	.serve = blk_serve,
 	.io_done = blk_io_done,
 	.proceed = blk_proceed,
-	.resumed = blk_range_granted,
+	.resumed = blk_resumed,
+	.drain = blk_drain,
 	.free = blk_free,
 };
 
@@ -246,6 +248,8 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 	blk->setup.cached_fd = -1;
 	blk->setup.erase_align = setup->erase_align ? setup->erase_align : 1;
 	pthread_mutex_init(&blk->ranges.mutex, NULL);
+	pthread_mutex_init(&blk->kept.mutex, NULL);
+	blk->kept.last = &blk->kept.first;
 	blk->shares_blocks = setup->direct && setup->offset_align > setup->block_size;
 	blk->capacity = setup->capacity;
 	blk->writeback = 1;

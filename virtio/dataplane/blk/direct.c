@@ -177,7 +177,7 @@ static void begin(struct request *r)
 	else if (bounce_begin(r))
 		step(r);
 	else
-		blk_fail(r, ENOMEM);
+		blk_no_memory(r);
 }
 
 void blk_direct_begin(struct request *r)

@@ -8,16 +8,21 @@
 
 #include <unistd.h>
 
-/* Any worker thread; only where something failed. `error`: an errno, or BLK_FILE_ENDED. */
-void blk_count_error(struct blk_device *blk, uint32_t op, int error)
+void blk_raise_news(struct blk_device *blk)
 {
 	uint64_t one = 1;
 
-	__atomic_add_fetch(&blk->errors.counts[op][error < BLK_ERRNOS ? error : BLK_ERRNOS - 1], 1, __ATOMIC_RELAXED);
 	if (__atomic_exchange_n(&blk->news, 1, __ATOMIC_ACQ_REL) || blk->setup.news_fd < 0)
 		return;
 	if (write(blk->setup.news_fd, &one, sizeof(one)) < 0)
 		return; /* our own non-blocking eventfd, full: it will be read */
+}
+
+/* Any worker thread; only where something failed. `error`: an errno, or BLK_FILE_ENDED. */
+void blk_count_error(struct blk_device *blk, uint32_t op, int error)
+{
+	__atomic_add_fetch(&blk->errors.counts[op][error < BLK_ERRNOS ? error : BLK_ERRNOS - 1], 1, __ATOMIC_RELAXED);
+	blk_raise_news(blk);
 }
 
 void blk_count_sync_error(struct blk_device *blk, uint32_t op, int error)

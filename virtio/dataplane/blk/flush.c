@@ -10,6 +10,7 @@
  */
 #include "blk/blk.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -93,6 +94,24 @@ int blk_use_sync_fds(struct native_device *device, const int *fds, uint32_t coun
 		return -ENOMEM;
 	memcpy(blk->sync_fds, fds, count * sizeof(*fds));
 	blk->sync_fd_count = count;
+	return 0;
+}
+
+int blk_reopened(struct native_device *device, int fd, int cached_fd, const int *sync_fds, uint32_t count)
+{
+	struct blk_device *blk = (struct blk_device *)device;
+
+	if (count != blk->sync_fd_count || (cached_fd < 0) != (blk->setup.cached_fd < 0))
+		return -EINVAL;
+	if (dup3(fd, blk->setup.fd, O_CLOEXEC) < 0 || (cached_fd >= 0 && dup3(cached_fd, blk->setup.cached_fd, O_CLOEXEC) < 0))
+		return -errno;
+	for (uint32_t i = 0; i < count; i++)
+		if (dup3(sync_fds[i], blk->sync_fds[i], O_CLOEXEC) < 0)
+			return -errno;
+	/* A sync of an old description that still fails sets it again: what it covers began before. */
+	store_release(&blk->errors.sync_error, 0);
+	__atomic_add_fetch(&blk->errors.reopened, 1, __ATOMIC_RELAXED);
+	blk_raise_news(blk);
 	return 0;
 }
 

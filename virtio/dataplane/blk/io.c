@@ -94,8 +94,11 @@ int blk_file_now(struct blk_device *blk, struct blk_request *q)
 	case BLK_OP_WRITE_ZEROES:
 		return blk_segments_now(blk, q);
 	default:
-		if (transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0, &error) == q->data_len)
+		q->done = transfer_now(blk->setup.fd, q, q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0, &error);
+		if (q->done == q->data_len)
 			return VIRTIO_BLK_S_OK;
+		if (blk->setup.stop_on_error)
+			return BLK_AGAIN;
 		blk_count_error(blk, q->op, error);
 		return VIRTIO_BLK_S_IOERR;
 	}
@@ -108,24 +111,35 @@ void blk_submit(struct request *r)
 	r->worker->reactor->submit(r->worker, r);
 }
 
-void blk_finish(struct request *r, int status)
+void blk_let_go(struct request *r)
 {
-	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
-
 	if (unlikely(r->range.claimed))
 		blk_range_release((struct blk_device *)r->device, r);
 	free(r->bounce);
 	free(r->many);
+}
+
+void blk_finish(struct request *r, int status)
+{
+	bool read = r->op == BLK_OP_READ && status == VIRTIO_BLK_S_OK;
+
+	if (unlikely(r->tried))
+		blk_tried(r);
+	blk_let_go(r);
 	*r->status_hva = (uint8_t)status;
 	request_finish(r, read ? (uint32_t)r->bytes + 1 : 1, status != VIRTIO_BLK_S_OK);
 }
 
-/* `error`: an errno, or BLK_FILE_ENDED. */
 void blk_fail(struct request *r, int error)
 {
-	struct blk_device *blk = (struct blk_device *)r->device;
+	blk_count_error((struct blk_device *)r->device, r->op, error);
+	if (!blk_keep(r, error))
+		blk_finish(r, VIRTIO_BLK_S_IOERR);
+}
 
-	blk_count_error(blk, r->op, error);
+void blk_no_memory(struct request *r)
+{
+	blk_count_error((struct blk_device *)r->device, r->op, ENOMEM);
 	blk_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
@@ -156,7 +170,8 @@ static void transfer_failed(struct request *r, int error)
 		blk_count_sync_error((struct blk_device *)r->device, r->op, error);
 	else
 		blk_count_error((struct blk_device *)r->device, r->op, error);
-	blk_finish(r, VIRTIO_BLK_S_IOERR);
+	if (!blk_keep(r, error))
+		blk_finish(r, VIRTIO_BLK_S_IOERR);
 }
 
 void blk_io_done(struct request *r, int result)
@@ -193,6 +208,22 @@ void blk_io_done(struct request *r, int result)
 	}
 }
 
+void blk_begin(struct request *r)
+{
+	struct blk_device *blk = (struct blk_device *)r->device;
+
+	if (r->op == BLK_OP_FLUSH && blk_sync_failed(blk)) /* while it waited */
+		blk_finish(r, VIRTIO_BLK_S_IOERR);
+	else if (r->op == BLK_OP_FLUSH)
+		blk_sync(blk, r);
+	else if (r->segment_count)
+		blk_segment_next(r);
+	else if (blk->setup.direct)
+		blk_direct_begin(r);
+	else
+		blk_submit_part(r, true);
+}
+
 static int start_async(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 		       struct blk_request *q, uint64_t start_ns, uint64_t done)
 {
@@ -209,31 +240,27 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->bytes = q->data_len;
 	if (q->op == BLK_OP_FLUSH) {
 		r->bytes = 0;
-		blk_sync(blk, r);
-		return BLK_PENDING;
-	}
-	if (q->segment_count) {
+	} else if (q->segment_count) {
 		r->bytes = 0;
 		for (uint32_t i = 0; i < q->segment_count; i++)
 			r->bytes += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
 		memcpy(r->segments, q->segments, q->segment_count * sizeof(q->segments[0]));
 		r->segment_count = q->segment_count;
 		r->io = IO_FALLOCATE;
-		blk_segment_next(r);
-		return BLK_PENDING;
+	} else {
+		r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
+		r->flags = q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0;
+		r->offset = (q->sector << SECTOR_SHIFT) + done;
+		r->length = q->data_len - done;
+		if (!blk->setup.direct)
+			w->moved += q->data_len;
+		if (!blk_keep_pieces(r, q)) {
+			blk_no_memory(r);
+			return BLK_PENDING;
+		}
 	}
-	r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
-	r->flags = q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0;
-	r->offset = (q->sector << SECTOR_SHIFT) + done;
-	r->length = q->data_len - done;
-	if (!blk->setup.direct)
-		w->moved += q->data_len;
-	if (!blk_keep_pieces(r, q))
-		blk_fail(r, ENOMEM);
-	else if (blk->setup.direct)
-		blk_direct_begin(r);
-	else
-		blk_submit_part(r, true);
+	if (likely(!load_relaxed(&blk->errors.stopped)) || !blk_waits(r))
+		blk_begin(r);
 	return BLK_PENDING;
 }
 
@@ -261,8 +288,18 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 		return VIRTIO_BLK_S_OK;
 	if (q->op == BLK_OP_FLUSH && blk_sync_failed(blk))
 		return VIRTIO_BLK_S_IOERR;
-	if (blk->setup.inline_io)
-		return unlikely(blk_is_long(q)) ? blk_parts_begin(blk, w, vq, chain, q, start_ns) : blk_file_now(blk, q);
+	if (unlikely(load_relaxed(&blk->errors.stopped)))
+		return start_async(blk, w, vq, chain, q, start_ns, 0);
+	if (blk->setup.inline_io && unlikely(blk_is_long(q))) {
+		if (!blk->setup.stop_on_error)
+			return blk_parts_begin(blk, w, vq, chain, q, start_ns);
+	} else if (blk->setup.inline_io) {
+		int status;
+
+		q->done = 0;
+		status = blk_file_now(blk, q);
+		return likely(status != BLK_AGAIN) ? status : start_async(blk, w, vq, chain, q, start_ns, q->done);
+	}
 	/* A long one is for the reactor, whose parts are counted. */
 	if (q->op == BLK_OP_READ && q->data_len <= BLK_PART && !blk->setup.direct && !load_relaxed(&blk->no_nowait)) {
 		done = transfer_now(blk->setup.fd, q, RWF_NOWAIT, &error);

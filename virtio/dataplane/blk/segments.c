@@ -51,6 +51,8 @@ int blk_segments_now(struct blk_device *blk, const struct blk_request *q)
 			return VIRTIO_BLK_S_UNSUPP;
 		if (rc == -EOPNOTSUPP)
 			rc = zero_by_writing(blk->setup.fd, offset, length);
+		if (rc < 0 && blk->setup.stop_on_error)
+			return BLK_AGAIN;
 		if (rc < 0) {
 			blk_count_error(blk, q->op, -rc);
 			return VIRTIO_BLK_S_IOERR;

@@ -34,6 +34,7 @@ struct blk_setup {
 	uint32_t max_discard_sectors;
 	uint32_t max_write_zeroes_sectors;
 	char serial[20];
+	uint32_t stop_on_error; /* keep what the storage fails, and try it again at blk_retry: blk/kept.c */
 	int news_fd;          /* not owned: an eventfd, written when there is an error to be looked at; -1: none */
 };
 
@@ -43,6 +44,11 @@ struct blk_setup {
 struct blk_errors { /* what the storage answered, by request and errno; any thread may read */
 	uint64_t counts[DP_QUEUE_OPS][BLK_ERRNOS];
 	uint32_t sync_error;  /* an errno; not 0: a write-back failed, and so does every flush until the image is reopened */
+	uint32_t reopened;    /* how often blk_reopened was called */
+	uint32_t stopped;     /* 1: requests are kept, because ... */
+	uint32_t stop_op, stop_error; /* ... one of this kind was answered with this error */
+	uint32_t kept;        /* how many are kept, those that came since among them */
+	uint32_t retries;     /* how often the failed ones were tried again */
 };
 
 /* 1: the file lies where its I/O never waits for a device (tmpfs, ramfs); 0: it may wait; or -errno. */
@@ -64,6 +70,15 @@ void blk_await_news(struct native_device *device);
  * with one less than workers each of them syncs by its own.
  */
 int blk_use_sync_fds(struct native_device *device, const int *fds, uint32_t count);
+/*
+ * Any thread; closing what was open may block. These are new open file descriptions of the same image: the first one,
+ * one without O_DIRECT where there is one (else -1), and as many to sync by as blk_use_sync_fds had. Duplicates take the
+ * places of the old ones, under their numbers: requests in flight keep the file that they began with. Flushes may
+ * succeed again. 0, or -errno: then an old one is still in place, and every flush fails as before.
+ */
+int blk_reopened(struct native_device *device, int fd, int cached_fd, const int *sync_fds, uint32_t count);
+/* Any thread: try again what is kept of a stopped disk. Looking at blk_errors later says what came of it. */
+void blk_retry(struct native_device *device);
 void blk_set_writeback(struct native_device *device, uint32_t on);
 /* Which requests that need a feature the driver accepted; before anybody says so, all that the setup has. */
 void blk_accept(struct native_device *device, uint32_t discards, uint32_t zeroes, uint32_t legacy);

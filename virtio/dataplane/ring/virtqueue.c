@@ -161,6 +161,7 @@ int virtqueue_pop(struct virtqueue *vq, struct chain_view *chain)
 		return virtqueue_fail(vq, VQ_FAULT_HEAD_INFLIGHT, chain->head, 0, 0);
 	vq->inflight_heads[chain->head / 64] |= bit;
 	vq->inflight++;
+	vq->popped++;
 	return VQ_CHAIN;
 }
 
@@ -169,6 +170,7 @@ void virtqueue_unpop(struct virtqueue *vq, const uint32_t *heads, uint32_t count
 	for (uint32_t i = 0; i < count; i++)
 		vq->inflight_heads[heads[i] / 64] &= ~(1ull << (heads[i] & 63));
 	vq->inflight -= count;
+	vq->popped -= count;
 	if (count)
 		vq->ops->rewind(vq, count, slots);
 }

@@ -116,6 +116,7 @@ struct virtqueue {
 	struct interrupt_status *interrupt_status; /* virtio-mmio only: set before call_fd is written */
 	bool unsaid;              /* something was pushed since the driver was last notified */
 	uint32_t inflight;
+	uint32_t popped;          /* chains, and not given back to the ring; it wraps */
 	uint32_t epoch;           /* grows whenever the queue forgets its ring */
 	union {
 		struct split_ring split;

@@ -55,11 +55,23 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 	r->trimmed = 0;
 	r->range.claimed = false;
 	r->segment = r->segment_count = 0;
-	r->zeroing = false;
+	r->zeroing = r->tried = false;
+	r->kept = 0;
+	r->number = vq->popped - 1;
 	r->link.start_ns = start_ns;
 	r->link.available_ns = vq->wait.available_ns;
 	inflight_add(vq, &r->link);
 	return r;
+}
+
+static void recycle(struct request *r)
+{
+	struct virtqueue *vq = r->vq;
+
+	memory_table_unref(r->table);
+	native_device_unref(r->device);
+	r->next = vq->free_requests;
+	vq->free_requests = r;
 }
 
 void request_finish(struct request *r, uint32_t written, bool failed)
@@ -74,10 +86,13 @@ void request_finish(struct request *r, uint32_t written, bool failed)
 	op_stats_add(&vq->stats.ops[r->op], now - r->link.start_ns, failed ? 0 : r->bytes, failed);
 	guest_wait_complete(vq, r->link.available_ns, now);
 	worker_touch(w, vq);
-	memory_table_unref(r->table);
-	native_device_unref(r->device);
-	r->next = vq->free_requests;
-	vq->free_requests = r;
+	recycle(r);
+}
+
+void request_withdraw(struct request *r)
+{
+	inflight_remove(r->vq, &r->link);
+	recycle(r);
 }
 
 void requests_push(struct request **stack, struct request *r)

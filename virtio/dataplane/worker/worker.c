@@ -252,8 +252,12 @@ static void detach_drained(struct worker *w)
 
 	for (struct virtqueue *vq = w->queues; vq; vq = next) {
 		next = vq->worker_next;
-		if (vq->detaching)
+		if (vq->detaching) {
+			if (vq->device->ops->drain)
+				vq->device->ops->drain(vq->device, vq);
+			worker_publish_touched(w);
 			detach_if_drained(w, vq);
+		}
 	}
 }
 

@@ -48,6 +48,7 @@ struct request { /* one request that waits for I/O; from its queue's pool; worke
 	struct iovec *io_iov;           /* what is left of it */
 	uint32_t io_count;              /* may be more than KERNEL_IOV_MAX: see request_pieces */
 	uint64_t offset, length;        /* in the file; what is left */
+	uint32_t number;                /* of its chain, in the order in which the queue's were popped */
 	bool may_block;                 /* where it is begun: the file has no non-blocking I/O */
 	int result;                     /* epoll reactor: io_uring's res */
 	/* the device's own */
@@ -64,6 +65,8 @@ struct request { /* one request that waits for I/O; from its queue's pool; worke
 	struct blk_range range;
 	uint32_t segment, segment_count;
 	bool zeroing;                   /* write-zeroes by plain writes */
+	bool tried;                     /* it failed before, and is being tried again */
+	uint8_t kept;                   /* BLK_KEPT_*: it waits in its device's list, or comes from there; 0: neither */
 	struct iovec iov[REQUEST_IOV_MAX];
 	struct iovec *many;             /* the pieces where there are more than that, or NULL */
 	struct blk_segment segments[BLK_DISCARD_SEGMENTS];
@@ -129,6 +132,8 @@ struct native_ops {
 	bool (*proceed)(struct request *r);
 	/* Worker thread: r, which waited for something of the device's, may go on. */
 	void (*resumed)(struct request *r);
+	/* Worker thread, while the queue stops, may be NULL: give back what has no I/O in flight and would wait. */
+	void (*drain)(struct native_device *device, struct virtqueue *vq);
 	/* Worker thread: WORKER_NUDGE came. NULL: it means nothing to this device. */
 	void (*nudged)(struct native_device *device, struct worker *w);
 	void (*free)(struct native_device *device);
@@ -264,6 +269,8 @@ struct request *request_start(struct worker *w, struct virtqueue *vq, struct nat
 			      const struct chain_view *chain, uint64_t start_ns);
 /* Push, count and recycle. */
 void request_finish(struct request *r, uint32_t written, bool failed);
+/* Recycle a request whose chain the caller gives back to the ring. */
+void request_withdraw(struct request *r);
 /* Called by a reactor: a doorbell of `vq` rang / the eventfd of that kind is no longer watched. */
 void worker_kicked(struct virtqueue *vq);
 void worker_doorbell_removed(struct worker *w, struct virtqueue *vq, uint32_t kind);

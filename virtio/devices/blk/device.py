@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -15,10 +17,11 @@ from virtio.claims import Claims
 from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
 from virtio.device import Device, DeviceOptions, Storage, StorageErrors
 from virtio.devices.blk.image import Image, open_again, open_image
+from virtio.devices.blk.image_reopen import Reopening
 from virtio.devices.blk.image_size import extend_image, usable_size
-from virtio.devices.blk.storage_log import StorageLog, explain
+from virtio.devices.blk.storage_watch import StorageWatch
 from virtio.errors import HostError
-from virtio.fd import OwnedFd, take_count
+from virtio.fd import OwnedFd
 from virtio.native.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
@@ -86,6 +89,12 @@ class BlkOptions(DeviceOptions):
         "writeback", description="writeback: durable after a flush; writethrough: every write is durable when answered."
     )
 
+    on_error: Literal["report", "stop"] = Field(
+        "report",
+        description="What follows when the storage fails a request. report: the guest gets an I/O error; stop: the "
+        "request is kept, the disk's requests wait, and it is tried again, by itself and at hyperbell retry.",
+    )
+
     def claims(self, name: str) -> Claims:
         return Claims(read_only=self.read_only)
 
@@ -101,6 +110,8 @@ class BlkOptions(DeviceOptions):
             raise ValueError(f'path and backend = "{self.backend}" exclude each other')
         if self.backend != "file" and self.direct:
             raise ValueError(f'direct has no meaning with backend = "{self.backend}"')
+        if self.backend != "file" and self.on_error != "report":
+            raise ValueError(f'on_error has no meaning with backend = "{self.backend}": nothing of it can fail')
         if self.size is not None and self.size % self.block_size:
             raise ValueError(f"size is not a multiple of {self.block_size} (block_size)")
         if self.physical_block_size < self.block_size:
@@ -140,6 +151,8 @@ class Blk(Device):
                 options.path, read_only=options.read_only, direct=options.direct, block_size=options.block_size
             )
         self._examined: int | None = None
+        self._sync_fds = 0
+        self._storage_before = Storage((), None)
         self._news = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._capacity = self._measure()
@@ -189,6 +202,7 @@ class Blk(Device):
             max_discard_sectors=MAX_ZEROED_SECTORS,
             max_write_zeroes_sectors=MAX_ZEROED_SECTORS,
             serial=self._options.serial.encode("ascii"),
+            stop_on_error=self._options.on_error == "stop",
             news_fd=self._news,
         )
 
@@ -294,36 +308,49 @@ class Blk(Device):
     def use_workers(self, count: int) -> None:
         """Each of them flushes by an open file description of its own: virtio/dataplane/blk/flush.c says why."""
         if self._image is not None and not self._options.read_only:
-            self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(count - 1)])
+            self._sync_fds = count - 1
+            self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(self._sync_fds)])
 
     def storage(self) -> Storage | None:
         if self._image is None:
             return None
-        errors = self._disk.errors()
-        counts = tuple(StorageErrors(*kind, count) for kind, count in errors.counts.items())
-        return Storage(counts, errors.flush_failed)
+        errors, before = self._disk.errors(), self._storage_before
+        counts = Counter(errors.counts)
+        counts.update({(each.op, each.errno): each.count for each in before.errors})
+        reopened = errors.reopened + before.reopened + (before.flush_failed is not None)
+        return Storage(
+            tuple(StorageErrors(*kind, count) for kind, count in counts.items()),
+            errors.flush_failed,
+            reopened,
+            " ".join(errors.stopped) if errors.stopped is not None else None,
+            errors.kept,
+            errors.retries + before.retries,
+        )
+
+    def retry_storage(self) -> bool:
+        stopped = self._disk.errors().stopped is not None
+        self._disk.retry()
+        return stopped
+
+    def inherit_storage(self, before: Storage) -> None:
+        self._storage_before = before
+
+    def reopening(self) -> Callable[[], None]:
+        if self._image is None or self._options.path is None:
+            raise HostError(f'a disk with backend = "{self._options.backend}" has no image to open again')
+        return Reopening(self._image, self._options.path, self._sync_fds, self._disk.installer())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Report what the storage answers with errors, and what follows for the guest."""
+        watch = StorageWatch(self.name, self._disk, self._news, self._look, self._storage_before.flush_failed)
         task_status.started()
-        book = StorageLog()
-        log = structlog.get_logger().bind(device=self.name)
-        flush_failed: str | None = None
-        while True:
-            with trio.move_on_after(book.due()):
-                await trio.lowlevel.wait_readable(self._news.fileno())
-                take_count(self._news.fileno())
-            self._disk.await_news()
-            errors = self._disk.errors()
-            for values in book.lines(errors.counts):
-                log.error("storage failed", **values)
-            if errors.flush_failed is not None and flush_failed is None:
-                log.critical(
-                    "what the guest has written may be lost: every flush fails until the image is opened again",
-                    error=explain(errors.flush_failed),
-                    errno=errors.flush_failed,
-                )
-            flush_failed = errors.flush_failed
+        await watch.run()
+
+    def _look(self) -> tuple[int, int]:
+        """In a thread: the size of the disk and of its image in bytes."""
+        if self._image is None:
+            raise HostError("there is no image")
+        return self._capacity * SECTOR_SIZE, self._image.size()
 
     def close(self) -> None:
         self._disk.close()

@@ -1,0 +1,73 @@
+"""What an operator does about a disk whose storage failed, while the daemon runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final
+
+import structlog
+import trio
+
+from virtio.backend.device_calls import DeviceCalls
+from virtio.device import Device
+from virtio.errors import HostError, HyperbellError
+
+COMMANDS: Final = ("reopen", "retry")
+REOPEN_SECONDS: Final = 10.0  # how long the storage may take
+
+REOPEN_EPILOG: Final = """\
+After a flush of a disk has failed every flush fails, because the kernel forgets what it could not write. This opens the
+image again, syncs it, and lets flushes succeed. What was lost before stays lost: check the guest's file systems. The
+guest may run meanwhile. Refused while the storage still fails, and where the path is another file by now.
+
+example:
+  hyperbell reopen disk /etc/hyperbell/hyperbell.toml
+"""
+
+
+RETRY_EPILOG: Final = """\
+A disk with on_error = "stop" keeps the requests that its storage fails, and every request after them. They are tried
+again by themselves after 1 s, 2 s, ... up to 60 s; this tries them now, say when there is room again.
+
+example:
+  hyperbell retry disk /etc/hyperbell/hyperbell.toml
+"""
+
+
+class Disks:
+    """The disks among ``devices``, by name. ``limiters``: by device, so that storage that hangs keeps one thread."""
+
+    def __init__(self, devices: Mapping[str, Device], limiters: MutableMapping[str, trio.CapacityLimiter]) -> None:
+        self._devices = devices
+        self._limiters = limiters
+
+    async def answer(self, command: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one of ``COMMANDS``."""
+        name = request.get("device")
+        if not isinstance(name, str):
+            return {"ok": False, "error": f'name the device: {{"command": "{command}", "device": "disk"}}'}
+        try:
+            device = self._devices.get(name)
+            if device is None:
+                raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
+            if command == "reopen":
+                await self._reopen(name, device)
+            stopped = DeviceCalls(device).ask("retry_storage", device.retry_storage)
+        except HyperbellError as error:
+            return {"ok": False, "error": str(error)}
+        structlog.get_logger().info(command, device=name)
+        return {"ok": True, "device": name, "stopped": stopped}
+
+    async def _reopen(self, name: str, device: Device) -> None:
+        reopen = DeviceCalls(device).ask("reopening", device.reopening)
+        limiter = self._limiters.setdefault(name, trio.CapacityLimiter(1))
+        with trio.move_on_after(REOPEN_SECONDS) as scope:
+            await trio.to_thread.run_sync(reopen, abandon_on_cancel=True, limiter=limiter)
+        if scope.cancelled_caught:
+            raise HostError(f"{name}: its storage has not answered for {REOPEN_SECONDS:.0f} s; it may be opened later")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """All but the control socket."""
+    parser.add_argument("device", metavar="DEVICE", help="the disk's name in the configuration")

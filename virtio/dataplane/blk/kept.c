@@ -1,0 +1,232 @@
+/*
+ * Disks with on_error = "stop". A request that the storage fails is kept, neither answered nor lost, and the disk is
+ * stopped: every request that comes after it waits. The failed ones are tried again when Python says so. When all of
+ * those have succeeded the disk continues, and what waited is begun.
+ *
+ * Kept requests are in one list of the disk, under a mutex that only a disk with a failure takes. A request goes back to
+ * its own worker under the mutex, and has to take the mutex there, so its queue and its worker live until it was handed
+ * over. A flush that fails is never kept: a second try would succeed, and what the first one lost would stay lost.
+ */
+#include "blk/blk.h"
+
+static struct blk_device *device_of(const struct request *r)
+{
+	return (struct blk_device *)r->device;
+}
+
+/* Not what says that this request cannot be: no repair and no room would change the answer. */
+static bool worth_keeping(int error)
+{
+	switch (error) {
+	case EINVAL:
+	case EOPNOTSUPP:
+	case ENOSYS:
+	case EFAULT:
+	case EBADF:
+		return false;
+	default:
+		return true;
+	}
+}
+
+/* ---- with the mutex ---- */
+
+static void append(struct blk_device *blk, struct request *r, uint8_t why)
+{
+	r->kept = why;
+	r->next = NULL;
+	*blk->kept.last = r;
+	blk->kept.last = &r->next;
+	store_relaxed(&blk->errors.kept, blk->errors.kept + 1);
+}
+
+/* Take the requests that are kept for this reason (0: any) off the list, of this queue (NULL: any), in order. */
+static struct request *take(struct blk_device *blk, uint8_t why, const struct virtqueue *vq)
+{
+	struct request *taken = NULL, **last = &taken, **at = &blk->kept.first, *r;
+	uint32_t count = 0;
+
+	while ((r = *at)) {
+		if ((why && r->kept != why) || (vq && r->vq != vq)) {
+			at = &r->next;
+			continue;
+		}
+		*at = r->next;
+		r->next = NULL;
+		*last = r;
+		last = &r->next;
+		count++;
+	}
+	blk->kept.last = at;
+	store_relaxed(&blk->errors.kept, blk->errors.kept - count);
+	return taken;
+}
+
+static uint32_t kept_of(const struct blk_device *blk, const struct virtqueue *vq)
+{
+	uint32_t count = 0;
+
+	for (const struct request *r = blk->kept.first; r; r = r->next)
+		count += r->vq == vq;
+	return count;
+}
+
+static bool any_failed(const struct blk_device *blk)
+{
+	for (const struct request *r = blk->kept.first; r; r = r->next)
+		if (r->kept == BLK_KEPT_FAILED)
+			return true;
+	return false;
+}
+
+static void hand_over(struct request *r)
+{
+	for (struct request *next; r; r = next) {
+		next = r->next;
+		request_hand_over(r);
+	}
+}
+
+static void go_on(struct blk_device *blk)
+{
+	store_relaxed(&blk->errors.stopped, 0);
+	hand_over(take(blk, 0, NULL));
+}
+
+/* ---- worker threads ---- */
+
+bool blk_keep(struct request *r, int error)
+{
+	struct blk_device *blk = device_of(r);
+
+	if (!blk->setup.stop_on_error || !worth_keeping(error) || load_relaxed(&r->vq->fault))
+		return false;
+	pthread_mutex_lock(&blk->kept.mutex);
+	if (r->tried) {
+		r->tried = false;
+		blk->kept.trying--;
+	}
+	append(blk, r, BLK_KEPT_FAILED);
+	if (!load_relaxed(&blk->errors.stopped)) {
+		store_relaxed(&blk->errors.stop_op, r->op);
+		store_relaxed(&blk->errors.stop_error, (uint32_t)error);
+		store_release(&blk->errors.stopped, 1);
+	}
+	pthread_mutex_unlock(&blk->kept.mutex);
+	blk_raise_news(blk);
+	return true;
+}
+
+bool blk_waits(struct request *r)
+{
+	struct blk_device *blk = device_of(r);
+	bool stopped;
+
+	pthread_mutex_lock(&blk->kept.mutex);
+	stopped = load_relaxed(&blk->errors.stopped);
+	if (stopped)
+		append(blk, r, BLK_KEPT_WAITING);
+	pthread_mutex_unlock(&blk->kept.mutex);
+	return stopped;
+}
+
+void blk_resumed(struct request *r)
+{
+	struct blk_device *blk = device_of(r);
+	uint8_t kept = r->kept;
+
+	if (!kept) {
+		blk_range_granted(r);
+		return;
+	}
+	/* Whatever handed r over has let go of the mutex, and so of r. */
+	pthread_mutex_lock(&blk->kept.mutex);
+	r->kept = 0;
+	pthread_mutex_unlock(&blk->kept.mutex);
+	if (kept == BLK_KEPT_WAITING)
+		blk_begin(r);
+	else
+		blk_submit(r); /* the very I/O that failed: what came before in this request is done */
+}
+
+void blk_tried(struct request *r)
+{
+	struct blk_device *blk = device_of(r);
+
+	pthread_mutex_lock(&blk->kept.mutex);
+	r->tried = false;
+	if (--blk->kept.trying == 0 && !any_failed(blk))
+		go_on(blk);
+	pthread_mutex_unlock(&blk->kept.mutex);
+	blk_raise_news(blk);
+}
+
+/* Give back to the ring those of `list` that were popped last, without a gap; the others are left in the list. */
+static struct request *rewind_last(struct virtqueue *vq, struct request *list)
+{
+	uint32_t heads[QUEUE_REQUESTS], count = 0, slots = 0;
+	struct request **at, *r;
+
+	for (;;) {
+		for (at = &list; (r = *at) && r->number != vq->popped - 1 - count; at = &r->next)
+			;
+		if (!r)
+			break;
+		*at = r->next;
+		heads[count++] = r->head;
+		slots += r->slots;
+		blk_let_go(r);
+		request_withdraw(r);
+	}
+	virtqueue_unpop(vq, heads, count, slots);
+	return list;
+}
+
+/*
+ * The queue stops, and only kept requests are left of it. A driver finds those that were popped last in its ring, as if
+ * they had never been taken. Before others that were answered nothing can be given back: those requests get an error.
+ */
+void blk_drain(struct native_device *device, struct virtqueue *vq)
+{
+	struct blk_device *blk = (struct blk_device *)device;
+	struct request *list = NULL, *next;
+	uint32_t count;
+
+	if (likely(!load_relaxed(&blk->errors.kept)))
+		return;
+	pthread_mutex_lock(&blk->kept.mutex);
+	count = kept_of(blk, vq);
+	if (count && count == vq->inflight)
+		list = take(blk, 0, vq);
+	pthread_mutex_unlock(&blk->kept.mutex);
+	if (list && !load_relaxed(&vq->fault))
+		list = rewind_last(vq, list);
+	for (; list; list = next) {
+		next = list->next;
+		blk_finish(list, VIRTIO_BLK_S_IOERR);
+	}
+}
+
+/* ---- any thread ---- */
+
+void blk_retry(struct native_device *device)
+{
+	struct blk_device *blk = (struct blk_device *)device;
+	struct request *failed;
+
+	pthread_mutex_lock(&blk->kept.mutex);
+	if (load_relaxed(&blk->errors.stopped) && !blk->kept.trying) {
+		store_relaxed(&blk->errors.retries, blk->errors.retries + 1);
+		failed = take(blk, BLK_KEPT_FAILED, NULL);
+		for (struct request *r = failed; r; r = r->next) {
+			r->tried = true;
+			blk->kept.trying++;
+		}
+		if (failed)
+			hand_over(failed);
+		else
+			go_on(blk);
+	}
+	pthread_mutex_unlock(&blk->kept.mutex);
+	blk_raise_news(blk);
+}
