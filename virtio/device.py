@@ -13,14 +13,13 @@ from typing import Any, ClassVar, Final
 import trio
 from pydantic import BaseModel, ConfigDict
 
+from virtio.capabilities import DiskStorage, NetworkPort
 from virtio.claims import Claims
-from virtio.errors import HostError, PeerError
 from virtio.native.chain import Chain
 from virtio.native.disk import NativeDevice
 from virtio.native.pump import Queue
-from virtio.native.stats import Lost, Storage, StorageErrors
 
-__all__ = ["Chain", "Device", "DeviceOptions", "Lost", "Queue", "Storage", "StorageErrors"]
+__all__ = ["Chain", "Device", "DeviceOptions", "Queue"]
 
 
 START_SECONDS: Final = 5.0
@@ -116,51 +115,18 @@ class Device:
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote to the config space; most fields are read-only, and writes to those are ignored (2.5)."""
 
-    def set_mtu(self, mtu: int) -> None:
-        """Of a network interface: the guest is told to use this MTU. ``PeerError``: it is not possible."""
-        raise PeerError(f"a {self.type_name} device has no MTU")
-
-    def prepare_announcement(self, address: bytes) -> None:
-        """Of a network interface: have its worker, when nudged, tell the network that ``address`` is here now."""
-        raise PeerError(f"a {self.type_name} device has no address to announce")
-
-    def lost(self) -> tuple[Lost, ...]:
-        """Of a network interface: frames that did not arrive, by reason. Any thread."""
-        return ()
-
-    def storage(self) -> Storage | None:
-        """Of a disk: what its storage answered. Any thread."""
+    @property
+    def port(self) -> NetworkPort | None:
+        """What a network interface has beside this. Any thread."""
         return None
 
-    def inherit_storage(self, before: Storage) -> None:
-        """Of a disk: what the storage answered to the device that had its name before, until that one failed."""
-
-    def reopening(self) -> Callable[[], None]:
-        """Of a disk: what opens its image again, to be called in a thread. ``HostError``, also when it is called."""
-        raise HostError(f"a {self.type_name} device has no image to open again")
-
-    def retry_storage(self) -> bool:
-        """Of a disk: try again the requests that it keeps; False: it keeps none. ``HostError``: there is no storage."""
-        raise HostError(f"a {self.type_name} device has no storage")
+    @property
+    def disk(self) -> DiskStorage | None:
+        """What a disk has beside this. Any thread."""
+        return None
 
     def use_workers(self, count: int) -> None:
         """Of a native device, before its first queue runs: so many workers drive it. ``HostError``."""
-
-    @property
-    def link_up(self) -> bool | None:
-        """Of a network interface: whether its cable is plugged in."""
-        return None
-
-    def set_link(self, up: bool) -> bool:
-        """Plug the cable in or out, and tell the driver; False: it was so already. ``HostError``: there is none."""
-        raise HostError(f"a {self.type_name} device has no link")
-
-    def mute(self, queue_index: int, on: bool) -> bool:
-        """A queue that runs is disabled (or no more): what the driver makes available is used without any effect.
-
-        False: it is not, and the queue stops. Its worker is nudged afterwards.
-        """
-        return False
 
     def examine(self) -> None:
         """Before ``refresh``, in a thread of its own: look at files, which may hang. ``HostError``."""

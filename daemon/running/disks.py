@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from virtio.backend.device_calls import DeviceCalls
+from virtio.capabilities import DiskStorage
 from virtio.device import Device
 from virtio.errors import HostError, HyperbellError
 
@@ -51,21 +52,25 @@ class Disks:
             device = self._devices.get(name)
             if device is None:
                 raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
+            if device.disk is None:
+                raise HostError(f"a {device.type_name} device has no storage")
             if command == "reopen":
-                await self._reopen(name, device)
-            stopped = DeviceCalls(device).ask("retry_storage", device.retry_storage)
+                await self._reopen(device, device.disk)
+            stopped = DeviceCalls(device).ask("retry_storage", device.disk.retry_storage)
         except HyperbellError as error:
             return {"ok": False, "error": str(error)}
         structlog.get_logger().info(command, device=name)
         return {"ok": True, "device": name, "stopped": stopped}
 
-    async def _reopen(self, name: str, device: Device) -> None:
-        reopen = DeviceCalls(device).ask("reopening", device.reopening)
-        limiter = self._limiters.setdefault(name, trio.CapacityLimiter(1))
+    async def _reopen(self, device: Device, disk: DiskStorage) -> None:
+        reopen = DeviceCalls(device).ask("reopening", disk.reopening)
+        limiter = self._limiters.setdefault(device.name, trio.CapacityLimiter(1))
         with trio.move_on_after(REOPEN_SECONDS) as scope:
             await trio.to_thread.run_sync(reopen, abandon_on_cancel=True, limiter=limiter)
         if scope.cancelled_caught:
-            raise HostError(f"{name}: its storage has not answered for {REOPEN_SECONDS:.0f} s; it may be opened later")
+            raise HostError(
+                f"{device.name}: its storage has not answered for {REOPEN_SECONDS:.0f} s; it may be opened later"
+            )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,10 @@ class Links:
         device = self._devices.get(name)
         if device is None:
             raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
-        return DeviceCalls(device).ask("set_link", lambda: device.set_link(up))
+        port = device.port
+        if port is None:
+            raise HostError(f"a {device.type_name} device has no link")
+        return DeviceCalls(device).ask("set_link", lambda: port.set_link(up))
 
 
 def guest_is_told(name: str, state: DaemonState) -> bool:

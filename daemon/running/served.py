@@ -107,8 +107,9 @@ class ServedDevice:
         """One attempt; returns when the front-end of an inherited connection left. Raises ``HostError`` (in groups)."""
         configured = self._around.configured(self.name)
         device = make_device(self.name, configured)
-        if self._storage is not None:  # a flush that failed is not forgotten with the device
-            device.inherit_storage(self._storage)
+        disk = device.disk
+        if disk is not None and self._storage is not None:  # a flush that failed is not forgotten with the device
+            disk.inherit_storage(self._storage)
         try:
             async with self._around.backend_of(device, configured) as backend:
                 self._around.came(self.name, device, backend)
@@ -117,7 +118,7 @@ class ServedDevice:
                 finally:
                     self._around.went(self.name)
         finally:
-            self._storage = DeviceCalls(device).look("storage", device.storage, None)
+            self._storage = DeviceCalls(device).look("storage", disk.storage, None) if disk is not None else None
             close_all([device])
 
     async def _serve_front_ends(self, backend: Backend, common: DeviceConfig) -> None:

@@ -22,6 +22,7 @@ from virtio.backend.events import Events
 from virtio.backend.memory_files import MemoryFiles
 from virtio.backend.new_driver import DriverWatch
 from virtio.backend.queue import BackendQueue, number_of
+from virtio.capabilities import NetworkPort
 from virtio.device import Device
 from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd, take_count
@@ -217,12 +218,18 @@ class Backend:
 
     def set_mtu(self, mtu: int) -> None:
         """``PeerError``: the device cannot have it."""
-        self._calls.ask("set_mtu", lambda: self._device.set_mtu(mtu))
+        self._calls.ask("set_mtu", lambda: self._port().set_mtu(mtu))
 
     async def announce(self, address: bytes) -> None:
         """The guest has moved here: its network is told that ``address``, of 6 bytes, is on this port now."""
-        self._calls.ask("prepare_announcement", lambda: self._device.prepare_announcement(address))
+        self._calls.ask("prepare_announcement", lambda: self._port().prepare_announcement(address))
         await self._nudge(0)
+
+    def _port(self) -> NetworkPort:
+        port = self._device.port
+        if port is None:
+            raise PeerError(f"a {self._device.type_name} device is no network interface")
+        return port
 
     async def _nudge(self, index: int) -> None:
         """The worker of that queue has seen what the device was told."""
@@ -430,14 +437,15 @@ class Backend:
     def stats(self) -> BackendStats:
         """The counters now; may be called from any thread."""
         now = time.monotonic_ns()
+        port, disk = self._device.port, self._device.disk
         return BackendStats(
             device=self._device.name,
             type=self._device.type_name,
             driver_features=self._driver_features,
             queues=tuple(q.vq.stats(self._device.ops, q.running, now) for q in self._queues),
-            lost=self._calls.look("lost", self._device.lost, ()),
-            link_up=self._calls.look("link_up", lambda: self._device.link_up, None),
-            storage=self._calls.look("storage", self._device.storage, None),
+            lost=self._calls.look("lost", lambda: port.lost() if port is not None else (), ()),
+            link_up=self._calls.look("link_up", lambda: port.link_up if port is not None else None, None),
+            storage=self._calls.look("storage", lambda: disk.storage() if disk is not None else None, None),
         )
 
 

@@ -106,13 +106,16 @@ class BackendQueue:
             self.vq.device_failed()
 
     def mute(self) -> bool:
-        self.muted = self._calls.look("mute", lambda: self._device.mute(self.vq.index, True), False)
+        port = self._device.port
+        if port is not None:
+            self.muted = self._calls.look("mute", lambda: port.mute(self.vq.index, True), False)
         return self.muted
 
     def unmute(self) -> None:
-        if self.muted:
+        port = self._device.port
+        if self.muted and port is not None:
             self.muted = False
-            self._calls.go_on("mute", lambda: self._device.mute(self.vq.index, False))
+            self._calls.go_on("mute", lambda: port.mute(self.vq.index, False))
 
     async def resume(self) -> None:
         """The translation that it waited for is there."""

@@ -22,19 +22,25 @@ from daemon.cli import main
 from daemon.running.control import serve_control
 from daemon.running.disks import Disks
 from daemon.state import DaemonState
-from virtio.device import DeviceOptions, Storage
+from virtio.capabilities import DiskStorage
+from virtio.device import DeviceOptions
 from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.devices.rng import Rng
 from virtio.errors import HostError
-from virtio.native.stats import StorageErrors
+from virtio.native.stats import Storage, StorageErrors
 
 SIZE = 1 << 20
 ONE = Setting("waist", "split", "io_uring")
 LOST = "what the guest has written may be lost"
 
 
+def blk_of(p: Plugged) -> DiskStorage:
+    assert p.device.disk is not None
+    return p.device.disk
+
+
 async def reopen(p: Plugged) -> None:
-    await trio.to_thread.run_sync(p.device.reopening())
+    await trio.to_thread.run_sync(blk_of(p).reopening())
 
 
 def storage_of(p: Plugged) -> Storage:

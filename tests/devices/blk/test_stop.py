@@ -37,10 +37,10 @@ from daemon.running.control import respond, serve_control
 from daemon.running.disks import Disks
 from daemon.show import render
 from daemon.state import DaemonState, DeviceState
-from virtio.device import Storage
+from virtio.capabilities import DiskStorage
 from virtio.devices.blk import storage_watch
 from virtio.devices.blk.device import BlkOptions
-from virtio.native.stats import BackendStats, StorageErrors
+from virtio.native.stats import BackendStats, Storage, StorageErrors
 
 SIZE = 1 << 20
 ONE = Setting("waist", "split", "io_uring")
@@ -65,8 +65,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await trio.lowlevel.checkpoint()
 
 
+def blk_of(p: Plugged) -> DiskStorage:
+    assert p.device.disk is not None
+    return p.device.disk
+
+
 def retry(p: Plugged) -> None:
-    assert p.device.retry_storage()
+    assert blk_of(p).retry_storage()
 
 
 REQUESTS = {
@@ -175,8 +180,8 @@ async def test_a_flush_that_fails_is_answered_and_never_tried_again(setting: Set
         await image.fail()
         assert (await disk.request(T_FLUSH)).status == S_IOERR
         assert storage_of(p).stopped is None
-        assert not p.device.retry_storage()
-        await trio.to_thread.run_sync(p.device.reopening())
+        assert not blk_of(p).retry_storage()
+        await trio.to_thread.run_sync(blk_of(p).reopening())
         await disk.flush()
 
 

@@ -148,8 +148,7 @@ async def test_a_changed_policy_is_in_effect_after_a_reload_and_one_changed_othe
             *("devices.disk", "hypercall", "offer", "withhold"),
         )
         assert run.app.snapshot().policies == {"disk": "withhold"}
-        request = {"device": "disk", "policy": "auto"}
-        await trio.to_thread.run_sync(lambda: ask(folder / "ctl.sock", "hypercall", **request))
+        await trio.to_thread.run_sync(lambda: ask(folder / "ctl.sock", "hypercall", device="disk", policy="auto"))
         assert events(await run.reload(), "changed") == []
         assert run.app.snapshot().policies == {"disk": "auto"}
 

@@ -22,8 +22,10 @@ from daemon.running.links import Links
 from transports import TRANSPORTS
 from virtio.backend.backend import Backend
 from virtio.backend.device_calls import close_all
+from virtio.capabilities import NetworkPort
 from virtio.device import Chain, Queue
 from virtio.errors import HostError
+from virtio.native.stats import Lost
 from virtio.testing.queue import GUARD
 
 every_error = pytest.mark.parametrize("error", [ValueError, SystemExit])
@@ -73,13 +75,38 @@ class Faulty(Scripted):
         self._at("refresh")
         return False
 
-    def set_link(self, up: bool) -> bool:
-        self._at("set_link")
-        return True
+    @property
+    def port(self) -> NetworkPort:
+        return Plug(self)
 
     def close(self) -> None:
         self.closed = True
         self._at("close")
+
+
+class Plug(NetworkPort):
+    """The cable of a faulty device, and nothing else."""
+
+    link_up = True
+
+    def __init__(self, device: Faulty) -> None:
+        self._device = device
+
+    def set_link(self, up: bool) -> bool:
+        self._device._at("set_link")
+        return True
+
+    def set_mtu(self, mtu: int) -> None:
+        raise NotImplementedError
+
+    def prepare_announcement(self, address: bytes) -> None:
+        raise NotImplementedError
+
+    def mute(self, queue_index: int, on: bool) -> bool:
+        return False
+
+    def lost(self) -> tuple[Lost, ...]:
+        return ()
 
 
 async def works(guest: Guest) -> None:

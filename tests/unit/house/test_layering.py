@@ -34,7 +34,9 @@ A_DEVICE_MAY_IMPORT: Final = frozenset(
         "fd",
         "native.disk",
         "native.nic",
+        "native.stats",
         "claims",
+        "capabilities",
         "clients",
         "socket_file",
     )

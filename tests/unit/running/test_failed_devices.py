@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from daemon.running.served import RETRY_SECONDS_MAX, ServedDevice
 from daemon.show import render
 from daemon.state import DaemonState, FailedDevice
 from virtio.backend.backend import Backend
-from virtio.device import Device, Storage
+from virtio.capabilities import DiskStorage
+from virtio.device import Device
 from virtio.devices.rng import Rng
 from virtio.errors import HostError
+from virtio.native.stats import Storage
 
 MISSING = """
 [daemon]
@@ -267,8 +270,21 @@ async def test_a_device_that_is_tried_again_inherits_what_the_storage_had_answer
     tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, inherited = Storage((), "EIO"), []
-    monkeypatch.setattr(Rng, "storage", lambda device: lost)
-    monkeypatch.setattr(Rng, "inherit_storage", lambda device, before: inherited.append(before))
+
+    class Remembers(DiskStorage):
+        def storage(self) -> Storage:
+            return lost
+
+        def inherit_storage(self, before: Storage) -> None:
+            inherited.append(before)
+
+        def reopening(self) -> Callable[[], None]:
+            raise NotImplementedError
+
+        def retry_storage(self) -> bool:
+            return False
+
+    monkeypatch.setattr(Rng, "disk", Remembers())
     scene = Scene(tmp_path)
     scene.errors = [HostError("no bridge")]
     await log_until_served(scene, ServedDevice("e", scene, strict=False))

@@ -13,9 +13,10 @@ import trio
 from pydantic import BeforeValidator, Field, model_validator
 
 from virtio import spec
+from virtio.capabilities import DiskStorage
 from virtio.claims import Claims
 from virtio.config_space import VIRTIO_BLK_CONFIG, VIRTIO_BLK_CONFIG_WRITEBACK
-from virtio.device import Device, DeviceOptions, Storage, StorageErrors
+from virtio.device import Device, DeviceOptions
 from virtio.devices.blk.image import Image, open_again, open_image
 from virtio.devices.blk.image_reopen import Reopening
 from virtio.devices.blk.image_size import extend_image, usable_size
@@ -23,6 +24,7 @@ from virtio.devices.blk.storage_watch import StorageWatch
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.native.disk import DISCARD_SEGMENTS, OPS, SECTOR_SIZE, SEG_MAX, DiskBackend, DiskSetup, NativeDisk
+from virtio.native.stats import Storage, StorageErrors
 
 VIRTIO_BLK_F_SEG_MAX: Final = 2
 VIRTIO_BLK_F_RO: Final = 5
@@ -121,7 +123,7 @@ class BlkOptions(DeviceOptions):
         return self
 
 
-class Blk(Device):
+class Blk(Device, DiskStorage):
     """One disk."""
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_BLOCK
@@ -310,6 +312,10 @@ class Blk(Device):
         if self._image is not None and not self._options.read_only:
             self._sync_fds = count - 1
             self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(self._sync_fds)])
+
+    @property
+    def disk(self) -> DiskStorage:
+        return self
 
     def storage(self) -> Storage | None:
         if self._image is None:

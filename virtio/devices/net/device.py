@@ -14,9 +14,10 @@ import trio
 from pydantic import Field, field_validator, model_validator
 
 from virtio import spec
+from virtio.capabilities import NetworkPort
 from virtio.claims import Claims, Shared, Unique
 from virtio.config_space import VIRTIO_NET_CONFIG
-from virtio.device import Device, Lost
+from virtio.device import Device
 from virtio.devices.net.address import mac_from_name, parse_mac
 from virtio.devices.net.peer import Peer, open_socket
 from virtio.devices.net.peer_options import SocketOptions
@@ -25,6 +26,7 @@ from virtio.devices.net.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO
 from virtio.devices.net.user import UserOptions, UserPeer
 from virtio.errors import HostError, PeerError
 from virtio.native.nic import OPS, PAIRS_MAX, PORTS_MAX, NativeNic, NativeSwitch, NicBackend
+from virtio.native.stats import Lost
 
 VIRTIO_NET_F_CSUM: Final = 0
 VIRTIO_NET_F_GUEST_CSUM: Final = 1
@@ -221,7 +223,7 @@ def switch_named(name: str) -> NativeSwitch:
     return switch
 
 
-class Net(Device):
+class Net(Device, NetworkPort):
     """One network interface."""
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_NET
@@ -376,6 +378,10 @@ class Net(Device):
     def lost(self) -> tuple[Lost, ...]:
         counts = self._nic.counters()
         return tuple(Lost(direction, reason, getattr(counts, name)) for name, direction, reason in _LOST)
+
+    @property
+    def port(self) -> NetworkPort:
+        return self
 
     @property
     def link_up(self) -> bool:
