@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
@@ -16,24 +15,6 @@ from virtio.errors import HostError, HyperbellError
 
 COMMANDS: Final = ("reopen", "retry")
 REOPEN_SECONDS: Final = 10.0  # how long the storage may take
-
-REOPEN_EPILOG: Final = """\
-After a flush of a disk has failed every flush fails, because the kernel forgets what it could not write. This opens the
-image again, syncs it, and lets flushes succeed. What was lost before stays lost: check the guest's file systems. The
-guest may run meanwhile. Refused while the storage still fails, and where the path is another file by now.
-
-example:
-  hyperbell reopen disk /etc/hyperbell/hyperbell.toml
-"""
-
-
-RETRY_EPILOG: Final = """\
-A disk with on_error = "stop" keeps the requests that its storage fails, and every request after them. They are tried
-again by themselves after 1 s, 2 s, ... up to 60 s; this tries them now, say when there is room again.
-
-example:
-  hyperbell retry disk /etc/hyperbell/hyperbell.toml
-"""
 
 
 class Disks:
@@ -71,8 +52,3 @@ class Disks:
             raise HostError(
                 f"{device.name}: its storage has not answered for {REOPEN_SECONDS:.0f} s; it may be opened later"
             )
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """All but the control socket."""
-    parser.add_argument("device", metavar="DEVICE", help="the disk's name in the configuration")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Final
 
@@ -12,17 +11,6 @@ from virtio.device import Device
 from virtio.errors import HostError
 
 STATES: Final = {"up": True, "down": False}
-
-EPILOG: Final = """\
-With the link down nothing passes in either direction, and a guest whose front-end passes changes of the configuration
-on sees that its cable is out: so it is in hyperbell microvm. QEMU (seen: 7.2) does not pass them on for network
-interfaces: to show its guest the same, use set_link in QEMU's monitor as well.
-
-The change lasts until the daemon ends.
-
-example:
-  hyperbell link lan down --control /run/hyperbell/control.sock
-"""
 
 
 class Links:
@@ -48,9 +36,3 @@ def guest_is_told(name: str, state: DaemonState) -> bool:
         if device.backend.device == name:
             return device.connection is None or device.connection.hears_changes
     return False
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """All but the control socket."""
-    parser.add_argument("device", metavar="DEVICE", help="the interface's name in the configuration")
-    parser.add_argument("state", choices=tuple(STATES), help="plugged in or not")

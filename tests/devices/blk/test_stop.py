@@ -32,10 +32,10 @@ from devices.blk.test_failing import disk_on, failing_disk
 from frontend import Plugged, Setting, every_native_setting, every_reactor, plugged
 
 from daemon.cli import main
+from daemon.commands.show_table import render
 from daemon.metrics.storage import storage_metrics
 from daemon.running.control import respond, serve_control
 from daemon.running.disks import Disks
-from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from virtio.capabilities import DiskStorage
 from virtio.devices.blk import storage_watch

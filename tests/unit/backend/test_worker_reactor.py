@@ -12,9 +12,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from config.schema import WorkerConfig
+from daemon.commands.show_table import render
 from daemon.running.assembly import start_workers
 from daemon.running.control import respond
-from daemon.show import render
 from daemon.state import DaemonState
 
 WITHOUT_IO_URING = """

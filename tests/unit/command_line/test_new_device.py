@@ -11,8 +11,9 @@ from string import Template
 
 import pytest
 
-from daemon.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, main
-from daemon.new_device import CLASSES_TAKEN, MODULES_TAKEN
+from daemon.cli import main
+from daemon.commands.command import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from daemon.commands.new_device import CLASSES_TAKEN, MODULES_TAKEN
 
 FIELDS = ("name", "class_name", "virtio_id", "python")
 

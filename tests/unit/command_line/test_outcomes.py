@@ -12,12 +12,14 @@ import pytest
 from kit.project import ROOT
 
 from daemon import cli
+from daemon.commands import doorbells
 
 DISK = '[devices.disk]\ntype = "blk"\nbackend = "null"\nsize = "1M"\nsocket = "disk.sock"\n'
 
 INTERRUPTED = """
 import signal, sys, trio
 from daemon import cli
+from daemon.commands import doorbells
 
 async def work():
     async with trio.open_nursery() as nursery:
@@ -27,7 +29,7 @@ async def work():
             signal.raise_signal(signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
-cli.run_doorbells = lambda **options: trio.run(work)
+doorbells.run_doorbells = lambda **options: trio.run(work)
 sys.exit(cli.main(["doorbells"]))
 """
 
@@ -48,7 +50,7 @@ def test_an_interruption_does_not_hide_what_else_went_wrong(monkeypatch: pytest.
     def fail(**options: object) -> bool:
         raise BaseExceptionGroup("both", [KeyboardInterrupt(), ValueError("unforeseen")])
 
-    monkeypatch.setattr(cli, "run_doorbells", fail)
+    monkeypatch.setattr(doorbells, "run_doorbells", fail)
     with pytest.raises(BaseExceptionGroup, match="both"):
         cli.main(["doorbells"])
 
@@ -75,6 +77,6 @@ def test_what_is_wrong_with_a_file_is_not_taken_for_the_output(monkeypatch: pyte
     def fail(**options: object) -> bool:
         raise OSError(28, "No space left on device", "/var/lib/x")
 
-    monkeypatch.setattr(cli, "run_doorbells", fail)
+    monkeypatch.setattr(doorbells, "run_doorbells", fail)
     with pytest.raises(OSError, match="/var/lib/x"):
         cli.main(["doorbells"])

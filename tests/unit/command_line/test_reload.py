@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from config.loader import Config
-from daemon.cli import load_config
+from daemon.commands.command import load_config
 from daemon.running.app import App, LogChoice
 from daemon.running.control import ask
 from daemon.running.systemd import Notifier

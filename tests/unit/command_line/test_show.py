@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
+from daemon.commands.show_table import duration, render, size
 from daemon.running.control import CLIENTS_MAX, LINE_MAX, ask, respond, serve_control
-from daemon.show import duration, render, size
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.errors import HostError
 from virtio.native.stats import (

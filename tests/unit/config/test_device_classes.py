@@ -12,7 +12,8 @@ from driven import Scripted
 
 from config.loader import load
 from config.problems import ConfigError
-from daemon.cli import EXIT_CONFIG, main
+from daemon.cli import main
+from daemon.commands.command import EXIT_CONFIG
 from daemon.devices.catalogue import device_types, features_off, make_devices
 from daemon.devices.class_checks import fault_of
 from daemon.devices.classes import DeviceClasses, device_class

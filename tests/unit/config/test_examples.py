@@ -10,7 +10,7 @@ import pytest
 import config
 from config.json_schema import DIALECT, json_schema
 from config.loader import drop_ins
-from daemon.cli import load_config
+from daemon.commands.command import load_config
 from daemon.devices.catalogue import device_types
 from transports import TRANSPORTS
 

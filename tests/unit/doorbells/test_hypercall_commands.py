@@ -17,10 +17,10 @@ import trio
 from prometheus_client import CollectorRegistry, generate_latest
 
 from daemon.cli import main
+from daemon.commands.show_table import render
 from daemon.doorbells.policies import Policies
 from daemon.metrics.page import StateCollector
 from daemon.running.control import respond, serve_control
-from daemon.show import render
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import derive_key
 from transports.kvm.machine.state import MachineState, MmioDeviceState, QueueBell

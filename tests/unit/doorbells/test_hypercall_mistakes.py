@@ -13,7 +13,7 @@ import trio
 from kit.project import ROOT
 
 from daemon.cli import main
-from daemon.command_options import SERVE_EPILOG
+from daemon.commands.serve import EPILOG as SERVE_EPILOG
 from daemon.doorbells.policies import Policies
 from daemon.running.control import ask, serve_control
 from daemon.state import DaemonState

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import capture_logs
 
 from daemon.cli import main
+from daemon.commands.show_table import render
 from daemon.doorbells.measure import make_report, report_of
 from daemon.doorbells.policies import Policies
 from daemon.doorbells.report import Report, save
@@ -22,7 +23,6 @@ from daemon.doorbells.worth import DeviceWorth
 from daemon.metrics.page import StateCollector
 from daemon.running.control import respond
 from daemon.running.doorbell_meter import WINDOW_SECONDS, DoorbellMeter, open_meter
-from daemon.show import render
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from transports.stock_qemu.state import BellState, VmState
 from virtio.native.stats import BackendStats, QueueStats

@@ -22,7 +22,7 @@ from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
 from vhost_user_wire import FrontEnd, serving, u64
 
-from daemon.cli import load_config
+from daemon.commands.command import load_config
 from daemon.running.descriptors import worst_case
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
 from virtio.socket_file import Listen

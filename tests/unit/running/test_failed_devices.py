@@ -17,11 +17,11 @@ from structlog.testing import capture_logs
 from unit.command_line.test_serve import Daemon, serving, sockets
 
 from config.loader import Device as Configured
-from daemon.cli import load_config
+from daemon.commands.command import load_config
+from daemon.commands.show_table import render
 from daemon.metrics.page import StateCollector
 from daemon.running.control import ask
 from daemon.running.served import RETRY_SECONDS_MAX, ServedDevice
-from daemon.show import render
 from daemon.state import DaemonState, FailedDevice
 from virtio.backend.backend import Backend
 from virtio.capabilities import DiskStorage

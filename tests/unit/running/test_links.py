@@ -13,10 +13,10 @@ import trio
 from prometheus_client import CollectorRegistry, generate_latest
 
 from daemon.cli import main
+from daemon.commands.show_table import render
 from daemon.metrics.page import StateCollector
 from daemon.running.control import respond, serve_control
 from daemon.running.links import Links
-from daemon.show import render
 from daemon.state import ConnectionState, DaemonState, DeviceState
 from virtio.device import DeviceOptions
 from virtio.devices.net.device import Net, NetOptions

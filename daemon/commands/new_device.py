@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
+from daemon.commands.command import Command
 from virtio.devices import REGISTRY
 from virtio.errors import HostError
 
@@ -41,7 +42,7 @@ CLASSES_TAKEN: Final = frozenset(
 """What the files import by these names."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", type=_name, help="the device's name: a Python module's, such as leds")
     parser.add_argument(
         "--id",
@@ -108,3 +109,6 @@ def _virtio_id(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 0xFFFF:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
     return int(text)
+
+
+COMMAND: Final = Command("new-device", "write a device, its test and its file", new_device, add_options, EPILOG)

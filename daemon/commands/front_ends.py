@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 from config.loader import Config
-from daemon import command_options as options
 from daemon.attach import libvirt, qemu, uml
 from daemon.attach.hypercall import hypercall_notes
 from daemon.attach.qemu_start import check_vm_name, chosen_key, hypercall_socket, preload_environment
 from daemon.attach.qemu_version import NEWEST, OLDEST, PROGRAM, QemuVersion, installed_version, parse_version
 from daemon.attach.request import Answer, Request, chosen_devices
 from daemon.attach.vmms import VMMS
-
-LoadConfig = Callable[[Path], Config]
+from daemon.commands.command import Command, add_file, add_vm_options, load_config, memory_size, vm_options
 
 QEMU_ARGS_EPILOG: Final = """\
 examples:
@@ -63,7 +59,7 @@ def add_qemu_args_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--libvirt", action="store_true", help="print the XML of a libvirt domain instead")
     _add_qemu_options(parser)
     parser.add_argument("--hypercall", action="store_true", help="with what the hypercall doorbell needs")
-    options.add_vm_options(parser)
+    add_vm_options(parser)
 
 
 def add_attach_options(parser: argparse.ArgumentParser) -> None:
@@ -73,23 +69,21 @@ def add_attach_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_uml_options(parser: argparse.ArgumentParser) -> None:
-    options.add_file(parser)
+    add_file(parser)
     _add_guest(parser)
     parser.add_argument("--print", action="store_true", help="print the command line instead of running it")
     parser.add_argument("command", metavar="LINUX", nargs="+", help="User-mode Linux and its arguments, after --")
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    options.add_file(parser)
+    add_file(parser)
     parser.add_argument("devices", metavar="DEVICE", nargs="*", help="only these devices")
     _add_guest(parser)
 
 
 def _add_guest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guest", metavar="NAME", help='only the devices with guest = "NAME"')
-    parser.add_argument(
-        "--memory", metavar="SIZE", type=options.memory_size, default="256M", help="the guest's RAM (256M)"
-    )
+    parser.add_argument("--memory", metavar="SIZE", type=memory_size, default="256M", help="the guest's RAM (256M)")
 
 
 def _add_qemu_options(parser: argparse.ArgumentParser) -> None:
@@ -108,12 +102,12 @@ def _version(text: str) -> QemuVersion:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def qemu_args(arguments: argparse.Namespace, load_config: LoadConfig) -> int:
+def qemu_args(arguments: argparse.Namespace) -> int:
     """Print how QEMU attaches the configured devices."""
     config = load_config(arguments.file)
     request = _request(config, arguments)
     key = chosen_key(arguments.key, arguments.secret, arguments.uuid)
-    vm = options.vm_options(arguments)
+    vm = vm_options(arguments)
     check_vm_name(arguments.name)
     if arguments.libvirt:
         environment = None
@@ -131,12 +125,12 @@ def qemu_args(arguments: argparse.Namespace, load_config: LoadConfig) -> int:
     return _told(answer)
 
 
-def attach(arguments: argparse.Namespace, load_config: LoadConfig) -> int:
+def attach(arguments: argparse.Namespace) -> int:
     """Print how a virtual machine monitor attaches the configured devices."""
     return _told(VMMS[arguments.vmm](_request(load_config(arguments.file), arguments)))
 
 
-def user_mode_linux(arguments: argparse.Namespace, load_config: LoadConfig) -> int:
+def user_mode_linux(arguments: argparse.Namespace) -> int:
     """Become User-mode Linux with the configured devices, or print its command line."""
     devices = chosen_devices(load_config(arguments.file), [], arguments.guest)
     words, answer = uml.kernel_words(Request(devices, arguments.memory, lambda: NEWEST))
@@ -183,3 +177,12 @@ def _say(answer: Answer) -> None:
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
+
+
+QEMU_ARGS: Final = Command(
+    "qemu-args", "print the QEMU options that attach the devices", qemu_args, add_qemu_args_options, QEMU_ARGS_EPILOG
+)
+ATTACH: Final = Command(
+    "attach", "print what another virtual machine monitor is told", attach, add_attach_options, ATTACH_EPILOG
+)
+UML: Final = Command("uml", "start User-mode Linux with the devices", user_mode_linux, add_uml_options, UML_EPILOG)
