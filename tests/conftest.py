@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from guest_count import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401 (hooks)
+from kit.guest.count import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401 (hooks)
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 

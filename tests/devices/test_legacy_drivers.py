@@ -6,7 +6,19 @@ import struct
 from pathlib import Path
 
 import pytest
-from blk_driver import (
+from kit.front_end.frontend import (
+    F_EVENT_IDX,
+    F_INDIRECT_DESC,
+    F_VERSION_1,
+    NATIVE_SETTINGS,
+    NEEDS_RESET,
+    PYTHON_SETTINGS,
+    REACTORS,
+    Guest,
+    Setting,
+    plugged,
+)
+from kit.guest.blk import (
     S_IOERR,
     S_OK,
     S_UNSUPP,
@@ -21,20 +33,8 @@ from blk_driver import (
     make_disk,
     pattern,
 )
-from frontend import (
-    F_EVENT_IDX,
-    F_INDIRECT_DESC,
-    F_VERSION_1,
-    NATIVE_SETTINGS,
-    NEEDS_RESET,
-    PYTHON_SETTINGS,
-    REACTORS,
-    Guest,
-    Setting,
-    plugged,
-)
-from net_lan import BROADCAST, lan
-from packets import GSO, KINDS, check_sums, packet
+from kit.net.lan import BROADCAST, lan
+from kit.net.packets import GSO, KINDS, check_sums, packet
 
 from virtio.device import DeviceOptions
 from virtio.devices.net.device import Net, NetOptions

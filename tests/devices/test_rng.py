@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from frontend import F_EVENT_IDX, Setting, every_python_setting, plugged
+from kit.front_end.frontend import F_EVENT_IDX, Setting, every_python_setting, plugged
 
 from virtio.device import DeviceOptions
 from virtio.devices.rng import MAX_BYTES, Rng

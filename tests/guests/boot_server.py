@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from frontend import Guest
-from internet import ARP, IPV4, dhcp_options, ethertype
-from links import WaistLink
-from net_lan import BROADCAST, F_MRG_RXBUF, RECEIVE, Station
-from packets import internet_sum
+from kit.front_end.frontend import Guest
+from kit.front_end.links import WaistLink
+from kit.net.internet import ARP, IPV4, dhcp_options, ethertype
+from kit.net.lan import BROADCAST, F_MRG_RXBUF, RECEIVE, Station
+from kit.net.packets import internet_sum
 
 from virtio.backend.backend import Backend
 from virtio.devices.net.device import Net, NetOptions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from line_client import Talker
+from kit.host.line_client import Talker
 
 from guest.boot.console import Console
 from guest.debian.kernel import GENERIC_META_PACKAGE, Kernel, prepare_kernel

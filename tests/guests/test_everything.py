@@ -13,7 +13,7 @@ from guests.simulated import LINES, PINS_AND_BUS, kernel_and_drivers, lines_are_
 from guests.testbed import MIB, Testbed
 from guests.vsock_conversations import guest_to_guest, guest_to_host, host_to_guest
 from guests.web import PAGE, web_server
-from line_client import talking
+from kit.host.line_client import talking
 
 from guest.boot.initramfs import compiled_program, prepare_initramfs, program_files
 from guest.boot.machine import Guest, Machine

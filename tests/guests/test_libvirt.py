@@ -33,7 +33,7 @@ from guests.uses import (
     terminal_speaks_both_ways,
 )
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
-from line_client import talking
+from kit.host.line_client import talking
 
 from guest.boot.initramfs import compiled_program, prepare_initramfs
 from guest.boot.service import Daemon, free_port, hyperbell_command, serve

@@ -7,10 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from frontend import Guest as RingGuest
 from guests.testbed import Testbed
-from links import SocketLink
-from packets import internet_sum
+from kit.front_end.frontend import Guest as RingGuest
+from kit.front_end.links import SocketLink
+from kit.net.packets import internet_sum
 
 from guest.boot.initramfs import prepare_initramfs
 from guest.boot.machine import Machine, shared_memory

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import trio
 from guests.testbed import Testbed
-from own_network import own_network
-from packets import internet_sum
+from kit.net.own_network import own_network
+from kit.net.packets import internet_sum
 
 from guest.boot.initramfs import prepare_initramfs
 from guest.boot.machine import Machine, shared_memory

@@ -23,7 +23,7 @@ from guests.simulated import (
     lines_are_driven_and_read,
 )
 from guests.testbed import Testbed
-from line_client import talking
+from kit.host.line_client import talking
 
 from guest.boot.initramfs import prepare_initramfs
 from guest.boot.machine import Guest, Machine

@@ -12,7 +12,7 @@ import pytest
 import trio
 from guests.uses import FOUR_DEVICES, FOUR_TYPES, LEASE, disk_keeps, page_comes_from_the_host, terminal_speaks_both_ways
 from guests.vsock_conversations import MIB, guest_to_host, host_to_guest
-from message_relay import notifies, relay
+from kit.front_end.message_relay import notifies, relay
 
 from guest.boot.initramfs import compiled_program, prepare_initramfs
 from guest.boot.service import Daemon, free_port, hyperbell_command, serve

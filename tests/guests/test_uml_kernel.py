@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from conversation_file import TYPES
 from guests.simulated import KEYBOARD_LABEL, PINS_AND_BUS, keys_arrive_and_a_light_is_told, lines_are_driven_and_read
 from guests.uses import (
     FOUR_DEVICES,
@@ -27,8 +26,9 @@ from guests.uses import (
     terminal_speaks_both_ways,
 )
 from guests.vsock_conversations import guest_to_host, host_to_guest
-from line_client import Talker, talking
-from message_relay import notifies, relay
+from kit.conversation.file import TYPES
+from kit.front_end.message_relay import notifies, relay
+from kit.host.line_client import Talker, talking
 
 from guest.boot.console import Console
 from guest.boot.initramfs import compiled_program, prepare_initramfs

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import pattern
 from guests.vsock_conversations import MIB, digest, guest_to_guest, guest_to_host, host_to_guest, listening
+from kit.guest.blk import pattern
 
 from guest.boot.initramfs import compiled_program, prepare_initramfs
 from guest.boot.machine import Guest

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 import trio
-from blk_driver import pattern
+from kit.guest.blk import pattern
 
 from guest.boot.console import Console
 

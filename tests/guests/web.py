@@ -10,7 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from blk_driver import pattern
+from kit.guest.blk import pattern
 
 PAGE = pattern(3 * 1024 * 1024 + 5, 7)
 

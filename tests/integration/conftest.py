@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from scene import ProcessScene, Scene, ThreadScene
+from kit.front_end.scene import ProcessScene, Scene, ThreadScene
 
 
 @pytest.fixture(scope="module", params=[ThreadScene, ProcessScene], ids=["thread", "process"])

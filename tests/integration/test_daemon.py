@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import S_OK, T_OUT, BlkDriver, VerifiedLoad, contents, header, pattern
-from frontend import Guest, every_ring
-from links import SocketLink
-from scene import DaemonProcess, LogBook
+from kit.front_end.frontend import Guest, every_ring
+from kit.front_end.links import SocketLink
+from kit.front_end.scene import DaemonProcess, LogBook
+from kit.guest.blk import S_OK, T_OUT, BlkDriver, VerifiedLoad, contents, header, pattern
 
 from virtio.testing.queue import GUARD
 

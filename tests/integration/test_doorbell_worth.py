@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import trio
-from blk_driver import BlkDriver, pattern
-from doorbell_reports import measurement
-from frontend import Guest
-from links import SocketLink
-from scene import DaemonProcess, LogBook
+from kit.doorbell_reports import measurement
+from kit.front_end.frontend import Guest
+from kit.front_end.links import SocketLink
+from kit.front_end.scene import DaemonProcess, LogBook
+from kit.guest.blk import BlkDriver, pattern
 
 from daemon.doorbells.measure import report_of
 from daemon.doorbells.report import save

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conversation_devices import PROOFS, Network, Proof, write_configuration
-from conversation_file import CONVERSATIONS, TYPES, Conversation, load
-from conversation_player import Player
-from scene import DaemonProcess, LogBook
+from kit.conversation.devices import PROOFS, Network, Proof, write_configuration
+from kit.conversation.file import CONVERSATIONS, TYPES, Conversation, load
+from kit.conversation.player import Player
+from kit.front_end.scene import DaemonProcess, LogBook
 
 from virtio.devices import REGISTRY
 

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
-from blk_driver import T_IN, BlkDriver, VerifiedLoad, header
-from failing_storage import FailingImage, failing_image
-from frontend import Guest
-from links import SocketLink
-from scene import DaemonProcess, LogBook
+from kit.front_end.frontend import Guest
+from kit.front_end.links import SocketLink
+from kit.front_end.scene import DaemonProcess, LogBook
+from kit.guest.blk import T_IN, BlkDriver, VerifiedLoad, header
+from kit.host.failing_storage import FailingImage, failing_image
 
 from daemon.running.control import ask
 from virtio.testing.queue import GUARD

@@ -7,14 +7,14 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from blk_driver import S_OK, T_IN, BlkDriver, VerifiedLoad, header
-from frontend import Guest, every_ring
-from links import SocketLink
-from scene import Scene
-from vhost_user_wire import MIB, eventfd, mem_table, memfd, message, region, u64, vring_addr, vring_state
+from kit.front_end.frontend import Guest, every_ring
+from kit.front_end.links import SocketLink
+from kit.front_end.scene import Scene
+from kit.front_end.vhost_user_wire import MIB, eventfd, mem_table, memfd, message, region, u64, vring_addr, vring_state
+from kit.guest.blk import S_OK, T_IN, BlkDriver, VerifiedLoad, header
 
 from virtio.testing.driver import GuestMemory
 from virtio.testing.queue import GUARD

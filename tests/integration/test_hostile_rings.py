@@ -8,10 +8,10 @@ import re
 import threading
 
 import pytest
-from blk_driver import S_OK, T_GET_ID, T_IN, BlkDriver, header
-from frontend import F_EVENT_IDX, F_INDIRECT_DESC, Guest, every_ring
-from ring_attacks import ATTACKS, AVAIL, INDIRECT, NEXT, SIZE, USED, WRITE, Attack, piece, put, table
-from scene import Scene
+from kit.front_end.frontend import F_EVENT_IDX, F_INDIRECT_DESC, Guest, every_ring
+from kit.front_end.scene import Scene
+from kit.guest.blk import S_OK, T_GET_ID, T_IN, BlkDriver, header
+from kit.ring.attacks import ATTACKS, AVAIL, INDIRECT, NEXT, SIZE, USED, WRITE, Attack, piece, put, table
 
 from virtio.testing.driver import Desc, Element, GuestMemory, PackedDriver, SplitDriver
 from virtio.testing.queue import GuestQueue

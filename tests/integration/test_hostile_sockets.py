@@ -8,13 +8,13 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from blk_driver import BlkDriver
-from frontend import Guest
-from links import SocketLink
-from scene import Scene
-from vhost_user_wire import MIB, eventfds, mem_table, memfd, message, region, u64, vring_addr, vring_state
+from kit.front_end.frontend import Guest
+from kit.front_end.links import SocketLink
+from kit.front_end.scene import Scene
+from kit.front_end.vhost_user_wire import MIB, eventfds, mem_table, memfd, message, region, u64, vring_addr, vring_state
+from kit.guest.blk import BlkDriver
 
 GPA, UVA = 0x4000_0000, 0x7F00_0000_0000
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from net_station import joined, station
-from own_network import enter_network, own_network
+from kit.net.own_network import enter_network, own_network
+from kit.net.station import joined, station
 
 UNDERLAY_MTU = 1500
 MTU = UNDERLAY_MTU - 50  # VXLAN's headers

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from blk_driver import BlkDriver, make_disk, pattern
-from driven import DRIVEN, check_it_works, make_device
-from frontend import NATIVE_SETTINGS, PACKED_START, Plugged, Setting, plugged
-from links import SocketLink
+from kit.front_end.frontend import NATIVE_SETTINGS, PACKED_START, Plugged, Setting, plugged
+from kit.front_end.links import SocketLink
+from kit.guest.blk import BlkDriver, make_disk, pattern
+from kit.ring.driven import DRIVEN, check_it_works, make_device
 
 from virtio.devices.blk.device import Blk
 from virtio.testing.driver import Element

@@ -6,12 +6,12 @@ import os
 import struct
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from blk_driver import BlkDriver, make_disk, pattern
-from frontend import F_RING_PACKED, NATIVE_SETTINGS, PACKED_START, Guest, Setting, plugged
-from links import F_ACCESS_PLATFORM, SocketLink
+from kit.front_end.frontend import F_RING_PACKED, NATIVE_SETTINGS, PACKED_START, Guest, Setting, plugged
+from kit.front_end.links import F_ACCESS_PLATFORM, SocketLink
+from kit.guest.blk import BlkDriver, make_disk, pattern
 
 from virtio.testing.queue import GUARD
 

@@ -6,7 +6,7 @@ import errno
 import os
 
 import pytest
-from kvm_guest import DEVICE_GPA, DEVICE_SIZE, Machine, count_of, eventfd, machine, need_kvm
+from kit.kvm.guest import DEVICE_GPA, DEVICE_SIZE, Machine, count_of, eventfd, machine, need_kvm
 
 from transports.kvm.cpu.cpuid import AMD_SIGNATURES, PlatformKey, signature_of
 from transports.kvm.native import check, lib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from kvm_guest import DEVICE_GPA, DEVICE_SIZE, machine, no_vcpu_thread_is_left, vcpu_threads
+from kit.kvm.guest import DEVICE_GPA, DEVICE_SIZE, machine, no_vcpu_thread_is_left, vcpu_threads
 
 from transports.kvm.vm.vmm import Access
 from virtio.errors import HostError

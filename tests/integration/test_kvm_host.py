@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.kvm.guest import need_kvm
 from kit.project import ROOT
-from kvm_guest import need_kvm
 
 from transports.kvm.host import Abilities, Kvm, check_abilities
 from virtio.errors import HostError

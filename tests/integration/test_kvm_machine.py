@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from structlog.testing import capture_logs
-from toy_machine import (
+from kit.front_end.vhost_user_wire import no_fd_leaks
+from kit.guest.toy_machine import (
     DISK_SIZE,
     GUARD,
     KEY,
@@ -22,7 +22,7 @@ from toy_machine import (
     toy_machine,
     why_no_hypercall,
 )
-from vhost_user_wire import no_fd_leaks
+from structlog.testing import capture_logs
 
 from guest.boot.toy import Toy
 from transports.hypercall import Policy, connection_id

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from kvm_guest import DEVICE_GPA, DEVICE_SIZE, PAGE_TABLES_GPA, count_of, eventfd, machine
+from kit.kvm.guest import DEVICE_GPA, DEVICE_SIZE, PAGE_TABLES_GPA, count_of, eventfd, machine
 
 from transports.kvm.cpu.cpuid import CpuidEntry, PlatformKey
 from transports.kvm.host import Kvm

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
+from kit.kvm.elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
 from kit.project import ROOT
 
 from guest.boot.toy import prepare_toy

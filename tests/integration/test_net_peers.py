@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import trio
-from internet import Host
-from net_station import Station, free_port, station
+from kit.net.internet import Host
+from kit.net.station import Station, free_port, station
 
 from virtio.testing.queue import GUARD
 

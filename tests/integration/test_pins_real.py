@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import uinput
-from uinput import EV_ABS, EV_KEY, EV_LED, REPORT, InputDevice, read_events
+from kit.host import uinput
+from kit.host.uinput import EV_ABS, EV_KEY, EV_LED, REPORT, InputDevice, read_events
 
 from virtio.devices.gpio import uapi as gpio_uapi
 from virtio.devices.gpio.device import Gpio

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
 from structlog.testing import capture_logs
 
 from guest.boot.initramfs import BUSYBOX, Entry, newc

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
-from line_client import Talker
+from kit.host.line_client import Talker
 from nested.microvm import ON_TERMINAL
 
 from guest.boot.initramfs import compiled_program, module_order

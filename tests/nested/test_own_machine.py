@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from kit.guest.toy_machine import KEY
 from nested.inner_tests import InnerRun, bring_toy, run_tests_in
 from nested.laboratory import Laboratory
-from toy_machine import KEY
 
 from guest.nested.level import Level
 from guest.nested.tracing import Counts, watch_doorbells

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from guests.simulated import KEYBOARD_LABEL, keys_arrive_and_a_light_is_told
-from line_client import Talker
+from kit.host.line_client import Talker
 from nested.inner_tests import InnerRun, run_tests_in
 from nested.laboratory import Laboratory
 from nested.microvm import Microvm

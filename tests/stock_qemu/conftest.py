@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kvm_process import KvmProcess, Listener
+from kit.kvm.process import KvmProcess, Listener
 from stock_qemu.guests import KEY, Start
 
 from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_NAME, VARIABLE_SOCKET

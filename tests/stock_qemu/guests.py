@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from kvm_process import KvmProcess, Peer
+from kit.kvm.process import KvmProcess, Peer
 
 from transports.hypercall import HIDDEN_PV_BITS
 from transports.stock_qemu.messages import Message, Type, VmFlag

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from kvm_process import Listener
+from kit.kvm.process import Listener
 from stock_qemu.guests import BELL, KEY, ORDINARY, PORT, Start, bell, started
 
 from transports.stock_qemu.descriptors import VcpuStatistics

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from kvm_process import KvmProcess, Listener
+from kit.kvm.process import KvmProcess, Listener
 from stock_qemu.guests import (
     BELL,
     HYPERV,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from kvm_process import GUARD, Listener
+from kit.kvm.process import GUARD, Listener
 
 from transports.stock_qemu.library import library_path
 from transports.stock_qemu.messages import Reason, Type, VmFlag

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kvm_process import KvmProcess, Listener, Peer
+from kit.kvm.process import KvmProcess, Listener, Peer
 from stock_qemu.guests import BELL, KEY, ORDINARY, PORT, UNCHANGED, bell, seen, shown, started
 
 from transports.stock_qemu.library import VARIABLE_KEY, VARIABLE_SOCKET

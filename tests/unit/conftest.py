@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from ring_device import rings
+from kit.ring.device import rings
 
 __all__ = ["rings"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import structlog
 import trio
-from blk_driver import CONFIG_WRITEBACK, F_CONFIG_WCE, F_FLUSH, BlkDriver, make_disk
-from frontend import F_VERSION_1, Plugged, Setting, plugged
+from kit.front_end.frontend import F_VERSION_1, Plugged, Setting, plugged
+from kit.guest.blk import CONFIG_WRITEBACK, F_CONFIG_WCE, F_FLUSH, BlkDriver, make_disk
 
 LIBRARY = ctypes.CDLL(None)
 COUNTERS = ("plain_writes", "dsync_writes", "syncs")

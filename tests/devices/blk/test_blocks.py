@@ -12,7 +12,8 @@ from typing import Final
 
 import pytest
 import trio
-from blk_driver import (
+from kit.front_end.frontend import Setting, every_reactor, plugged
+from kit.guest.blk import (
     S_IOERR,
     S_OK,
     T_DISCARD,
@@ -27,7 +28,6 @@ from blk_driver import (
     put,
     segment,
 )
-from frontend import Setting, every_reactor, plugged
 from pydantic import ValidationError
 
 from virtio.devices.blk.device import BlkOptions

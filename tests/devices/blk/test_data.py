@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import (
+from kit.front_end.frontend import NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
+from kit.guest.blk import (
     S_OK,
     T_FLUSH,
     T_GET_ID,
@@ -25,8 +26,7 @@ from blk_driver import (
     pattern,
     put,
 )
-from frontend import NATIVE_SETTINGS, Setting, every_native_setting, every_reactor, plugged
-from peak import Peak
+from kit.host.peak import Peak
 
 from virtio.testing.driver import Element, SplitDriver
 from virtio.testing.queue import GUARD

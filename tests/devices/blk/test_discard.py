@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from blk_driver import (
+from kit.front_end.frontend import Setting, every_native_setting, every_reactor, plugged
+from kit.guest.blk import (
     S_OK,
     T_DISCARD,
     T_WRITE_ZEROES,
@@ -20,7 +21,6 @@ from blk_driver import (
     pattern,
     segment,
 )
-from frontend import Setting, every_native_setting, every_reactor, plugged
 
 SECTOR = 512
 SIZE = 1 << 20

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from blk_driver import (
+from kit.front_end.frontend import NATIVE_SETTINGS, Setting, every_native_setting, plugged
+from kit.guest.blk import (
     CONFIG_WRITEBACK,
     F_CONFIG_WCE,
     F_FLUSH,
@@ -21,7 +22,6 @@ from blk_driver import (
     make_disk,
     pattern,
 )
-from frontend import NATIVE_SETTINGS, Setting, every_native_setting, plugged
 
 from virtio.fd import OwnedFd
 

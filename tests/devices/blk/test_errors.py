@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from blk_driver import (
+from kit.front_end.frontend import Setting, every_native_setting, every_reactor, plugged
+from kit.guest.blk import (
     F_DISCARD,
     F_RO,
     F_WRITE_ZEROES,
@@ -28,7 +29,6 @@ from blk_driver import (
     pattern,
     segment,
 )
-from frontend import Setting, every_native_setting, every_reactor, plugged
 
 SECTOR = 512
 CAPACITY = 2048  # sectors of a 1 MiB disk

@@ -10,9 +10,9 @@ from pathlib import Path
 import structlog
 import trio
 import trio.testing
-from blk_driver import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, BlkDriver, header, pattern
-from failing_storage import FailingImage, failing_image
-from frontend import Plugged, Setting, every_reactor, plugged
+from kit.front_end.frontend import Plugged, Setting, every_reactor, plugged
+from kit.guest.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT, BlkDriver, header, pattern
+from kit.host.failing_storage import FailingImage, failing_image
 
 from virtio.devices.blk.device import Blk, BlkOptions
 

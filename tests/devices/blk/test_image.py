@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import (
+from kit.front_end.frontend import Setting, every_native_setting, every_reactor, plugged
+from kit.front_end.vhost_user_wire import no_fd_leaks
+from kit.guest.blk import (
     KINDS,
     S_IOERR,
     S_OK,
@@ -27,8 +29,6 @@ from blk_driver import (
     pattern,
     put,
 )
-from frontend import Setting, every_native_setting, every_reactor, plugged
-from vhost_user_wire import no_fd_leaks
 
 from virtio.devices.blk.device import Blk, BlkOptions
 from virtio.errors import HostError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import S_OK, T_FLUSH, T_IN, T_OUT, BlkDriver, header, make_disk, pattern
-from failing_storage import FailingImage, failing_image
-from frontend import REACTORS, Guest
-from links import WaistLink
+from kit.front_end.frontend import REACTORS, Guest
+from kit.front_end.links import WaistLink
+from kit.guest.blk import S_OK, T_FLUSH, T_IN, T_OUT, BlkDriver, header, make_disk, pattern
+from kit.host.failing_storage import FailingImage, failing_image
 
 from virtio.backend.backend import Backend
 from virtio.devices.blk.device import Blk, BlkOptions

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from blk_driver import S_OK, T_IN, T_OUT, Answer, BlkDriver, contents, every_kind, header, make_disk, pattern
-from frontend import F_INDIRECT_DESC, NATIVE_SETTINGS, Plugged, Setting, every_reactor, plugged
+from kit.front_end.frontend import F_INDIRECT_DESC, NATIVE_SETTINGS, Plugged, Setting, every_reactor, plugged
+from kit.guest.blk import S_OK, T_IN, T_OUT, Answer, BlkDriver, contents, every_kind, header, make_disk, pattern
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 

@@ -13,10 +13,10 @@ import pytest
 import structlog
 import trio
 import trio.testing
-from blk_driver import S_IOERR, T_FLUSH, T_IN, BlkDriver, pattern
 from devices.blk.test_failing import disk_on, failing_disk
-from failing_storage import FailingImage
-from frontend import Plugged, Setting, every_reactor, plugged
+from kit.front_end.frontend import Plugged, Setting, every_reactor, plugged
+from kit.guest.blk import S_IOERR, T_FLUSH, T_IN, BlkDriver, pattern
+from kit.host.failing_storage import FailingImage
 
 from daemon.cli import main
 from daemon.running.control import serve_control

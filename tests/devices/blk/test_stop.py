@@ -13,7 +13,9 @@ import structlog
 import trio
 import trio.lowlevel
 import trio.testing
-from blk_driver import (
+from devices.blk.test_failing import disk_on, failing_disk
+from kit.front_end.frontend import Plugged, Setting, every_native_setting, every_reactor, plugged
+from kit.guest.blk import (
     S_IOERR,
     S_OK,
     SHARED_MEMORY,
@@ -28,8 +30,6 @@ from blk_driver import (
     pattern,
     segment,
 )
-from devices.blk.test_failing import disk_on, failing_disk
-from frontend import Plugged, Setting, every_native_setting, every_reactor, plugged
 
 from daemon.cli import main
 from daemon.commands.show_table import render

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from blk_driver import pattern
-from console_guest import KIB, RECEIVE, TRANSMIT, receive_exactly, take, type_in
-from frontend import Setting, every_python_setting, plugged
-from peak import Peak
+from kit.front_end.frontend import Setting, every_python_setting, plugged
+from kit.front_end.vhost_user_wire import no_fd_leaks
+from kit.guest.blk import pattern
+from kit.guest.console import KIB, RECEIVE, TRANSMIT, receive_exactly, take, type_in
+from kit.host.peak import Peak
 from structlog.testing import capture_logs
-from vhost_user_wire import no_fd_leaks
 
 from virtio.devices.console.device import EMERG_WR_OFFSET, Console, ConsoleOptions
 from virtio.devices.console.port import LINE_MAX, PENDING_MAX

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import trio
-from console_guest import TRANSMIT
-from frontend import Setting, every_ring, plugged
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.guest.console import TRANSMIT
 from structlog.testing import capture_logs
 
 from virtio.devices.console.device import Console, ConsoleOptions

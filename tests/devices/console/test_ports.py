@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from blk_driver import pattern
-from frontend import Guest, Setting, every_python_setting, plugged
+from kit.front_end.frontend import Guest, Setting, every_python_setting, plugged
+from kit.guest.blk import pattern
 
 from virtio.devices.console.device import Console, ConsoleOptions, PortOptions
 from virtio.testing.queue import GUARD

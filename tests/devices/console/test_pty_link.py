@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from vhost_user_wire import no_fd_leaks
+from kit.front_end.vhost_user_wire import no_fd_leaks
 
 from virtio.devices.console.device import Console, ConsoleOptions
 from virtio.errors import HostError

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from console_guest import RECEIVE, receive_exactly, take, type_in
-from frontend import Setting, every_python_setting, plugged
-from vhost_user_wire import no_fd_leaks
+from kit.front_end.frontend import Setting, every_python_setting, plugged
+from kit.front_end.vhost_user_wire import no_fd_leaks
+from kit.guest.console import RECEIVE, receive_exactly, take, type_in
 
 from virtio.devices.console.device import ConsoleOptions
 from virtio.devices.console.port import Pending

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from line_client import LineTalker, talking
-from vhost_user_wire import no_fd_leaks, open_fds
+from kit.front_end.vhost_user_wire import no_fd_leaks, open_fds
+from kit.host.line_client import LineTalker, talking
 
 from virtio.devices.gpio.device import VIRTIO_GPIO_MSG_SET_DIRECTION, VIRTIO_GPIO_MSG_SET_IRQ_TYPE, Gpio
 from virtio.devices.gpio.options import GpioOptions

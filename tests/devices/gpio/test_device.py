@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from frontend import Plugged, Setting, every_python_setting, plugged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.front_end.frontend import Plugged, Setting, every_python_setting, plugged
 
 from virtio.devices.gpio.device import (
     EVENT_QUEUE,

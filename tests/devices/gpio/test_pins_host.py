@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vhost_user_wire import no_fd_leaks
+from kit.front_end.vhost_user_wire import no_fd_leaks
 
 from virtio.devices.gpio import uapi as gpio_uapi
 from virtio.devices.gpio.device import Gpio

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from frontend import Setting, every_python_setting, plugged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from i2c_guest import (
+from kit.front_end.frontend import Setting, every_python_setting, plugged
+from kit.guest.i2c import (
     EEPROM,
     ERR,
     FAIL_NEXT,
@@ -27,7 +27,7 @@ from i2c_guest import (
     results,
     write,
 )
-from line_client import talking
+from kit.host.line_client import talking
 
 from virtio.devices.i2c.device import REQUEST_MAX, SEGMENT_MAX, decode_address
 from virtio.testing import attach

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from vhost_user_wire import no_fd_leaks
+from kit.front_end.vhost_user_wire import no_fd_leaks
 
 from virtio.devices.i2c.device import I2c
 from virtio.devices.i2c.options import I2cOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import trio
-from frontend import Setting, every_python_setting, every_ring, plugged
-from i2c_guest import (
+from kit.front_end.frontend import Setting, every_python_setting, every_ring, plugged
+from kit.guest.i2c import (
     EEPROM,
     ERR,
     F_ZERO_LENGTH,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from frontend import F_RING_PACKED, Plugged, Setting, every_python_setting, plugged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from line_client import talking
-from links import WaistLink
+from kit.front_end.frontend import F_RING_PACKED, Plugged, Setting, every_python_setting, plugged
+from kit.front_end.links import WaistLink
+from kit.host.line_client import talking
 
 from virtio.backend.backend import Backend
 from virtio.devices.input.codes import CODES, EV_ABS, EV_KEY, EV_LED, EV_REL, parse_code

@@ -7,9 +7,9 @@ import struct
 from collections.abc import AsyncIterator
 
 import pytest
-from blk_driver import pattern
-from frontend import Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
-from links import SocketLink, WaistLink
+from kit.front_end.frontend import Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
+from kit.front_end.links import SocketLink, WaistLink
+from kit.guest.blk import pattern
 
 from virtio.backend.backend import Backend
 from virtio.devices.net.device import Net, NetOptions

@@ -7,8 +7,17 @@ import struct
 
 import pytest
 import trio
-from blk_driver import pattern
-from frontend import F_VERSION_1, NEEDS_RESET, Guest, Plugged, Setting, every_native_setting, every_reactor, plugged
+from kit.front_end.frontend import (
+    F_VERSION_1,
+    NEEDS_RESET,
+    Guest,
+    Plugged,
+    Setting,
+    every_native_setting,
+    every_reactor,
+    plugged,
+)
+from kit.guest.blk import pattern
 from pydantic import ValidationError
 
 from virtio.devices.net.address import mac_from_name

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from frontend import REACTORS
-from net_lan import BROADCAST, lan
+from kit.front_end.frontend import REACTORS
+from kit.net.lan import BROADCAST, lan
 
 from virtio.devices.net.device import NetOptions
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 import pytest
-from blk_driver import pattern
-from frontend import REACTORS, RINGS
-from net_lan import BROADCAST, Station, lan
-from packets import GSO, KINDS, check_sums, packet
+from kit.front_end.frontend import REACTORS, RINGS
+from kit.guest.blk import pattern
+from kit.net.lan import BROADCAST, Station, lan
+from kit.net.packets import GSO, KINDS, check_sums, packet
 
 from virtio.native.nic import NicCounters
 

@@ -14,10 +14,10 @@ import pytest
 import structlog
 import trio
 import trio.testing
-from blk_driver import pattern
-from frontend import REACTORS, Setting, every_reactor, every_ring, plugged
-from net_station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
-from packets import LIES, packet
+from kit.front_end.frontend import REACTORS, Setting, every_reactor, every_ring, plugged
+from kit.guest.blk import pattern
+from kit.net.packets import LIES, packet
+from kit.net.station import BROADCAST, ETHERTYPE, Station, free_port, joined, station
 from pydantic import ValidationError
 
 from daemon.cli import main

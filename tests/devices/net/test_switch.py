@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 
 import pytest
-from blk_driver import pattern
-from frontend import REACTORS, RINGS
-from net_lan import BROADCAST, PLAIN, TRANSMIT, lan
-from packets import GSO, KINDS, LIES, check_sums, packet
+from kit.front_end.frontend import REACTORS, RINGS
+from kit.guest.blk import pattern
+from kit.net.lan import BROADCAST, PLAIN, TRANSMIT, lan
+from kit.net.packets import GSO, KINDS, LIES, check_sums, packet
 
 F_CSUM, F_GUEST_CSUM, F_MRG_RXBUF = 1 << 0, 1 << 1, 1 << 15
 F_GUEST_TSO = 1 << 7 | 1 << 8

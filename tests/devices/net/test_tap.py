@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import pytest
 import structlog
 import trio
-from blk_driver import pattern
-from frontend import REACTORS, RINGS, Guest, Setting, plugged
-from links import WaistLink
-from own_network import own_network
-from packets import packet
+from kit.front_end.frontend import REACTORS, RINGS, Guest, Setting, plugged
+from kit.front_end.links import WaistLink
+from kit.guest.blk import pattern
+from kit.net.own_network import own_network
+from kit.net.packets import packet
+from kit.net.tap_host import HOST, PLAIN, RECEIVE, TRANSMIT, Host, frame, heard, listen, on_tap, send
 from pydantic import ValidationError
-from tap_host import HOST, PLAIN, RECEIVE, TRANSMIT, Host, frame, heard, listen, on_tap, send
 
 from virtio.backend.backend import Backend
 from virtio.devices.net import tap

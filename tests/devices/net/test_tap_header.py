@@ -7,8 +7,8 @@ import struct
 from typing import Any, cast
 
 import pytest
-from frontend import Setting, every_reactor, plugged
-from packets import GSO, KINDS, check_sums, packet
+from kit.front_end.frontend import Setting, every_reactor, plugged
+from kit.net.packets import GSO, KINDS, check_sums, packet
 
 from virtio.devices.net.device import Net, NetOptions
 from virtio.devices.net.tap import Tap

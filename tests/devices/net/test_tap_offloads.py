@@ -6,11 +6,11 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from blk_driver import pattern
-from frontend import Plugged, Setting, every_reactor, plugged
-from own_network import own_network
-from packets import GSO, KINDS, LIES, check_sums, packet
-from tap_host import HOST, VNET_HEADER, Host, frame, heard, heard_all, listen, on_tap, send
+from kit.front_end.frontend import Plugged, Setting, every_reactor, plugged
+from kit.guest.blk import pattern
+from kit.net.own_network import own_network
+from kit.net.packets import GSO, KINDS, LIES, check_sums, packet
+from kit.net.tap_host import HOST, VNET_HEADER, Host, frame, heard, heard_all, listen, on_tap, send
 
 from virtio.devices.net.device import Net
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import structlog
 import trio
-from internet import IPV6, Host, RefusedError, ethertype
-from net_station import BROADCAST, Station, free_port, station
-from packets import internet_sum
+from kit.net.internet import IPV6, Host, RefusedError, ethertype
+from kit.net.packets import internet_sum
+from kit.net.station import BROADCAST, Station, free_port, station
 from pydantic import ValidationError
 
 from daemon.cli import main

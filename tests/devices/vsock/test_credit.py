@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import pattern
-from frontend import every_ring
-from vhost_user_wire import no_further_descriptors
-from vsock_guest import (
+from kit.front_end.frontend import every_ring
+from kit.front_end.vhost_user_wire import no_further_descriptors
+from kit.guest.blk import pattern
+from kit.guest.vsock import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     RECEIVE_QUEUE,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import pattern
-from frontend import Setting, every_ring, plugged
-from vsock_guest import (
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.guest.blk import pattern
+from kit.guest.vsock import (
     CREDIT_UPDATE,
     EVENT_QUEUE,
     REQUEST,

@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from vsock_guest import (
-    VsockGuest,
-    vsock,
-)
+from kit.guest.vsock import VsockGuest, vsock
 
 from virtio.errors import HostError
 from virtio.testing import attach

@@ -10,8 +10,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peak import Peak
-from vsock_guest import (
+from kit.guest.vsock import (
     CID,
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -34,6 +33,7 @@ from vsock_guest import (
     vsock,
     works,
 )
+from kit.host.peak import Peak
 
 from virtio.devices.vsock.packet import HEADER_SIZE, Packet
 from virtio.testing import attach

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import pattern
-from vsock_guest import (
+from kit.guest.blk import pattern
+from kit.guest.vsock import (
     CREDIT_UPDATE,
     EOM,
     RECEIVE_QUEUE,

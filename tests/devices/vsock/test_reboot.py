@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from frontend import Guest, Setting, every_python_setting, plugged
-from vsock_guest import EVENT_QUEUE, RW, VsockGuest, pair, vsock, works
+from kit.front_end.frontend import Guest, Setting, every_python_setting, plugged
+from kit.guest.vsock import EVENT_QUEUE, RW, VsockGuest, pair, vsock, works
 
 
 async def stop(guest: Guest) -> list[int]:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import pattern
-from frontend import Setting, every_ring, plugged
-from peak import Peak
-from vsock_guest import (
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.guest.blk import pattern
+from kit.guest.vsock import (
     EOM,
     F_SEQPACKET,
     REQUEST,
@@ -27,6 +26,7 @@ from vsock_guest import (
     connected_client,
     vsock,
 )
+from kit.host.peak import Peak
 
 from virtio.testing import attach
 

@@ -12,8 +12,8 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.guest.vsock import REQUEST, RESPONSE, RST, VsockGuest, vsock
 from structlog.testing import capture_logs
-from vsock_guest import REQUEST, RESPONSE, RST, VsockGuest, vsock
 
 from virtio.devices.vsock.shares import Shares
 from virtio.testing import attach

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import trio
-from driven import check_it_works, every_driven, make_device
-from frontend import Setting, every_ring, plugged
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.ring.driven import check_it_works, every_driven, make_device
 
 from virtio.fd import OwnedFd
 from virtio.waist import Doorbell

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 import trio.testing
-from driven import Scripted
-from frontend import Setting, plugged
+from kit.front_end.frontend import Setting, plugged
+from kit.ring.driven import Scripted
 
 from virtio.backend.events import Events
 from virtio.errors import GuestError

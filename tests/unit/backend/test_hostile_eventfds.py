@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from driven import check_it_works, every_driven, make_device
-from frontend import Setting, plugged
-from links import SocketLink
+from kit.front_end.frontend import Setting, plugged
+from kit.front_end.links import SocketLink
+from kit.ring.driven import check_it_works, every_driven, make_device
 from structlog.testing import capture_logs
 
 from virtio.errors import PeerError

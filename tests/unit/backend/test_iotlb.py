@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
-from driven import add_request, check_it_works, every_driven, make_device
-from frontend import F_RING_PACKED, PACKED_START, Setting, every_ring, plugged
-from iommu import BOTH, PAGE, READ, WRITE, behind_iommu, start, start_queue
-from links import F_ACCESS_PLATFORM, WaistLink
+from kit.front_end.frontend import F_RING_PACKED, PACKED_START, Setting, every_ring, plugged
+from kit.front_end.links import F_ACCESS_PLATFORM, WaistLink
+from kit.ring.driven import add_request, check_it_works, every_driven, make_device
+from kit.ring.iommu import BOTH, PAGE, READ, WRITE, behind_iommu, start, start_queue
 
 from virtio.errors import PeerError
 from virtio.testing.driver import Element

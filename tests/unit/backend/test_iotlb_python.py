@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import trio
-from driven import Pulling, Scripted, every_driven
-from frontend import every_ring
-from iommu import PAGE, behind_iommu
+from kit.front_end.frontend import every_ring
+from kit.ring.driven import Pulling, Scripted, every_driven
+from kit.ring.iommu import PAGE, behind_iommu
 
 from virtio.device import Chain, Queue
 from virtio.testing.driver import Element

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from blk_driver import BlkDriver, VerifiedLoad
-from driven import add_request, check_it_works, every_driven, make_device
-from frontend import NEEDS_RESET, REACTORS, Setting, every_ring, plugged
-from vhost_user_wire import no_fd_leaks
+from kit.front_end.frontend import NEEDS_RESET, REACTORS, Setting, every_ring, plugged
+from kit.front_end.vhost_user_wire import no_fd_leaks
+from kit.guest.blk import BlkDriver, VerifiedLoad
+from kit.ring.driven import add_request, check_it_works, every_driven, make_device
 
 from virtio.backend.backend import Backend
 from virtio.errors import HostError

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from blk_driver import VerifiedLoad
-from driven import check_it_works, every_driven, make_device
-from frontend import PACKED_START, Guest, Plugged, Setting, every_ring, plugged
-from vhost_user_wire import eventfd, memfd, no_fd_leaks, open_fds
+from kit.front_end.frontend import PACKED_START, Guest, Plugged, Setting, every_ring, plugged
+from kit.front_end.vhost_user_wire import eventfd, memfd, no_fd_leaks, open_fds
+from kit.guest.blk import VerifiedLoad
+from kit.ring.driven import check_it_works, every_driven, make_device
 
 from virtio.errors import HostError
 from virtio.fd import OwnedFd

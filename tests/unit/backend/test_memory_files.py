@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from failing_storage import failing_image
-from vhost_user_wire import memfd
+from kit.front_end.vhost_user_wire import memfd
+from kit.host.failing_storage import failing_image
 
 from virtio.backend.backend import Backend
 from virtio.backend.memory_files import ANSWER_SECONDS

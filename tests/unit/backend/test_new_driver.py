@@ -5,12 +5,12 @@ And a guest that is merely paused, has come from elsewhere, or resets a queue, k
 
 from __future__ import annotations
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from driven import Scripted
-from front_end_steps import Teller, prepare
-from frontend import PACKED_START, Guest, Plugged, Setting, every_python_setting, every_ring, plugged
+from kit.front_end.frontend import PACKED_START, Guest, Plugged, Setting, every_python_setting, every_ring, plugged
+from kit.front_end.steps import Teller, prepare
+from kit.ring.driven import Scripted
 
 from virtio.testing.driver import PackedDriver, SplitDriver
 from virtio.testing.queue import GuestQueue

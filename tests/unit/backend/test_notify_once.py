@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ring_device import FORMATS, Rings, make_driver
+from kit.ring.device import FORMATS, Rings, make_driver
 
 from virtio.testing.driver import SplitDriver
 

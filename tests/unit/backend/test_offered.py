@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
-import vhost_user_wire as wire
-from vhost_user_wire import FrontEnd
+from kit.front_end.vhost_user_wire import FrontEnd
 
 from config.loader import load
 from config.options import parse_devices

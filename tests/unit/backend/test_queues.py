@@ -10,10 +10,10 @@ import sys
 import pytest
 import trio
 import trio.testing
-from driven import DRIVEN, add_request, check_it_works, every_driven, make_device
-from frontend import F_EVENT_IDX, PACKED_START, Setting, every_ring, plugged
+from kit.front_end.frontend import F_EVENT_IDX, PACKED_START, Setting, every_ring, plugged
+from kit.front_end.vhost_user_wire import eventfd, memfd, no_fd_leaks
+from kit.ring.driven import DRIVEN, add_request, check_it_works, every_driven, make_device
 from structlog.testing import capture_logs
-from vhost_user_wire import eventfd, memfd, no_fd_leaks
 
 from virtio.backend.backend import Backend
 from virtio.device import DeviceOptions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from driven import Echo, Scripted
+from kit.ring.driven import Echo, Scripted
 
 from virtio.device import DeviceOptions
 from virtio.devices.blk.device import Blk, BlkOptions

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from elf_kernel import plain_kernel
+from kit.kvm.elf_kernel import plain_kernel
 from structlog.testing import capture_logs
 
 from daemon.cli import _parser

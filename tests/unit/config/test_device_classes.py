@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from driven import Scripted
+from kit.ring.driven import Scripted
 
 from config.loader import load
 from config.problems import ConfigError

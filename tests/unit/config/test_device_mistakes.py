@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import trio
-from driven import Scripted
-from frontend import Guest, Setting, every_python_setting, plugged
-from kvm_scene import scene
+from kit.front_end.frontend import Guest, Setting, every_python_setting, plugged
+from kit.front_end.vhost_user_wire import FrontEnd
+from kit.kvm.scene import scene
+from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
-from vhost_user_wire import FrontEnd
 
 from config.loader import load
 from daemon.devices.catalogue import device_types, make_devices

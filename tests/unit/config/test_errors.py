@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from known_types import KnownTypes
+from kit.known_types import KnownTypes
 from pydantic import BaseModel, ConfigDict, Field
 
 from config.loader import load

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from known_types import KnownTypes
+from kit.known_types import KnownTypes
 from pydantic import BaseModel, ConfigDict
 
 from config.changes import Change, changes

@@ -7,9 +7,9 @@ import os
 
 import pytest
 import trio
-from driven import add_request, check_it_works, every_driven, make_device
-from frontend import Plugged, Setting, every_ring, plugged
-from vhost_user_wire import eventfd, no_fd_leaks
+from kit.front_end.frontend import Plugged, Setting, every_ring, plugged
+from kit.front_end.vhost_user_wire import eventfd, no_fd_leaks
+from kit.ring.driven import add_request, check_it_works, every_driven, make_device
 
 from virtio.errors import PeerError
 from virtio.fd import OwnedFd, eventfd_id

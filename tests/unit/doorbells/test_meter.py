@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from doorbell_reports import MEDIANS, measurement
+from kit.doorbell_reports import MEDIANS, measurement
 from prometheus_client import CollectorRegistry, generate_latest
 from structlog.testing import capture_logs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doorbell_reports import MEDIANS, measurement
+from kit.doorbell_reports import MEDIANS, measurement
 
 from daemon.doorbells.measure import make_report, report_of
 from daemon.doorbells.report import VERSION, Report, load, save, to_json

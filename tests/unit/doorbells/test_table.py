@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from doorbell_reports import MEDIANS, measurement
+from kit.doorbell_reports import MEDIANS, measurement
 
 from daemon.doorbells.measure import make_report, report_of
 from daemon.doorbells.table import bars, render

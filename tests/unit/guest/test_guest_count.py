@@ -69,7 +69,7 @@ def test_a_runs_last_lines_say_how_many_guests_booted(
     (tmp_path / "test_inner.py").write_text(tests)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     said = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "guest_count", *processes, str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-p", "kit.guest.count", *processes, str(tmp_path)],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,

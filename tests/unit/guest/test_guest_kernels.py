@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from debian_archive import SUITE, Archive
+from kit.host.debian_archive import SUITE, Archive
 
 from guest.boot.initramfs import module_order
 from guest.debian import suites

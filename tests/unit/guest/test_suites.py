@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from debian_archive import SUITE, Archive
+from kit.host.debian_archive import SUITE, Archive
 
 from guest.boot.initramfs import BUSYBOX
 from guest.debian import suites

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from elf_kernel import bzimage, plain_kernel
+from kit.kvm.elf_kernel import bzimage, plain_kernel
 
 from transports.kvm.boot import bzimage as bz
 from transports.kvm.boot import pvh

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 
-import mmio_guest as regs
+import kit.guest.mmio as regs
 import pytest
-from driven import Scripted
-from kvm_scene import Scene, scene
-from recording_backend import RecordingBackend
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import no_fd_leaks, no_further_descriptors
+from kit.kvm.scene import Scene, scene
+from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
-from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.kvm.machine.device import LINES_MAX
 from transports.kvm.machine.slots import DEVICES_MAX, gsi_of, slot

@@ -8,13 +8,13 @@ from __future__ import annotations
 import select
 from typing import Any
 
-import mmio_guest as regs
+import kit.guest.mmio as regs
 import pytest
-from driven import Scripted
-from kvm_scene import KEY, Scene, scene
-from recording_backend import RecordingBackend
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import no_fd_leaks, no_further_descriptors
+from kit.kvm.scene import KEY, Scene, scene
+from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
-from vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.hypercall import RESERVED_ID, connection_id
 from transports.kvm.machine.state import MmioDeviceState, QueueBell

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kvm_scene import KEY, Scene, scene
+from kit.kvm.scene import KEY, Scene, scene
 from structlog.testing import capture_logs
 
 from transports.hypercall import connection_id

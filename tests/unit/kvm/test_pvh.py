@@ -6,9 +6,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from elf_kernel import CODE, PT_LOAD, PT_NOTE, Part, elf, plain_kernel, pvh_note
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.kvm.elf_kernel import CODE, PT_LOAD, PT_NOTE, Part, elf, plain_kernel, pvh_note
 
 from transports.kvm.boot import pvh
 from virtio.errors import HostError

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vhost_user_wire import no_fd_leaks, no_further_descriptors
+from kit.front_end.vhost_user_wire import no_fd_leaks, no_further_descriptors
 
 from transports.kvm.machine.hypercalls import HypervEventfds
 from transports.kvm.vm.doorbells import Doorbells, Registration

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmio_guest import (
+from kit.guest.mmio import (
     BELL,
     CONFIG,
     DRIVER_FEATURES,

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from mmio_guest import (
-    BELL,
-    F_HYPERCALL_NOTIFY,
-    F_VERSION_1,
-    KEY,
-    QUEUE_READY,
-    QUEUE_SEL,
-    STATUS,
-    Performer,
-)
+from kit.guest.mmio import BELL, F_HYPERCALL_NOTIFY, F_VERSION_1, KEY, QUEUE_READY, QUEUE_SEL, STATUS, Performer
 
 from transports import hypercall
 from virtio.mmio.queues import VIRTIO_F_HYPERCALL_NOTIFY, Bells

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mmio_guest import (
+from kit.guest.mmio import (
     ACKNOWLEDGE,
     AREAS,
     DRIVER,

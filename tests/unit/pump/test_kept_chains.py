@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import pytest
 import trio
-from driven import Scripted
-from frontend import Setting, every_ring, plugged
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
 
 from virtio.backend import drivers as running

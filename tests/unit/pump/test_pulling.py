@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import trio
-from frontend import Setting, every_ring, plugged
+from kit.front_end.frontend import Setting, every_ring, plugged
 
 from virtio.device import Chain, Device, DeviceOptions, Queue
 from virtio.testing import attach

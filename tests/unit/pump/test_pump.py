@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import trio
 import trio.testing
-from driven import Pulling, Scripted
-from frontend import Plugged, Setting, every_ring, plugged
+from kit.front_end.frontend import Plugged, Setting, every_ring, plugged
+from kit.ring.driven import Pulling, Scripted
 
 from virtio.native.chain import Chain
 from virtio.native.pump import BATCH, Queue

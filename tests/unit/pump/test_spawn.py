@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import trio
-from driven import Scripted
-from frontend import NEEDS_RESET, Setting, every_ring, plugged
+from kit.front_end.frontend import NEEDS_RESET, Setting, every_ring, plugged
+from kit.ring.driven import Scripted
 
 from virtio.device import Chain, Queue
 from virtio.errors import GuestError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import trio
-from driven import Pulling, Scripted
-from frontend import Setting, every_ring, plugged
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.ring.driven import Pulling, Scripted
 
 from virtio.native import pump
 from virtio.native.chain import Chain

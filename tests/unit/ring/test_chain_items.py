@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Literal, get_args
 
 import pytest
-from driven import Scripted
-from frontend import Setting, plugged
+from kit.front_end.frontend import Setting, plugged
+from kit.ring.driven import Scripted
 
 from transports.kvm.vm.ram import PAGE, GuestRam
 from virtio.device import Chain, Queue

@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_device import FORMATS, RingDevice, Rings, make_driver, open_rings, read_counter
+from kit.ring.device import FORMATS, RingDevice, Rings, make_driver, open_rings, read_counter
 
 from virtio.fd import OwnedFd
 from virtio.testing.driver import PackedDriver, SplitDriver, VirtqueueDriver

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from ring_device import F_VERSION_1, FORMATS, Rings, assert_broken, make_driver, put_chain, put_one
+from kit.ring.device import F_VERSION_1, FORMATS, Rings, assert_broken, make_driver, put_chain, put_one
 
 from virtio.dataplane import lib
 from virtio.testing.driver import Desc, Element, PackedDriver, SplitDriver, VirtqueueDriver

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_device import (
+from kit.ring.device import (
     F_ACCESS_PLATFORM,
     F_INDIRECT_DESC,
     F_VERSION_1,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from ring_device import FORMATS, Rings, make_driver, region_of
+from kit.ring.device import FORMATS, Rings, make_driver, region_of
 
 from virtio.dataplane import lib
 from virtio.errors import HostError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ring_device import FORMATS, RingDevice, Rings, make_driver, put_one, read_counter
+from kit.ring.device import FORMATS, RingDevice, Rings, make_driver, put_one, read_counter
 
 from virtio.dataplane import lib
 from virtio.errors import HostError, KeptFullError

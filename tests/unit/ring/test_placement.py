@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ring_device import FORMATS, Rings, assert_broken, make_driver, region_of
+from kit.ring.device import FORMATS, Rings, assert_broken, make_driver, region_of
 
 from virtio.dataplane import FAULTS, lib
 from virtio.errors import GuestError, PeerError

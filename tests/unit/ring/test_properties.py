@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from ring_device import FORMATS, Popped, RingDevice, make_driver, region_of
+from kit.ring.device import FORMATS, Popped, RingDevice, make_driver, region_of
 
 from virtio.native.memory import MemoryTable
 from virtio.testing.driver import GuestMemory, RingFullError, VirtqueueDriver

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 import pytest
-from driven import Scripted
-from frontend import Setting, every_ring, plugged
-from ring_device import Rings, make_driver
+from kit.front_end.frontend import Setting, every_ring, plugged
+from kit.ring.device import Rings, make_driver
+from kit.ring.driven import Scripted
 
 from virtio.device import Chain, Device, DeviceOptions, Queue
 from virtio.devices.rng import Rng

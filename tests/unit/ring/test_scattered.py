@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from ring_device import (
+from kit.ring.device import (
     F_ACCESS_PLATFORM,
     F_INDIRECT_DESC,
     F_VERSION_1,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ring_device import FORMATS, RingDevice, Rings, make_driver, read_counter
+from kit.ring.device import FORMATS, RingDevice, Rings, make_driver, read_counter
 
 from virtio.dataplane import lib
 from virtio.native.memory import install_sigbus_guard

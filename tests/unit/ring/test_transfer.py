@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ring_device import FORMATS, Rings, make_driver, put_one, region_of
+from kit.ring.device import FORMATS, Rings, make_driver, put_one, region_of
 
 from virtio.dataplane import lib
 from virtio.native.memory import MemoryTable

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import structlog
 import trio
 import trio.testing
-import vhost_user_wire as wire
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import FrontEnd, serving, u64
 from kit.project import ROOT
-from recording_backend import RecordingBackend
 from structlog.testing import capture_logs
-from vhost_user_wire import FrontEnd, serving, u64
 
 from daemon.commands.command import load_config
 from daemon.running.descriptors import worst_case

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from blk_driver import make_disk
-from recording_backend import RecordingBackend
+from kit.front_end.recording_backend import RecordingBackend
+from kit.guest.blk import make_disk
 
 from transports.kvm.vm.vmm import Vm
 from transports.vhost_user.requests.rings import SetCall

@@ -6,10 +6,10 @@ import os
 import socket
 import struct
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
 import trio.testing
-import vhost_user_wire as wire
 
 from transports.vhost_user.serving.backend_channel import BackendChannel, BackendRequests
 from virtio.errors import PeerError

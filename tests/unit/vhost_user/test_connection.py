@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
 import trio.testing
-import vhost_user_wire as wire
-from recording_backend import RecordingBackend
-from served_front_end import IOMMU, UVA, connected
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.served import IOMMU, UVA, connected
+from kit.front_end.vhost_user_wire import FrontEnd, u64
 from structlog.testing import capture_logs
-from vhost_user_wire import FrontEnd, u64
 
 from transports.vhost_user.serving.connection import WRITE_TIMEOUT
 from virtio.errors import GuestError, HostError, PeerError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conversation_file import ConversationError, EachRing, Step, load, parse
+from kit.conversation.file import ConversationError, EachRing, Step, load, parse
 
 HEAD = "front-end: some 1\nattaches: blk net\nring-size: 256\nring-size net: 64\nlife: start use hangup\n"
 BODY = """[start]

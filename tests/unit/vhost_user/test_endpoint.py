@@ -8,8 +8,8 @@ import socket
 import stat
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
 
 from transports.vhost_user.serving.endpoint import connect_unix, inherited_socket, is_listening
 from virtio.errors import HostError

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import socket
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
 import trio.testing
-import vhost_user_wire as wire
-from recording_backend import RecordingBackend
-from served_front_end import IOMMU, UVA, connected, open_channel
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.served import IOMMU, UVA, connected, open_channel
+from kit.front_end.vhost_user_wire import u64
 from structlog.testing import capture_logs
-from vhost_user_wire import u64
 
 from transports.vhost_user.serving.connection import ACK_TIMEOUT
 from virtio.fd import OwnedFd

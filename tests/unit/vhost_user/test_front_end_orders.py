@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio.testing
-import vhost_user_wire as wire
-from driven import Scripted, add_request, check_it_works, every_driven, make_device
-from front_end_steps import Teller, front_end_of, prepare
-from frontend import NEEDS_RESET, PACKED_START, Setting, every_ring, plugged
-from links import SocketLink
+from kit.front_end.frontend import NEEDS_RESET, PACKED_START, Setting, every_ring, plugged
+from kit.front_end.links import SocketLink
+from kit.front_end.steps import Teller, front_end_of, prepare
+from kit.front_end.vhost_user_wire import u64
+from kit.ring.driven import Scripted, add_request, check_it_works, every_driven, make_device
 from structlog.testing import capture_logs
-from vhost_user_wire import u64
 
 from virtio.testing.queue import GuestQueue
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import struct
 
-import vhost_user_wire as wire
+import kit.front_end.vhost_user_wire as wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

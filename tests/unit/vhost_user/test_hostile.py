@@ -8,9 +8,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from vhost_user_wire import MIB, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
+from kit.front_end.vhost_user_wire import MIB, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
 from transports.vhost_user.requests.operation import Refuse
 from transports.vhost_user.requests.table import MESSAGES

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from vhost_user_wire import MIB, Dialogue, reply_to, u64
+from kit.front_end.vhost_user_wire import MIB, Dialogue, reply_to, u64
 
 from transports.vhost_user.requests.negotiation import SetFeatures
 from transports.vhost_user.requests.operation import Refuse

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from vhost_user_wire import MIB, Dialogue, chunked, reply_to
+from kit.front_end.vhost_user_wire import MIB, Dialogue, chunked, reply_to
 
 from transports.vhost_user.requests.memory import SetMemory
 from transports.vhost_user.requests.operation import Refuse

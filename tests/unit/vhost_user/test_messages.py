@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
 
 from transports.vhost_user.requests import config_space, device, iotlb, memory, negotiation, net, rings
 from transports.vhost_user.requests.table import MESSAGES, REQUESTS

@@ -6,9 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-import vhost_user_wire as wire
-from recording_backend import RecordingBackend
-from vhost_user_wire import Dialogue, FrontEnd, chunked, serving, u64
+import kit.front_end.vhost_user_wire as wire
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import Dialogue, FrontEnd, chunked, serving, u64
 
 from transports.vhost_user.requests.net import Announce, SetMtu
 from virtio.errors import PeerError

@@ -6,9 +6,9 @@ import itertools
 import struct
 from collections.abc import Callable
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from vhost_user_wire import MIB, UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
+from kit.front_end.vhost_user_wire import MIB, UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
 from transports.vhost_user.requests.config_space import ReadConfig
 from transports.vhost_user.requests.memory import SetMemory

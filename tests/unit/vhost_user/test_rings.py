@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import vhost_user_wire as wire
-from vhost_user_wire import UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
+import kit.front_end.vhost_user_wire as wire
+from kit.front_end.vhost_user_wire import UVA, Dialogue, chunked, reply_to, u64, vring_addr, vring_state
 
 from transports.vhost_user.requests.negotiation import DisableAllQueues
 from transports.vhost_user.requests.rings import EnableQueue, SetCall, SetErr, SetKick, SetRingAddresses, StopQueue

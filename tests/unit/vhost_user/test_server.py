@@ -9,13 +9,13 @@ import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
 import trio
 import trio.testing
-import vhost_user_wire as wire
-from recording_backend import RecordingBackend
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import FrontEnd, serving, u64
 from structlog.testing import capture_logs
-from vhost_user_wire import FrontEnd, serving, u64
 
 from transports.vhost_user.serving.endpoint import Connect, Inherit
 from transports.vhost_user.serving.server import CONNECT_DELAY_MAX, SILENT_SECONDS, VhostUserServer, serve

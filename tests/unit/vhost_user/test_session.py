@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import kit.front_end.vhost_user_wire as wire
 import pytest
-import vhost_user_wire as wire
-from vhost_user_wire import Dialogue, chunked, reply_to, u64, vring_state
+from kit.front_end.vhost_user_wire import Dialogue, chunked, reply_to, u64, vring_state
 
 from transports.vhost_user.requests.config_space import ReadConfig, WriteConfig
 from transports.vhost_user.requests.device import GetStatus, ResetDevice, SetBackendChannel, SetStatus, StopDevice

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from blk_driver import BlkDriver, pattern
-from i2c_guest import header as i2c_header
-from line_client import talking
-from vsock_guest import VsockGuest, pair
+from kit.guest.blk import BlkDriver, pattern
+from kit.guest.i2c import header as i2c_header
+from kit.guest.vsock import VsockGuest, pair
+from kit.host.line_client import talking
 
 from virtio.devices.net.address import mac_from_name
 from virtio.testing.driver import GuestMemory

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import Final
 
-from net_station import BROADCAST, Station
-from packets import check_sums, internet_sum
+from kit.net.packets import check_sums, internet_sum
+from kit.net.station import BROADCAST, Station
 
 ARP, IPV4, IPV6 = 0x0806, 0x0800, 0x86DD
 _ICMP, _TCP, _UDP = 1, 6, 17

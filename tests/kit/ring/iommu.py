@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
-from driven import make_device
-from frontend import F_RING_PACKED, PACKED_START, Guest, Plugged, Setting, plugged
-from links import F_ACCESS_PLATFORM
+from kit.front_end.frontend import F_RING_PACKED, PACKED_START, Guest, Plugged, Setting, plugged
+from kit.front_end.links import F_ACCESS_PLATFORM
+from kit.ring.driven import make_device
 
 from virtio.device import Device
 from virtio.fd import OwnedFd

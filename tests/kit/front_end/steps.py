@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-import vhost_user_wire as wire
-from frontend import Guest, Plugged
-from links import SocketLink
-from vhost_user_wire import FrontEnd, u64, vring_addr, vring_state
+import kit.front_end.vhost_user_wire as wire
+from kit.front_end.frontend import Guest, Plugged
+from kit.front_end.links import SocketLink
+from kit.front_end.vhost_user_wire import FrontEnd, u64, vring_addr, vring_state
 
 from virtio.testing.queue import GuestQueue
 

@@ -6,7 +6,7 @@ import socket
 import struct
 
 import trio
-from frontend import Guest, Plugged
+from kit.front_end.frontend import Guest, Plugged
 
 from virtio.devices.net.device import Net, NetOptions
 from virtio.testing.queue import GUARD

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-CONVERSATIONS: Final = Path(__file__).parent / "conversations"
+from kit.project import ROOT
+
+CONVERSATIONS: Final = ROOT / "tests" / "conversations"
 TYPES: Final = ("blk", "console", "gpio", "i2c", "input", "net", "own", "rng", "vsock")
 """The types of the registry, and "own": a device from a file."""
 KEYS: Final = (

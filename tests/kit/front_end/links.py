@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
+import kit.front_end.vhost_user_wire as wire
 import trio
-import vhost_user_wire as wire
 
 from virtio.backend.backend import Backend
 from virtio.fd import OwnedFd

@@ -22,9 +22,9 @@ from typing import IO, Any, Final
 
 import structlog
 import trio
-from blk_driver import BlkDriver, VerifiedLoad, pattern
-from frontend import Guest
-from links import SocketLink
+from kit.front_end.frontend import Guest
+from kit.front_end.links import SocketLink
+from kit.guest.blk import BlkDriver, VerifiedLoad, pattern
 
 from daemon.running.control import ask
 from transports.vhost_user.serving.server import VhostUserServer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from vhost_user_wire import MESSAGE_NAMES, NEED_REPLY
+from kit.front_end.vhost_user_wire import MESSAGE_NAMES, NEED_REPLY
 
 HEADER: Final = 12
 MOST_FDS: Final = 64

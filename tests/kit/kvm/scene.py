@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Final
 
-import mmio_guest as regs
+import kit.guest.mmio as regs
 import trio
 
 from transports.hypercall import Policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import trio
-from frontend import Guest
+from kit.front_end.frontend import Guest
 
 from virtio.testing.queue import GuestQueue
 

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from frontend import Plugged
+from kit.front_end.frontend import Plugged
 
 from virtio.devices.i2c.device import I2c
 from virtio.devices.i2c.options import I2cOptions

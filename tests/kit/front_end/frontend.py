@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 import trio
-from links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
+from kit.front_end.links import F_ACCESS_PLATFORM, Link, SocketLink, WaistLink
 
 from transports.vhost_user.serving.server import VhostUserServer
 from virtio.backend.backend import Backend

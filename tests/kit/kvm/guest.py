@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from guest_code import assemble
+from kit.kvm.guest_code import assemble
 
 from transports.kvm.host import Kvm
 from transports.kvm.vm.ending import VmEnd

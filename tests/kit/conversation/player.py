@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+import kit.front_end.vhost_user_wire as wire
 import trio
-import vhost_user_wire as wire
-from conversation_devices import Machine, Proof
-from conversation_file import Conversation, EachRing, Step
-from frontend import PACKED_START
-from vhost_user_wire import u64, vring_state
+from kit.conversation.devices import Machine, Proof
+from kit.conversation.file import Conversation, EachRing, Step
+from kit.front_end.frontend import PACKED_START
+from kit.front_end.vhost_user_wire import u64, vring_state
 
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 from virtio.testing.queue import GUARD, GuestQueue

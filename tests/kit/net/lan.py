@@ -6,8 +6,8 @@ import contextlib
 import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from frontend import F_VERSION_1, Guest
-from links import WaistLink
+from kit.front_end.frontend import F_VERSION_1, Guest
+from kit.front_end.links import WaistLink
 
 from virtio.backend.backend import Backend
 from virtio.devices.net.device import Net, NetOptions

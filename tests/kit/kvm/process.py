@@ -19,7 +19,7 @@ from transports.stock_qemu.messages import Message, Type, parse_message
 from virtio.fd import OwnedFd
 
 GUARD: Final = 30.0  # seconds; only a failing run gets there
-CHILD: Final = Path(__file__).with_name("kvm_child.py")
+CHILD: Final = Path(__file__).with_name("child.py")
 
 
 class KvmProcess:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import kit.front_end.vhost_user_wire as wire
 import trio
-import vhost_user_wire as wire
-from recording_backend import RecordingBackend
-from vhost_user_wire import FrontEnd
+from kit.front_end.recording_backend import RecordingBackend
+from kit.front_end.vhost_user_wire import FrontEnd
 
 from transports.vhost_user.serving.endpoint import Inherit
 from transports.vhost_user.serving.server import VhostUserServer

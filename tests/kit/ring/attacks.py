@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blk_driver import T_GET_ID, header
+from kit.guest.blk import T_GET_ID, header
 
 from virtio.testing.driver import Desc, GuestMemory, PackedDriver, SplitDriver, VirtqueueDriver
 
