@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 import trio
 
-from tests.vsock_guest import CID, CREDIT_UPDATE, RECEIVE_QUEUE, RW, TRANSMIT_QUEUE, GuestSocket, VsockGuest
+from tests.kit.guest.vsock import CID, CREDIT_UPDATE, RECEIVE_QUEUE, RW, TRANSMIT_QUEUE, GuestSocket, VsockGuest
 from virtio.device import Chain, Queue
 from virtio.devices.vsock.device import Vsock
 from virtio.devices.vsock.options import VsockOptions
