@@ -74,28 +74,36 @@ struct blk_request {
  */
 int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 	   struct blk_request *q, uint64_t start_ns);
-/* Has the file no I/O that returns where it would have to wait? This looks at it without waiting itself. */
-int blk_file_may_block(int fd);
 void blk_io_done(struct request *r, int result);
+/* Begin the I/O of a request whose pieces or segments are set. */
+void blk_begin(struct request *r);
+/* r, which was kept or has waited for a range, may go on. */
+void blk_resumed(struct request *r);
+
+/* ---- blk/now.c ---- */
+
 #define BLK_AGAIN -2   /* it failed, and is to be done through the reactor, where it can be kept */
 
+/* Has the file no I/O that returns where it would have to wait? This looks at it without waiting itself. */
+int blk_file_may_block(int fd);
+/* Read or write as much as `flags` lets us: bytes done. *error is the errno that stopped it, or BLK_FILE_ENDED. */
+uint64_t blk_transfer_now(int fd, struct blk_request *q, int flags, int *error);
 /* A request on a file whose I/O never waits, at once: a VIRTIO_BLK_S_*, or BLK_AGAIN. */
 int blk_file_now(struct blk_device *blk, struct blk_request *q);
+
+/* ---- blk/end.c ---- */
+
 /* Hand r's I/O to the reactor / end the request with this VIRTIO_BLK_S_* / with an error of the storage's. */
 void blk_submit(struct request *r);
 /* ... but no more of it at once than a turn may have; `first`: nothing of it was submitted yet. */
 void blk_submit_part(struct request *r, bool first);
 void blk_finish(struct request *r, int status);
-/* Begin the I/O of a request whose pieces or segments are set. */
-void blk_begin(struct request *r);
 /* What r holds beside its place in the pool. */
 void blk_let_go(struct request *r);
 /* End r, which had no memory to begin with. */
 void blk_no_memory(struct request *r);
 /* The I/O that r has last submitted failed: keep r, or end it. `error`: an errno, or BLK_FILE_ENDED. */
 void blk_fail(struct request *r, int error);
-/* The sync of this request, or of the batch it was in, ended: go on with the request. */
-void blk_sync_done(struct request *r, int result);
 
 /* ---- blk/direct.c, blk/ranges.c ---- */
 
@@ -120,7 +128,7 @@ void blk_segment_begin(struct request *r);
 
 /* ---- blk/flush.c ---- */
 
-/* Sync the image for `r`, alone or together with others; ends in blk_sync_done. */
+/* Sync the image for `r`, alone or together with others; ends the request. */
 void blk_sync(struct blk_device *blk, struct request *r);
 /* The sync that the reactor carried out for `r` ended. */
 void blk_sync_ended(struct blk_device *blk, struct request *r, int result);
@@ -145,23 +153,27 @@ bool blk_keep(struct request *r, int error);
 bool blk_waits(struct request *r);
 /* r, which was tried again, ends. */
 void blk_tried(struct request *r);
-/* r, which was kept or has waited for a range, may go on. */
-void blk_resumed(struct request *r);
+/* The kept requests of `vq`, taken off the list, if they are all that is in flight of it; else NULL. */
+struct request *blk_take_kept(struct blk_device *blk, const struct virtqueue *vq);
+/* blk/drain.c */
 void blk_drain(struct native_device *device, struct virtqueue *vq);
 
-/* ---- blk/parts.c ---- */
+/* ---- blk/request_pieces.c ---- */
 
 /* The request's own copy of its pieces, in io_iov; false: no memory. */
 bool blk_keep_pieces(struct request *r, const struct blk_request *q);
+/* Of a transfer through the reactor: leave a part of what is left in io_iov / put back the rest behind it. */
+void blk_part_trim(struct request *r);
+void blk_part_restore(struct request *r);
+
+/* ---- blk/parts.c ---- */
+
 /* Is the request too long to be done at once, within one turn of its queue? */
 bool blk_is_long(const struct blk_request *q);
 /* Do it part by part, in its queue's next turns: BLK_PENDING, or a status. */
 int blk_parts_begin(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
 		    struct blk_request *q, uint64_t start_ns);
 bool blk_proceed(struct request *r);
-/* Of a transfer through the reactor: leave a part of what is left in io_iov / put back the rest behind it. */
-void blk_part_trim(struct request *r);
-void blk_part_restore(struct request *r);
 
 /* Read or write / zero on the memory back end; cannot fail. */
 void blk_memory_copy(struct blk_device *blk, struct blk_request *q);

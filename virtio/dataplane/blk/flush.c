@@ -36,6 +36,11 @@ static struct blk_lane *lane_of(struct blk_device *blk, struct worker *w)
 	return lane;
 }
 
+static void sync_done(struct request *r, int result)
+{
+	blk_finish(r, result < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+}
+
 static void sync_begin(struct blk_lane *lane, struct request *batch)
 {
 	lane->syncing = batch;
@@ -51,7 +56,7 @@ void blk_sync(struct blk_device *blk, struct request *r)
 	r->io = IO_FSYNC;
 	r->with = NULL;
 	if (!lane) {
-		blk_sync_done(r, -ENOMEM);
+		sync_done(r, -ENOMEM);
 	} else if (lane->syncing) {
 		*lane->waiting_tail = r;
 		lane->waiting_tail = &r->with;
@@ -64,7 +69,7 @@ static void batch_done(struct request *batch, int result)
 {
 	for (struct request *next; batch; batch = next) {
 		next = batch->with; /* the request is the pool's again once it is done */
-		blk_sync_done(batch, result);
+		sync_done(batch, result);
 	}
 }
 

@@ -130,25 +130,6 @@ bool blk_waits(struct request *r)
 	return stopped;
 }
 
-void blk_resumed(struct request *r)
-{
-	struct blk_device *blk = device_of(r);
-	uint8_t kept = r->kept;
-
-	if (!kept) {
-		blk_range_granted(r);
-		return;
-	}
-	/* Whatever handed r over has let go of the mutex, and so of r. */
-	pthread_mutex_lock(&blk->kept.mutex);
-	r->kept = 0;
-	pthread_mutex_unlock(&blk->kept.mutex);
-	if (kept == BLK_KEPT_WAITING)
-		blk_begin(r);
-	else
-		blk_submit(r); /* the very I/O that failed: what came before in this request is done */
-}
-
 void blk_tried(struct request *r)
 {
 	struct blk_device *blk = device_of(r);
@@ -161,50 +142,17 @@ void blk_tried(struct request *r)
 	blk_raise_news(blk);
 }
 
-/* Give back to the ring those of `list` that were popped last, without a gap; the others are left in the list. */
-static struct request *rewind_last(struct virtqueue *vq, struct request *list)
+struct request *blk_take_kept(struct blk_device *blk, const struct virtqueue *vq)
 {
-	uint32_t heads[QUEUE_REQUESTS], count = 0, slots = 0;
-	struct request **at, *r;
-
-	for (;;) {
-		for (at = &list; (r = *at) && r->number != vq->popped - 1 - count; at = &r->next)
-			;
-		if (!r)
-			break;
-		*at = r->next;
-		heads[count++] = r->head;
-		slots += r->slots;
-		blk_let_go(r);
-		request_withdraw(r);
-	}
-	virtqueue_unpop(vq, heads, count, slots);
-	return list;
-}
-
-/*
- * The queue stops, and only kept requests are left of it. A driver finds those that were popped last in its ring, as if
- * they had never been taken. Before others that were answered nothing can be given back: those requests get an error.
- */
-void blk_drain(struct native_device *device, struct virtqueue *vq)
-{
-	struct blk_device *blk = (struct blk_device *)device;
-	struct request *list = NULL, *next;
+	struct request *list = NULL;
 	uint32_t count;
 
-	if (likely(!load_relaxed(&blk->errors.kept)))
-		return;
 	pthread_mutex_lock(&blk->kept.mutex);
 	count = kept_of(blk, vq);
 	if (count && count == vq->inflight)
 		list = take(blk, 0, vq);
 	pthread_mutex_unlock(&blk->kept.mutex);
-	if (list && !load_relaxed(&vq->fault))
-		list = rewind_last(vq, list);
-	for (; list; list = next) {
-		next = list->next;
-		blk_finish(list, VIRTIO_BLK_S_IOERR);
-	}
+	return list;
 }
 
 /* ---- any thread ---- */
