@@ -171,7 +171,7 @@ async def test_the_command_opens_an_image_again_and_refuses_what_has_none(
         assert await run("reopen", "disk") == 0
         assert "disk: opened again" in capsys.readouterr().out
         await BlkDriver(p.guest.queues[0]).flush()
-        for name, reason in (("ram", "has no storage"), ("entropy", "has no image"), ("none", "no device 'none'")):
+        for name, reason in (("ram", "has no image"), ("entropy", "has no storage"), ("none", "no device 'none'")):
             assert await run("reopen", name) == 1
             assert reason in capsys.readouterr().err
         nursery.cancel_scope.cancel()
