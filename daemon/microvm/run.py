@@ -32,6 +32,7 @@ from daemon.running.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_met
 from daemon.running.failures import leaves
 from daemon.running.hardening import harden
 from daemon.running.links import Links
+from daemon.running.stuck import end_when_stuck
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import Policy
 from transports.kvm.boot import pvh
@@ -42,6 +43,7 @@ from transports.kvm.machine.state import MachineState
 from transports.kvm.vm.ending import VmEnd
 from transports.kvm.vm.entry import PvhEntry
 from transports.stock_qemu.messages import Reason
+from virtio.backend.backend import Backend
 from virtio.clients import shortages
 from virtio.device import Device
 from virtio.devices.console.device import ConsoleOptions
@@ -76,17 +78,24 @@ class Microvm:
         self._machine: Machine | None = None
         self._meter: DoorbellMeter | None = None
         self._printed = False
+        self._ended = trio.Event()  # the guest has, and its devices still have what is in flight
+        self._backends: list[Backend] = []
 
     async def run(self) -> VmEnd:
         """Until the guest ends, or a signal or the escape ends it. Raises ``HostError`` (in groups)."""
-        with raw_terminal(STDIN) as is_terminal:
-            console = self._make_console(Escapes() if is_terminal else None)
+        with raw_terminal(STDIN) as restore:
+            console = self._make_console(Escapes() if restore is not None else None)
             try:
                 devices = make_devices(self._options.devices, lambda name: f"{self._configured[name].option}:")
             except BaseException:
                 console.close()
                 raise
-            return await self._run_with({TERMINAL: console, **devices}, console)
+            async with trio.open_nursery() as guard:
+                tidy = restore or (lambda: None)
+                guard.start_soon(end_when_stuck, self._ended, self._options.daemon.stop_seconds, self._backends, tidy)
+                end = await self._run_with({TERMINAL: console, **devices}, console)
+                guard.cancel_scope.cancel()
+        return end
 
     async def _run_with(self, devices: dict[str, Device], console: TerminalConsole) -> VmEnd:
         options = self._options
@@ -96,6 +105,7 @@ class Microvm:
         async with AsyncExitStack() as stack:
             signals = stack.enter_context(trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGWINCH))
             self._assembly = await stack.enter_async_context(assemble(devices, self._configured, workers))
+            self._backends += self._assembly.backends.values()
             setups = [
                 DeviceSetup(backend, self._configured[name].common.hypercall)
                 for name, backend in self._assembly.backends.items()
@@ -107,7 +117,10 @@ class Microvm:
             nursery.start_soon(self._obey, signals, machine, console)
             nursery.start_soon(self._watch, machine)
             await self._serve(nursery, machine)
-            end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
+            try:
+                end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
+            finally:
+                self._ended.set()
             with trio.move_on_after(FLUSH_SECONDS):
                 await console.terminal.flush()
             nursery.cancel_scope.cancel()

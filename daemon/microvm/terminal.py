@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -13,22 +13,29 @@ _OUTPUT_FLAGS: Final = 1  # where termios.tcgetattr has them
 
 
 @contextmanager
-def raw_terminal(fd: int) -> Iterator[bool]:
-    """Every key goes to the guest, Ctrl-C too. Gives whether ``fd`` is a terminal; nothing is done to what is none."""
+def raw_terminal(fd: int) -> Iterator[Callable[[], None] | None]:
+    """Every key goes to the guest, Ctrl-C too. Nothing is done to what is no terminal.
+
+    Gives what makes the terminal as it was before, for an end that leaves no block; None: ``fd`` is no terminal.
+    """
     try:
         before = termios.tcgetattr(fd)
     except (termios.error, ValueError):  # not a terminal, or closed
-        yield False
+        yield None
         return
+
+    def restore() -> None:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
     try:
         tty.setraw(fd, termios.TCSADRAIN)
         # A line that we log still begins at the left; the guest's own carriage returns do no harm.
         modes = termios.tcgetattr(fd)
         modes[_OUTPUT_FLAGS] = before[_OUTPUT_FLAGS]
         termios.tcsetattr(fd, termios.TCSADRAIN, modes)
-        yield True
+        yield restore
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        restore()
 
 
 def terminal_size(fd: int) -> tuple[int, int]:

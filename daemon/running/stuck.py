@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import structlog
@@ -15,10 +15,13 @@ from virtio.backend.backend import Backend
 EXIT_STUCK: Final = 1
 
 
-async def end_when_stuck(stopping: trio.Event, seconds: float, backends: Iterable[Backend]) -> None:
+async def end_when_stuck(
+    stopping: trio.Event, seconds: float, backends: Iterable[Backend], tidy: Callable[[], None] = lambda: None
+) -> None:
     """Once ``stopping`` is set, end the process if it still runs after so many seconds; cancelled when it has ended.
 
-    Ending the usual way waits for every request in flight, for its bytes are the guest's memory.
+    Ending the usual way waits for every request in flight, for its bytes are the guest's memory. ``tidy`` is called at
+    the end, when no other clean-up is.
     """
     await stopping.wait()
     await trio.sleep(seconds)
@@ -28,6 +31,7 @@ async def end_when_stuck(stopping: trio.Event, seconds: float, backends: Iterabl
         waiting=[*_waiting(backends)],
     )
     log.last_words()
+    tidy()
     os._exit(EXIT_STUCK)  # threads in the kernel would be waited for by any other way
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from kit.host.failing_storage import failing_image
 from kit.kvm.elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
 from kit.project import ROOT
 
@@ -104,6 +105,34 @@ def test_a_driver_of_our_own_finds_the_devices_where_the_command_line_puts_them(
     assert int(results["blk.bytes_written"]) > 0
     assert int(results["rng.bytes"]) > 0
     assert any(disk.read_bytes())
+
+
+async def test_a_disk_that_hangs_does_not_keep_the_machine_from_ending() -> None:
+    """The kernel may keep the process until the read of its file system has ended; ours is to give it up."""
+    toy = prepare_toy(lambda text: None).program(64)
+    said = b""
+    async with failing_image(1 << 20) as image:
+        await image.hang("read")
+        words = ["--append", "device=2:0xd0001000:17:0x1002", "--stop-seconds", "1"]
+        words += ["--device", f"blk,path={image.path}"]
+        process = await trio.lowlevel.open_process(
+            command(toy, *words), env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        assert process.stderr is not None
+        try:
+            with trio.fail_after(LIMIT):
+                await image.hung("read")
+                process.send_signal(signal.SIGTERM)
+                while b"the daemon ends without waiting any longer" not in said:
+                    piece = await process.stderr.receive_some()
+                    assert piece, said
+                    said += piece
+                await image.hang()
+                assert await process.wait() == 1
+        finally:
+            process.kill()
+            await image.hang()
+    assert b"blk queue 0: " in said
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ CONNECT_DELAY_MIN: Final = 0.1  # seconds between attempts of the client mode, d
 CONNECT_DELAY_MAX: Final = 5.0  # ... up to this
 SILENT_SECONDS: Final = 3.0  # a front-end that has not sent a message by then gives way to one that speaks
 LOOK_SECONDS: Final = 0.25  # how often that is looked at, while somebody waits for a silent one's place
-RESET_LIMIT: Final = 1.0  # seconds a reset may take when the daemon is being stopped
 
 T = TypeVarTuple("T")
 
@@ -200,8 +199,8 @@ class VhostUserServer:
             is_forgotten = True
         finally:
             self._connection = None
-            if not is_forgotten:  # the daemon is being stopped
-                with trio.move_on_after(RESET_LIMIT, shield=True):
+            if not is_forgotten:  # the daemon is being stopped; `stop_seconds` ends one whose storage does not answer
+                with trio.CancelScope(shield=True):
                     await self._forget_front_end(connection)
             self._socket = None
 
