@@ -7,7 +7,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -39,21 +38,6 @@ static void *acknowledger_main(void *argument)
 	return NULL;
 }
 
-static int acknowledger_start(struct acknowledger *a)
-{
-	sigset_t all, old;
-	int rc;
-
-	sigfillset(&all); /* signals are for Python's main thread */
-	sigdelset(&all, SIGBUS);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rc = pthread_create(&a->thread, NULL, acknowledger_main, a);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (rc == 0)
-		pthread_setname_np(a->thread, "hb-waiter");
-	return -rc;
-}
-
 static void acknowledger_release(struct acknowledger *a)
 {
 	if (a->page != MAP_FAILED)
@@ -81,7 +65,7 @@ struct acknowledger *acknowledger_new(int event_fd, int ram_fd, uint64_t gpa, in
 	if (*error == 0) {
 		a->word = a->page;
 		store_relaxed(a->word, 0);
-		*error = acknowledger_start(a);
+		*error = thread_start(&a->thread, acknowledger_main, a, "hb-waiter");
 	}
 	if (*error) {
 		acknowledger_release(a);

@@ -110,23 +110,12 @@ static void *vcpu_main(void *argument)
 	return NULL;
 }
 
-static int thread_start(struct vcpu *v)
+static int vcpu_start(struct vcpu *v)
 {
-	sigset_t all, old;
 	char name[16];
-	int rc;
 
-	/* Signals are for Python's main thread; faults are not maskable, and the thread unblocks its own kick. */
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rc = pthread_create(&v->thread, NULL, vcpu_main, v);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (rc == 0) {
-		snprintf(name, sizeof(name), "hb-vcpu%u", v->index);
-		pthread_setname_np(v->thread, name);
-	}
-	return -rc;
+	snprintf(name, sizeof(name), "hb-vcpu%u", v->index);
+	return thread_start(&v->thread, vcpu_main, v, name); /* vcpu_main unblocks its kick */
 }
 
 int vm_start(struct vm *vm)
@@ -144,7 +133,7 @@ int vm_start(struct vm *vm)
 	}
 	store_relaxed(&vm->running, vm->vcpu_count);
 	while (vm->threads < vm->vcpu_count && rc == 0) {
-		rc = thread_start(&vm->vcpus[vm->threads]);
+		rc = vcpu_start(&vm->vcpus[vm->threads]);
 		if (rc == 0)
 			vm->threads++;
 	}

@@ -14,14 +14,6 @@
 #define IDENTITY_MAP_GPA 0xfffbc000ull
 #define TSS_GPA 0xfffbd000ull
 
-void wake(int event_fd)
-{
-	uint64_t one = 1;
-
-	if (write(event_fd, &one, sizeof(one)) < 0)
-		return; /* a non-blocking eventfd, full: whoever reads it has not read it yet */
-}
-
 static int step(uint32_t *at, uint32_t number, int rc)
 {
 	*at = number;
@@ -132,27 +124,6 @@ int vm_hypercall_id(struct vm *vm, uint32_t connection_id, int fd, int remove)
 	if (remove)
 		bell.flags = KVM_HYPERV_EVENTFD_DEASSIGN;
 	return ioctl(vm->fd, KVM_HYPERV_EVENTFD, &bell) < 0 ? -errno : 0;
-}
-
-void vm_end_with(struct vcpu *v, const struct vm_end *end)
-{
-	struct vm *vm = v->vm;
-	uint32_t open = 0;
-
-	if (__atomic_compare_exchange_n(&vm->ended, &open, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
-		vm->end = *end;
-		vm->end.vcpu = v->index;
-		store_release(&vm->ended, 2);
-	}
-	wake(vm->event_fd);
-}
-
-void vm_read_end(struct vm *vm, struct vm_end *out)
-{
-	if (load_acquire(&vm->ended) == 2)
-		*out = vm->end;
-	else
-		*out = (struct vm_end){ .kind = VM_END_NONE };
 }
 
 void vm_read_stats(struct vm *vm, struct vm_stats *out)

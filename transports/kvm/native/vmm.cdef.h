@@ -134,7 +134,7 @@ void vm_answer(struct vm *vm, uint32_t vcpu, uint64_t data);
 /* How many bytes were copied to `buffer`. */
 uint32_t vm_take_output(struct vm *vm, uint8_t *buffer, uint32_t capacity);
 
-/* ---- how it ended, and counters: vm.c ---- */
+/* ---- how it ended: ending.c; counters: vm.c ---- */
 
 #define VM_END_NONE 0
 #define VM_END_EXIT 1      /* the guest wrote its status to the exit port */

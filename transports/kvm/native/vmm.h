@@ -1,4 +1,9 @@
-/* Internals of the virtual machine. Everything here is hidden from Python except what vmm.cdef.h declares. */
+/*
+ * Internals of the virtual machine. Everything here is hidden from Python except what vmm.cdef.h declares.
+ *
+ * Calls go one way: vm.c (the machine) -> vcpu.c (a thread each) -> exits.c -> window.c, ending.c, handover.c, output.c
+ * -> threads.c. Beside them acknowledger.c and ring_guest.c measure doorbells.
+ */
 #ifndef HYPERBELL_VMM_H
 #define HYPERBELL_VMM_H
 
@@ -24,6 +29,13 @@
 #define stat_add(p, n) store_relaxed((p), load_relaxed(p) + (n))
 
 struct kvm_run;
+
+/* ---- threads.c ---- */
+
+/* Ring an eventfd. */
+void wake(int event_fd);
+/* A thread called `name` that takes no signals; 0 or a negated errno. */
+int thread_start(pthread_t *thread, void *(*main)(void *), void *argument, const char *name);
 
 /* ---- handover.c: one register access, from a vCPU's thread to Python and back ---- */
 
@@ -86,7 +98,7 @@ bool window_notify(struct window *w, uint32_t queue);
 bool window_serve(struct window *w, uint32_t offset, bool is_write, uint32_t *value);
 void window_release(struct window *w);
 
-/* ---- vm.c, vcpu.c, exits.c ---- */
+/* ---- the machine itself, and a vCPU: of which every file may know ---- */
 
 struct vcpu {
 	struct vm *vm;
@@ -115,14 +127,21 @@ struct vm {
 	struct vcpu vcpus[VMM_VCPUS_MAX];
 };
 
-void wake(int event_fd);
-int vcpu_open(struct vm *vm, uint32_t index, uint32_t *step);
-void vcpu_close(struct vcpu *v);
+/* ---- ending.c ---- */
+
 /* The first reason counts. */
 void vm_end_with(struct vcpu *v, const struct vm_end *end);
+
+/* ---- exits.c ---- */
+
 /* What the exit asks for; false: this vCPU runs no more. */
 bool exit_serve(struct vcpu *v);
 /* KVM_RUN itself failed. */
 void exit_failed(struct vcpu *v, int error);
+
+/* ---- vcpu.c ---- */
+
+int vcpu_open(struct vm *vm, uint32_t index, uint32_t *step);
+void vcpu_close(struct vcpu *v);
 
 #endif
