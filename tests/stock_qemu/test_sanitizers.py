@@ -27,7 +27,7 @@ def test_the_library_keeps_its_promises_under_the_sanitizers(tmp_path: Path, san
     program = tmp_path / "sanitized"
     sources = [
         HERE / "sanitized.c",
-        *(SOURCES / f"{name}.c" for name in ("vm", "vcpu", "link", "cpuid", "environment")),
+        *(path for path in SOURCES.glob("*.c") if path.stem not in {"ioctl", "real"}),  # KVM is the program's own
     ]
     flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-pthread"]
     made = subprocess.run(["gcc", *flags, *FLAGS[sanitizer], *sources, "-o", program], capture_output=True, text=True)

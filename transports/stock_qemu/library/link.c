@@ -39,14 +39,6 @@ static int64_t now_ms(void)
 	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-void link_wake(struct vm *vm)
-{
-	uint64_t one = 1;
-	ssize_t written = write(vm->wake_fd, &one, sizeof(one));
-
-	(void)written;	/* EAGAIN: it is awake */
-}
-
 static void link_close(struct link *link)
 {
 	close(link->socket);

@@ -2,7 +2,8 @@
  * The preload library: it stands between QEMU and ioctl(), and gives a VM the hypercall doorbell.
  *
  * DOORBELLS.md, "The preload library for stock QEMU", has the rules it keeps. Threads: QEMU's own call the functions
- * of vm.c and vcpu.c through ioctl.c; one thread of ours a VM runs link.c. All state is behind one mutex, which nobody
+ * of vm.c, vcpu.c and bells.c through ioctl.c; one thread of ours a VM runs link.c. Calls go one way: ioctl.c -> vm.c
+ * and vcpu.c -> link.c -> bells.c -> state.c and real.c; cpuid.c and environment.c call nothing of ours. All state is behind one mutex, which nobody
  * holds while waiting for anything but the kernel: no thread of QEMU ever waits for the daemon.
  */
 #ifndef HYPERBELL_PRELOAD_H
@@ -71,7 +72,7 @@ struct settings {
 	char name[WIRE_NAME_SIZE];
 };
 
-/* ioctl.c, and the tests' own in its place */
+/* real.c, and the tests' own in its place */
 int kvm_ioctl(int fd, unsigned long request, void *argument);
 
 /* environment.c */
@@ -84,25 +85,30 @@ bool cpuid_has_hyperv(const struct kvm_cpuid2 *cpuid);
 bool cpuid_may_nest(const struct kvm_cpuid2 *cpuid);
 struct kvm_cpuid2 *cpuid_with_key(const struct kvm_cpuid2 *cpuid, uint32_t key);
 
-/* vm.c */
+/* state.c */
 extern pthread_mutex_t state_lock;
 extern struct vm *vms[VMS_MAX];
 struct vm *vm_by_fd(int fd);
+void vm_wake(struct vm *vm);
+void vm_forget_reports(struct vm *vm);
+void vm_free(struct vm *vm);
+void close_if_open(int *fd);
+
+/* bells.c */
 bool vm_withhold(struct vm *vm, int reason);
 void say_why(int reason);
-void vm_created(int fd);
 void ioeventfd_changed(int vm_fd, const struct kvm_ioeventfd *change);
-void vm_forget_reports(struct vm *vm);
 void vm_obey(struct vm *vm, const struct wire_message *message);
-void vm_free(struct vm *vm);
+
+/* link.c */
+bool link_start(struct vm *vm, const struct settings *settings);
+
+/* vm.c */
+void vm_created(int fd);
 
 /* vcpu.c */
 void vcpu_created(int vm_fd, int fd, uint32_t number);
 int vcpu_set_cpuid(int fd, struct kvm_cpuid2 *cpuid);
 void vcpu_msrs_set(int fd, const struct kvm_msrs *msrs);
-
-/* link.c */
-bool link_start(struct vm *vm, const struct settings *settings);
-void link_wake(struct vm *vm);
 
 #endif

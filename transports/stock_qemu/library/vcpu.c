@@ -37,7 +37,7 @@ void vcpu_created(int vm_fd, int fd, uint32_t number)
 		vcpu->stats_fd = kvm_ioctl(fd, KVM_GET_STATS_FD, NULL);
 		if (vcpu->stats_fd >= 0)
 			fcntl(vcpu->stats_fd, F_SETFD, FD_CLOEXEC);
-		link_wake(vm);
+		vm_wake(vm);
 	} else if (vm) {
 		vm_withhold(vm, WIRE_REASON_CPUID_REFUSED);	/* this vCPU could not be given the leaf */
 	}
@@ -60,7 +60,7 @@ static void note_cpuid(int fd, uint32_t flags, int reason)
 		if ((vm->flags | flags) != vm->flags) {
 			vm->flags |= flags;
 			vm->changed = true;
-			link_wake(vm);
+			vm_wake(vm);
 		}
 		if (reason)
 			news = vm_withhold(vm, reason);
@@ -133,7 +133,7 @@ void vcpu_msrs_set(int fd, const struct kvm_msrs *msrs)
 	if (vm && !(vm->flags & WIRE_VM_INCOMING)) {
 		vm->flags |= WIRE_VM_INCOMING;
 		vm->changed = true;
-		link_wake(vm);
+		vm_wake(vm);
 	}
 	if (vm && !(vm->flags & WIRE_VM_KEY_STABLE))
 		news = vm_withhold(vm, WIRE_REASON_INCOMING);
