@@ -8,17 +8,13 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/device.h>
 #include <linux/ftrace.h>
 #include <linux/kernel.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/notifier.h>
-#include <linux/pci.h>
-#include <linux/platform_device.h>
 #include <linux/rcupdate.h>
 #include <linux/string.h>
-#include <linux/sysfs.h>
 #include <linux/virtio_config.h>
 
 #include <asm/pgtable.h>
@@ -26,20 +22,10 @@
 #include "compat.h"
 #include "hyperbell.h"
 
+/* One per hooked function. */
 struct hb_hook {
-	const char *function;
 	struct ftrace_ops ops;
 	const struct hb_transport *transport;
-};
-
-struct hb_transport {
-	const char *module;
-	const char *driver;
-	const struct bus_type *bus;
-	struct hb_hook notify;
-	struct hb_hook status;
-	struct module *owner;	/* NULL: built in */
-	bool hooked;
 };
 
 static void hb_notify_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
@@ -47,32 +33,19 @@ static void hb_notify_entered(unsigned long ip, unsigned long parent_ip, struct 
 static void hb_status_entered(unsigned long ip, unsigned long parent_ip, struct ftrace_ops *ops,
 			      struct ftrace_regs *fregs);
 
-#define HB_NOTIFY_HOOK(name) { \
-	.function = name, \
-	.ops = { .func = hb_notify_entered, .flags = FTRACE_OPS_FL_SAVE_REGS | FTRACE_OPS_FL_IPMODIFY }, \
-}
-#define HB_STATUS_HOOK(name) { \
-	.function = name, \
-	.ops = { .func = hb_status_entered, .flags = FTRACE_OPS_FL_SAVE_REGS }, \
-}
-
-static DEFINE_MUTEX(hb_hooks_lock);
 static bool hb_hooks_stopped;
 
-static struct hb_transport hb_transports[] = {
-	{
-		.module = "virtio_pci",
-		.driver = "virtio-pci",
-		.bus = &pci_bus_type,
-		.notify = HB_NOTIFY_HOOK("vp_notify"),
-		.status = HB_STATUS_HOOK("vp_set_status"),
-	},
-	{
-		.module = "virtio_mmio",
-		.driver = "virtio-mmio",
-		.bus = &platform_bus_type,
-		.notify = HB_NOTIFY_HOOK("vm_notify"),
-		.status = HB_STATUS_HOOK("vm_set_status"),
+/* Those of each transport. */
+static struct hb_transport_hooks {
+	struct hb_hook notify;
+	struct hb_hook status;
+} hb_hooks[HB_TRANSPORTS] = {
+	[0 ... HB_TRANSPORTS - 1] = {
+		.notify.ops = {
+			.func = hb_notify_entered,
+			.flags = FTRACE_OPS_FL_SAVE_REGS | FTRACE_OPS_FL_IPMODIFY,
+		},
+		.status.ops = { .func = hb_status_entered, .flags = FTRACE_OPS_FL_SAVE_REGS },
 	},
 };
 
@@ -128,32 +101,34 @@ static void notrace hb_status_entered(unsigned long ip, unsigned long parent_ip,
  * by ftrace_set_filter(). It must not be freed any sooner: Linux 6.1's ftrace_free_filter() leaves the ops pointing at
  * what it has freed, and ftrace_set_filter() would free it a second time.
  */
-static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transport)
+static int hb_hook_set(struct hb_hook *hook, const struct hb_transport *transport, const char *function)
 {
 	int error;
 
 	hook->transport = transport;
 	/* Without a filter the hook would be on every function of the kernel: no registering after a failure here. */
-	error = ftrace_set_filter(&hook->ops, (unsigned char *)hook->function, strlen(hook->function), 1);
+	error = ftrace_set_filter(&hook->ops, (unsigned char *)function, strlen(function), 1);
 	if (!error)
 		error = register_ftrace_function(&hook->ops);
 	if (error)
 		pr_warn("%s: %s() cannot be hooked (%d); its queues keep their plain doorbell\n", transport->module,
-			hook->function, error);
+			function, error);
 	return error;
 }
 
 /* The status first: a queue must not be armed while nobody watches whether its device is reset. */
 static void hb_transport_hook(struct hb_transport *transport, struct module *owner)
 {
-	lockdep_assert_held(&hb_hooks_lock);
+	struct hb_transport_hooks *hooks = &hb_hooks[transport - hb_transports];
+
+	lockdep_assert_held(&hb_transports_lock);
 	if (transport->hooked || hb_hooks_stopped)
 		return;
 	transport->owner = owner;
-	if (hb_hook_set(&transport->status, transport))
+	if (hb_hook_set(&hooks->status, transport, transport->status))
 		return;
-	if (hb_hook_set(&transport->notify, transport)) {
-		unregister_ftrace_function(&transport->status.ops);
+	if (hb_hook_set(&hooks->notify, transport, transport->notify)) {
+		unregister_ftrace_function(&hooks->status.ops);
 		return;
 	}
 	transport->hooked = true;
@@ -161,11 +136,13 @@ static void hb_transport_hook(struct hb_transport *transport, struct module *own
 
 static void hb_transport_unhook(struct hb_transport *transport)
 {
-	lockdep_assert_held(&hb_hooks_lock);
+	struct hb_transport_hooks *hooks = &hb_hooks[transport - hb_transports];
+
+	lockdep_assert_held(&hb_transports_lock);
 	if (!transport->hooked)
 		return;
-	unregister_ftrace_function(&transport->notify.ops);
-	unregister_ftrace_function(&transport->status.ops);
+	unregister_ftrace_function(&hooks->notify.ops);
+	unregister_ftrace_function(&hooks->status.ops);
 	transport->hooked = false;
 }
 
@@ -177,8 +154,8 @@ static int hb_module_changed(struct notifier_block *block, unsigned long state, 
 
 	if (state != MODULE_STATE_COMING && state != MODULE_STATE_GOING)
 		return NOTIFY_DONE;
-	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
+	mutex_lock(&hb_transports_lock);
+	for (i = 0; i < HB_TRANSPORTS; i++) {
 		struct hb_transport *transport = &hb_transports[i];
 
 		if (strcmp(module->name, transport->module))
@@ -188,24 +165,11 @@ static int hb_module_changed(struct notifier_block *block, unsigned long state, 
 		else
 			hb_transport_unhook(transport);
 	}
-	mutex_unlock(&hb_hooks_lock);
+	mutex_unlock(&hb_transports_lock);
 	return NOTIFY_DONE;
 }
 
 static struct notifier_block hb_module_notifier = { .notifier_call = hb_module_changed };
-
-/* The transport's driver, which cannot go away until hb_driver_put(); NULL if it is not there. */
-static struct device_driver *hb_driver_get(const struct hb_transport *transport)
-{
-	struct device_driver *driver = hb_driver_find(transport->driver, transport->bus);
-
-	return driver && try_module_get(driver->owner) ? driver : NULL;
-}
-
-static void hb_driver_put(struct device_driver *driver)
-{
-	module_put(driver->owner);
-}
 
 /*
  * hb_hooks_start - hook the transports that are there, and those that will come
@@ -218,16 +182,16 @@ int hb_hooks_start(void)
 	error = register_module_notifier(&hb_module_notifier);
 	if (error)
 		return error;
-	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
-		struct device_driver *driver = hb_driver_get(&hb_transports[i]);
+	mutex_lock(&hb_transports_lock);
+	for (i = 0; i < HB_TRANSPORTS; i++) {
+		struct device_driver *driver = hb_transport_driver_get(&hb_transports[i]);
 
 		if (!driver)
 			continue;
 		hb_transport_hook(&hb_transports[i], driver->owner);
-		hb_driver_put(driver);
+		hb_transport_driver_put(driver);
 	}
-	mutex_unlock(&hb_hooks_lock);
+	mutex_unlock(&hb_transports_lock);
 	return 0;
 }
 
@@ -242,15 +206,15 @@ void hb_hooks_stop(void)
 	 * The notifier goes last: a transport that is unloaded meanwhile must wait until its functions are unhooked.
 	 * Else their addresses stay in the hooks, and ftrace shuts itself off when another module is loaded there.
 	 */
-	mutex_lock(&hb_hooks_lock);
+	mutex_lock(&hb_transports_lock);
 	hb_hooks_stopped = true;
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
+	for (i = 0; i < HB_TRANSPORTS; i++)
 		hb_transport_unhook(&hb_transports[i]);
-	mutex_unlock(&hb_hooks_lock);
+	mutex_unlock(&hb_transports_lock);
 	unregister_module_notifier(&hb_module_notifier);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++) {
-		ftrace_free_filter(&hb_transports[i].notify.ops);
-		ftrace_free_filter(&hb_transports[i].status.ops);
+	for (i = 0; i < HB_TRANSPORTS; i++) {
+		ftrace_free_filter(&hb_hooks[i].notify.ops);
+		ftrace_free_filter(&hb_hooks[i].status.ops);
 	}
 	/*
 	 * A task may have been preempted between ftrace's trampoline and the end of hb_rung(). None sleeps there of its
@@ -259,45 +223,4 @@ void hb_hooks_stop(void)
 	 */
 	synchronize_rcu_tasks();
 	synchronize_rcu_tasks_rude();
-}
-
-/*
- * hb_hooks_walk - call 'each' for each device of the hooked transports; it may sleep
- *
- * Ends at the first that answers other than 0, and gives that back.
- */
-int hb_hooks_walk(int (*each)(struct device *parent, void *data), void *data)
-{
-	unsigned int i;
-	int ended = 0;
-
-	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports) && !ended; i++) {
-		struct device_driver *driver;
-
-		driver = hb_transports[i].hooked ? hb_driver_get(&hb_transports[i]) : NULL;
-		if (!driver)
-			continue;
-		ended = driver_for_each_device(driver, NULL, data, each);
-		hb_driver_put(driver);
-	}
-	mutex_unlock(&hb_hooks_lock);
-	return ended;
-}
-
-/*
- * hb_hooks_describe - the hooked functions, for sysfs
- */
-ssize_t hb_hooks_describe(char *page)
-{
-	ssize_t length = 0;
-	unsigned int i;
-
-	mutex_lock(&hb_hooks_lock);
-	for (i = 0; i < ARRAY_SIZE(hb_transports); i++)
-		if (hb_transports[i].hooked)
-			length += sysfs_emit_at(page, length, "%s %s\n", hb_transports[i].notify.function,
-						hb_transports[i].status.function);
-	mutex_unlock(&hb_hooks_lock);
-	return length;
 }

@@ -5,6 +5,8 @@
  * A kick goes like this: vp_notify() or vm_notify() is entered, ftrace calls hb_notify_entered() (hook.c), which asks
  * hb_kick() (kick.c). If the queue was rung by hypercall, the driver's function is skipped; if not, it runs as if this
  * module were not there. So the plain doorbell is always the driver's own code.
+ *
+ * Calls go one way: main.c -> show.c and hook.c -> kick.c -> scan.c -> transport.c, queue.c -> platform.c.
  */
 #ifndef HYPERBELL_H
 #define HYPERBELL_H
@@ -95,6 +97,26 @@ void hb_queues_sweep(unsigned long seen);
 void hb_queues_reclaim(void);
 unsigned long hb_queues_next(void);
 
+/* transport.c: the table of transports. */
+#define HB_TRANSPORTS	2
+
+struct hb_transport {
+	const char *module;
+	const char *driver;
+	const struct bus_type *bus;
+	const char *notify;	/* the functions of the driver that are hooked */
+	const char *status;
+	struct module *owner;	/* NULL: built in */
+	bool hooked;
+};
+
+extern struct mutex hb_transports_lock;
+extern struct hb_transport hb_transports[HB_TRANSPORTS];
+struct device_driver *hb_transport_driver_get(const struct hb_transport *transport);
+void hb_transport_driver_put(struct device_driver *driver);
+int hb_transports_walk(int (*each)(struct device *parent, void *data), void *data);
+ssize_t hb_transports_describe(char *page);
+
 /* scan.c: the worker, which does all that is not a kick. */
 void hb_scan_soon(void);
 void hb_scan_now(bool by_hand);
@@ -103,8 +125,6 @@ void hb_scan_stop(void);
 /* hook.c: ftrace on the virtio transports' functions. */
 int hb_hooks_start(void);
 void hb_hooks_stop(void);
-int hb_hooks_walk(int (*each)(struct device *parent, void *data), void *data);
-ssize_t hb_hooks_describe(char *page);
 
 /* show.c: sysfs and debugfs. */
 int hb_show_start(void);

@@ -167,7 +167,7 @@ static void hb_scan_work(struct work_struct *work)
 			hb_platform_withdraw();
 	}
 	scan.available = hb_platform_available();
-	if (hb_hooks_walk(hb_scan_parent, &scan))
+	if (hb_transports_walk(hb_scan_parent, &scan))
 		scan.busy = true;
 	if (scan.busy) {
 		/* No sooner, even if a queue is due: it is the busy device's, and stays due as long as that is busy. */

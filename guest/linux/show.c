@@ -27,7 +27,7 @@ static ssize_t reason_show(struct kobject *kobject, struct kobj_attribute *attri
 
 static ssize_t hooks_show(struct kobject *kobject, struct kobj_attribute *attribute, char *page)
 {
-	return hb_hooks_describe(page);
+	return hb_transports_describe(page);
 }
 
 static ssize_t hypercall_show(struct kobject *kobject, struct kobj_attribute *attribute, char *page)

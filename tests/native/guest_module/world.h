@@ -180,7 +180,7 @@ int device_for_each_child(struct device *parent, void *data, int (*each)(struct 
 	return each(&container_of(parent, struct place, parent)->vdev.dev, data);
 }
 
-int hb_hooks_walk(int (*each)(struct device *parent, void *data), void *data)
+int hb_transports_walk(int (*each)(struct device *parent, void *data), void *data)
 {
 	scans++;
 	for (unsigned int i = 0; i < ARRAY_SIZE(places); i++)
