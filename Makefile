@@ -63,8 +63,8 @@ types: setup
 c-check: setup
 	@for f in $(filter %.c,$(C_SOURCES)); do \
 	  gcc -Ivirtio/dataplane -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done
-	@for f in guest/toy/*.c; do for bits in 32 64; do \
-	  gcc -m$$bits -std=gnu11 -O2 -ffreestanding -fno-strict-aliasing -mgeneral-regs-only \
+	@for f in guest/toy/*.c guest/toy/*/*.c; do for bits in 32 64; do \
+	  gcc -Iguest/toy -m$$bits -std=gnu11 -O2 -ffreestanding -fno-strict-aliasing -mgeneral-regs-only \
 	    -Wall -Wextra -Wshadow -Werror -fsyntax-only $$f || exit 1; done; done
 
 bench: setup ## figures beside qemu-storage-daemon and DPDK (takes minutes; wants a quiet machine)

@@ -13,7 +13,7 @@ from guest.boot.compiler import run_compiler
 from guest.debian.cache import Progress, cache_folder, scratch_folder
 
 SOURCES = Path(__file__).resolve().parents[1] / "toy"
-LINKER_SCRIPT = "toy.lds"
+LINKER_SCRIPT = "start/toy.lds"
 # No library of any kind, so that a gcc without the 32-bit libc (gcc-multilib) is enough; no vector registers, which the
 # program does not switch on; memory is seen as bytes and as words, as a driver sees it.
 COMPILE = (
@@ -44,10 +44,10 @@ def prepare_toy(progress: Progress) -> Toy:
 
 def _compiled(bits: int, progress: Progress) -> Path:
     command = (*COMPILE, f"-m{bits}")
-    sources = sorted(SOURCES.iterdir())
+    sources = sorted(path for path in SOURCES.rglob("*") if path.is_file())
     digest = hashlib.sha256("\0".join(command).encode())
     for source in sources:
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        digest.update(str(source.relative_to(SOURCES)).encode() + b"\0" + source.read_bytes())
     cache = cache_folder()
     target = cache / f"toy{bits}-{digest.hexdigest()[:16]}.elf"
     if target.exists():
@@ -57,7 +57,7 @@ def _compiled(bits: int, progress: Progress) -> Path:
         made = scratch / target.name
         units = [str(source) for source in sources if source.suffix in {".c", ".S"}]
         run_compiler(
-            [*command, "-T", str(SOURCES / LINKER_SCRIPT), "-o", str(made), *units],
+            [*command, f"-I{SOURCES}", "-T", str(SOURCES / LINKER_SCRIPT), "-o", str(made), *units],
             f"guest/toy does not compile for {bits} bit",
             "package 'gcc'",
         )

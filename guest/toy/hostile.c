@@ -1,7 +1,8 @@
+/* The misbehaviour that modes nonsense, flood and outside ask for. */
 #include "hostile.h"
 
-#include "interrupts.h"
-#include "report.h"
+#include "start/interrupts.h"
+#include "start/report.h"
 
 #define FLOOD_RINGS 500
 #define FIRST_QUEUE_OF_NONE 64 /* no device of this program has so many */
@@ -25,7 +26,7 @@ int hostile_nonsense(struct device *device)
 	uintptr_t at;
 
 	for (offset = 0; offset < DEVICE_WINDOW; offset++) {
-		at = device->base + offset;
+		at = device->bus.base + offset;
 		mmio_write8(at, (uint8_t)nonsense());
 		sum += mmio_read8(at);
 		accesses += 2;
@@ -57,9 +58,9 @@ int hostile_flood(struct device *device)
 	uint32_t i, pio = 0;
 
 	for (i = 0; i < FLOOD_RINGS; i++) {
-		doorbell_ring_mmio(device, i & 1 ? FIRST_QUEUE_OF_NONE + i : nonsense());
-		if (device->port) {
-			doorbell_ring_pio(device, FIRST_QUEUE_OF_NONE + i);
+		doorbell_ring_mmio(&device->bus, i & 1 ? FIRST_QUEUE_OF_NONE + i : nonsense());
+		if (device->bus.port) {
+			doorbell_ring_pio(&device->bus, FIRST_QUEUE_OF_NONE + i);
 			pio++;
 		}
 	}
@@ -109,7 +110,7 @@ static const char *outside_try(struct device *device, const struct bad_rings *ba
 
 	if (device_reset(device) || device_negotiate(device))
 		return NULL;
-	queue_empty(queue, device, 0, QUEUE_SIZE_MAX, false);
+	queue_empty(queue, &device->bus, 0, QUEUE_SIZE_MAX, false);
 	device_write(device, DEVICE_QUEUE_SEL, 0);
 	if (size == SIZE_TWICE)
 		size = 2 * device_read(device, DEVICE_QUEUE_SIZE_MAX);
@@ -120,7 +121,7 @@ static const char *outside_try(struct device *device, const struct bad_rings *ba
 	device_write_address(device, DEVICE_QUEUE_USED, bad_address(bad->used, &queue->rings->used));
 	device_write(device, DEVICE_QUEUE_READY, 1);
 	device_write(device, DEVICE_STATUS, device_read(device, DEVICE_STATUS) | STATUS_DRIVER_OK);
-	doorbell_ring_mmio(device, 0);
+	doorbell_ring_mmio(&device->bus, 0);
 	/* It may take its time to look; a queue that is not ready by then was refused. */
 	since = interrupts_now();
 	do {
@@ -148,7 +149,7 @@ int hostile_outside(struct device *device)
 			return -1;
 		report("outside.%s=%s", bad->name, outcome);
 		if (*outcome == 'a' && !options.lenient)
-			report_error("%s: rings accepted with %s", device->name, bad->name);
+			report_error("%s: rings accepted with %s", device->bus.name, bad->name);
 	}
 	return device_reset(device);
 }

@@ -2,7 +2,7 @@
 #ifndef TOY_HOSTILE_H
 #define TOY_HOSTILE_H
 
-#include "device.h"
+#include "transport/device.h"
 
 /* Write nonsense to every register of every size, and read them all. The device is reset afterwards. */
 int hostile_nonsense(struct device *device);

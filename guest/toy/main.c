@@ -1,7 +1,7 @@
 /*
- * A small guest program: a virtio driver that needs nothing but a PVH loader (start.S), for virtio-mmio devices
+ * A small guest program: a virtio driver that needs nothing but a PVH loader (start/start.S), for virtio-mmio devices
  * (version 2) that interrupt by the I/O APIC. It sets up every device it is told of, makes it work, checks every byte,
- * counts doorbells and interrupts, and reports on port 0xe9 (report.c). Built for 32-bit and for 64-bit.
+ * counts doorbells and interrupts, and reports on port 0xe9 (start/report.c). Built for 32-bit and for 64-bit.
  *
  * The command line, words "key=value", numbers decimal or 0x...:
  *
@@ -15,7 +15,7 @@
  *   requests=16              for each device, each of writing and reading where it does both
  *   event_idx=0              1: negotiate it where it is offered
  *   net=none                 "reflect": each frame must come back, "drop": none may
- *   seed=1                   of the pattern on disks (pattern.c; the host knows it too)
+ *   seed=1                   of the pattern on disks (drivers/pattern.c; the host knows it too)
  *   patience=10              seconds, about: a request unanswered for longer is an error
  *   mode=check               what is done, one of:
  *     check     every device: all that it promises
@@ -26,10 +26,10 @@
  *               ``requests`` of them, or earlier when the host writes "STOP" to the last sector of the first disk
  *     reset     every device is reset while it has requests, set up again, and checked, three times
  */
-#include "drivers.h"
+#include "drivers/drivers.h"
 #include "hostile.h"
-#include "interrupts.h"
-#include "report.h"
+#include "start/interrupts.h"
+#include "start/report.h"
 
 #define RESETS 3
 
@@ -142,7 +142,11 @@ static int find_all(void)
 	uint32_t i;
 
 	for (i = 0; i < options.device_count; i++) {
-		if (device_find(&devices[i], i, &options.devices[i]))
+		const struct driver *driver = driver_find(options.devices[i].id);
+
+		if (!driver)
+			return report_error("command line: no driver for device id %u", options.devices[i].id);
+		if (device_find(&devices[i], i, &options.devices[i], driver))
 			return -1;
 	}
 	return 0;
@@ -172,16 +176,4 @@ void toy_main(uint32_t start_info_gpa)
 		}
 	}
 	report_exit();
-}
-
-const struct driver *driver_find(uint32_t id)
-{
-	static const struct driver *const drivers[] = { &blk_driver, &rng_driver, &net_driver };
-	uint32_t i;
-
-	for (i = 0; i < sizeof(drivers) / sizeof(drivers[0]); i++) {
-		if (drivers[i]->id == id)
-			return drivers[i];
-	}
-	return NULL;
 }

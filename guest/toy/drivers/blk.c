@@ -1,8 +1,8 @@
 /* virtio-blk (virtio 1.3, 5.2). */
-#include "drivers.h"
-#include "memory.h"
-#include "pattern.h"
-#include "report.h"
+#include "drivers/drivers.h"
+#include "drivers/pattern.h"
+#include "start/memory.h"
+#include "start/report.h"
 
 #define FEATURE_RO (1ull << 5)
 #define FEATURE_FLUSH (1ull << 9)
@@ -53,7 +53,7 @@ struct blk {
 
 static uint32_t blk_queue_count(const struct device *device)
 {
-	uint32_t count = device_has(device, FEATURE_MQ) ? mmio_read16(device->base + CONFIG_NUM_QUEUES) : 1;
+	uint32_t count = device_has(device, FEATURE_MQ) ? mmio_read16(device->bus.base + CONFIG_NUM_QUEUES) : 1;
 
 	return count > DEVICE_QUEUES ? DEVICE_QUEUES : count;
 }
@@ -71,7 +71,7 @@ static int blk_begin(struct device *device)
 	blk->capacity = device_read(device, CONFIG_CAPACITY);
 	blk->capacity |= (uint64_t)device_read(device, CONFIG_CAPACITY + 4) << 32;
 	if (blk->capacity < 2 * SLOT_SECTORS)
-		return report_error("%s: capacity of 0x%llx sectors", device->name, (unsigned long long)blk->capacity);
+		return report_error("%s: capacity of 0x%llx sectors", device->bus.name, (unsigned long long)blk->capacity);
 	return 0;
 }
 
@@ -131,10 +131,10 @@ static int blk_check_slot(struct device *device, const struct slot *slot, uint32
 	int32_t wrong;
 
 	if (slot->status != STATUS_OK)
-		return report_error("%s: %s of sector 0x%llx has status %u", device->name, out ? "write" : "read",
+		return report_error("%s: %s of sector 0x%llx has status %u", device->bus.name, out ? "write" : "read",
 				    (unsigned long long)slot->header.sector, slot->status);
 	if (length != (out ? 1 : SLOT_BYTES + 1))
-		return report_error("%s: %s of sector 0x%llx: the used ring says %u bytes", device->name,
+		return report_error("%s: %s of sector 0x%llx: the used ring says %u bytes", device->bus.name,
 				    out ? "write" : "read", (unsigned long long)slot->header.sector, length);
 	if (out) {
 		blk->bytes_written += SLOT_BYTES;
@@ -142,7 +142,7 @@ static int blk_check_slot(struct device *device, const struct slot *slot, uint32
 	}
 	wrong = pattern_compare(slot->data, SLOT_SECTORS, slot->header.sector, options.seed);
 	if (wrong >= 0)
-		return report_error("%s: byte %u of sector 0x%llx on is not what was written", device->name,
+		return report_error("%s: byte %u of sector 0x%llx on is not what was written", device->bus.name,
 				    (uint32_t)wrong, (unsigned long long)slot->header.sector);
 	blk->bytes_checked += SLOT_BYTES;
 	return 0;
@@ -198,7 +198,7 @@ static int blk_expect(struct device *device, const char *what, int status, int e
 {
 	if (status == expected || status < 0)
 		return status < 0 ? -1 : 0;
-	return report_error("%s: %s has status %u, not %u", device->name, what, (uint32_t)status, (uint32_t)expected);
+	return report_error("%s: %s has status %u, not %u", device->bus.name, what, (uint32_t)status, (uint32_t)expected);
 }
 
 static int blk_check_id(struct device *device)
@@ -209,7 +209,7 @@ static int blk_check_id(struct device *device)
 	memset(id, 0, ID_BYTES + 1);
 	if (blk_expect(device, "GET_ID", blk_ask(device, REQUEST_GET_ID, 0, ID_BYTES), STATUS_OK))
 		return -1;
-	report("%s.id=%s", device->name, id);
+	report("%s.id=%s", device->bus.name, id);
 	return 0;
 }
 
@@ -238,8 +238,8 @@ static int blk_check(struct device *device)
 	struct blk *blk = device->state;
 	bool read_only = device_has(device, FEATURE_RO);
 
-	report("%s.capacity=0x%llx", device->name, (unsigned long long)blk->capacity);
-	report("%s.read_only=%u", device->name, read_only);
+	report("%s.capacity=0x%llx", device->bus.name, (unsigned long long)blk->capacity);
+	report("%s.read_only=%u", device->bus.name, read_only);
 	if (read_only) {
 		if (blk_expect(device, "write to a read-only disk", blk_ask(device, REQUEST_OUT, 0, SLOT_BYTES),
 			       STATUS_IOERR))
@@ -266,7 +266,7 @@ static bool blk_told_to_stop(struct device *device)
 	struct blk *blk = device->state;
 
 	if (blk_ask(device, REQUEST_IN, blk->capacity - 1, SECTOR_BYTES) != STATUS_OK)
-		return report_error("%s: the last sector cannot be read", device->name);
+		return report_error("%s: the last sector cannot be read", device->bus.name);
 	return (uint32_t)blk->slots[0].data[0] == STOP;
 }
 
@@ -285,8 +285,8 @@ static void blk_report(const struct device *device)
 {
 	const struct blk *blk = device->state;
 
-	report("%s.bytes_written=%u", device->name, blk->bytes_written);
-	report("%s.bytes_checked=%u", device->name, blk->bytes_checked);
+	report("%s.bytes_written=%u", device->bus.name, blk->bytes_written);
+	report("%s.bytes_checked=%u", device->bus.name, blk->bytes_checked);
 }
 
 const struct driver blk_driver = {

@@ -2,7 +2,7 @@
 #ifndef TOY_DRIVERS_H
 #define TOY_DRIVERS_H
 
-#include "device.h"
+#include "transport/device.h"
 
 extern const struct driver blk_driver, rng_driver, net_driver;
 

@@ -2,10 +2,10 @@
  * virtio-net (virtio 1.3, 5.1): frames go out; by the option ``net`` each comes back intact (reflect), none comes back
  * (drop), or nobody cares (none). Frames of other senders may come in between; they are counted, not checked.
  */
-#include "drivers.h"
-#include "interrupts.h"
-#include "memory.h"
-#include "report.h"
+#include "drivers/drivers.h"
+#include "start/interrupts.h"
+#include "start/memory.h"
+#include "start/report.h"
 
 #define FEATURE_MAC (1ull << 5)
 
@@ -73,7 +73,7 @@ static int net_begin(struct device *device)
 	net = device->state;
 	net->first = net->expected = net->next; /* what was under way before a reset is not waited for */
 	for (i = 0; i < 6; i++)
-		net->mac[i] = device_has(device, FEATURE_MAC) ? mmio_read8(device->base + DEVICE_CONFIG + i) : 0x02;
+		net->mac[i] = device_has(device, FEATURE_MAC) ? mmio_read8(device->bus.base + DEVICE_CONFIG + i) : 0x02;
 	for (i = 0; i < SLOTS; i++) {
 		net->transmit[i].busy = false;
 		net_give_receive(device, &net->receive[i]);
@@ -133,7 +133,7 @@ static int net_check_frame(struct device *device, const struct slot *slot, uint3
 	uint32_t number = frame->words[1], word, i;
 
 	if (length < HEADER_BYTES + FRAME_MIN || length > HEADER_BYTES + FRAME_MAX)
-		return report_error("%s: a frame of %u bytes with its header", device->name, length);
+		return report_error("%s: a frame of %u bytes with its header", device->bus.name, length);
 	if (frame->type != ETHERTYPE || frame->words[0] != MAGIC) {
 		net->foreign++;
 		return 0;
@@ -144,15 +144,15 @@ static int net_check_frame(struct device *device, const struct slot *slot, uint3
 	}
 	net->received++;
 	if (options.net != NET_REFLECT)
-		return options.net == NET_NONE ? 0 : report_error("%s: frame %u came back", device->name, number);
+		return options.net == NET_NONE ? 0 : report_error("%s: frame %u came back", device->bus.name, number);
 	if (number != net->expected)
-		return report_error("%s: frame %u came back where %u should", device->name, number, net->expected);
+		return report_error("%s: frame %u came back where %u should", device->bus.name, number, net->expected);
 	net->expected++;
 	if (length != HEADER_BYTES + (uint32_t)frame_length(number) || frame->length != frame_length(number))
-		return report_error("%s: frame %u came back with %u bytes", device->name, number, length);
+		return report_error("%s: frame %u came back with %u bytes", device->bus.name, number, length);
 	for (i = 2, word = number; i < frame_words(frame->length); i++, word += STEP) {
 		if (frame->words[i] != word)
-			return report_error("%s: frame %u came back with another byte %u", device->name, number,
+			return report_error("%s: frame %u came back with another byte %u", device->bus.name, number,
 					    16 + 4 * i);
 	}
 	net->bytes_checked += length - HEADER_BYTES;
@@ -230,11 +230,11 @@ static void net_report(const struct device *device)
 {
 	const struct net *net = device->state;
 
-	report("%s.sent=%u", device->name, net->sent);
-	report("%s.received=%u", device->name, net->received);
-	report("%s.foreign=%u", device->name, net->foreign);
-	report("%s.late=%u", device->name, net->late);
-	report("%s.bytes_checked=%u", device->name, net->bytes_checked);
+	report("%s.sent=%u", device->bus.name, net->sent);
+	report("%s.received=%u", device->bus.name, net->received);
+	report("%s.foreign=%u", device->bus.name, net->foreign);
+	report("%s.late=%u", device->bus.name, net->late);
+	report("%s.bytes_checked=%u", device->bus.name, net->bytes_checked);
 }
 
 const struct driver net_driver = {

@@ -1,4 +1,5 @@
-#include "pattern.h"
+/* The bytes of every sector, from its number and the seed. */
+#include "drivers/pattern.h"
 
 #define SECTOR_WORDS (SECTOR_BYTES / 8)
 #define STEP 0x9e3779b97f4a7c15ull

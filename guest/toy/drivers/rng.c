@@ -1,7 +1,7 @@
 /* virtio-rng (virtio 1.3, 5.4): random bytes that are not all the same, and not those of before. */
-#include "drivers.h"
-#include "memory.h"
-#include "report.h"
+#include "drivers/drivers.h"
+#include "start/memory.h"
+#include "start/report.h"
 
 #define SLOTS 4
 #define SLOT_WORDS 16
@@ -63,7 +63,7 @@ static int rng_check_slot(struct device *device, const struct slot *slot, uint32
 	uint32_t i;
 
 	if (!length || length > SLOT_BYTES)
-		return report_error("%s: %u bytes for a buffer of %u", device->name, length, (uint32_t)SLOT_BYTES);
+		return report_error("%s: %u bytes for a buffer of %u", device->bus.name, length, (uint32_t)SLOT_BYTES);
 	rng->bytes += length;
 	if (length < BYTES_COMPARED)
 		return 0; /* allowed: "the device MAY" give less */
@@ -74,9 +74,9 @@ static int rng_check_slot(struct device *device, const struct slot *slot, uint32
 	}
 	rng->has_previous = true;
 	if (constant)
-		return report_error("%s: all words are 0x%x", device->name, slot->words[0]);
+		return report_error("%s: all words are 0x%x", device->bus.name, slot->words[0]);
 	if (repeated)
-		return report_error("%s: the same bytes twice, beginning with 0x%x", device->name, slot->words[0]);
+		return report_error("%s: the same bytes twice, beginning with 0x%x", device->bus.name, slot->words[0]);
 	return 0;
 }
 
@@ -118,7 +118,7 @@ static int rng_leave(struct device *device)
 
 static void rng_report(const struct device *device)
 {
-	report("%s.bytes=%u", device->name, ((const struct rng *)device->state)->bytes);
+	report("%s.bytes=%u", device->bus.name, ((const struct rng *)device->state)->bytes);
 }
 
 const struct driver rng_driver = {

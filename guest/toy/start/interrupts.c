@@ -1,8 +1,9 @@
-#include "interrupts.h"
+/* Interrupts and exceptions: tables, the local APIC and its timer, the I/O APIC, and the waits that interrupts end. */
+#include "start/interrupts.h"
 
-#include "cpu.h"
-#include "report.h"
-#include "vectors.h"
+#include "start/cpu.h"
+#include "start/report.h"
+#include "start/vectors.h"
 
 #define LAPIC 0xfee00000u
 #define LAPIC_ID 0x020

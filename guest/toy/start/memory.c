@@ -1,8 +1,9 @@
-#include "memory.h"
+/* The pool that memory is given out from, and what gcc calls when it copies. */
+#include "start/memory.h"
 
 #include <stdint.h>
 
-#include "report.h"
+#include "start/report.h"
 
 #define POOL_SIZE (512 * 1024)
 

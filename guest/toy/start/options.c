@@ -1,6 +1,7 @@
-#include "options.h"
+/* Parses the command line, which start_info points at. */
+#include "start/options.h"
 
-#include "report.h"
+#include "start/report.h"
 
 #define START_MAGIC 0x336ec578
 

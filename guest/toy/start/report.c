@@ -1,8 +1,9 @@
-#include "report.h"
+/* Lines on the debug port, without a C library, and the exit. */
+#include "start/report.h"
 
 #include <stdarg.h>
 
-#include "cpu.h"
+#include "start/cpu.h"
 
 #define PORT_CONSOLE 0xe9
 #define PORT_EXIT 0xf4

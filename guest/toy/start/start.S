@@ -4,7 +4,7 @@
  * A PVH loader finds the entry in the note XEN_ELFNOTE_PHYS32_ENTRY and enters in 32-bit protected mode, paging off,
  * flat segments, EBX = struct hvm_start_info. The 64-bit build goes on to long mode from there.
  */
-#include "vectors.h"
+#include "start/vectors.h"
 
 #define XEN_ELFNOTE_PHYS32_ENTRY 18
 #define CR0_PG 0x80000000

@@ -1,8 +1,8 @@
-#include "device.h"
+/* How a driver finds, starts, resets and waits for a device, by the registers of virtio-mmio. */
+#include "transport/device.h"
 
-#include "drivers.h"
-#include "interrupts.h"
-#include "report.h"
+#include "start/interrupts.h"
+#include "start/report.h"
 
 #define MAGIC 0x74726976 /* "virt" */
 #define VERSION 2
@@ -34,7 +34,7 @@ static void device_interrupt(void *argument)
 static void device_set_name(struct device *device, uint32_t number)
 {
 	const char *from = device->driver->name;
-	char *to = device->name;
+	char *to = device->bus.name;
 
 	while (*from)
 		*to++ = *from++;
@@ -43,48 +43,46 @@ static void device_set_name(struct device *device, uint32_t number)
 	*to = '\0';
 }
 
-int device_find(struct device *device, uint32_t slot, const struct device_option *option)
+int device_find(struct device *device, uint32_t slot, const struct device_option *option, const struct driver *driver)
 {
 	uint32_t value, number = 0, i;
 
 	device->slot = slot;
-	device->base = option->base;
+	device->bus.base = option->base;
 	device->gsi = option->gsi;
-	device->port = option->port;
-	device->driver = driver_find(option->id);
-	if (!device->driver)
-		return report_error("command line: no driver for device id %u", option->id);
+	device->bus.port = option->port;
+	device->driver = driver;
 	for (i = 0; i < slot; i++)
 		number += options.devices[i].id == option->id;
 	device_set_name(device, number);
 	value = device_read(device, DEVICE_MAGIC);
 	if (value != MAGIC)
-		return report_error("%s: magic value 0x%x at 0x%x", device->name, value, device->base);
+		return report_error("%s: magic value 0x%x at 0x%x", device->bus.name, value, device->bus.base);
 	value = device_read(device, DEVICE_VERSION);
 	if (value != VERSION)
-		return report_error("%s: version %u of the registers", device->name, value);
+		return report_error("%s: version %u of the registers", device->bus.name, value);
 	value = device_read(device, DEVICE_ID);
 	if (value != option->id)
-		return report_error("%s: the device says it is id %u", device->name, value);
+		return report_error("%s: the device says it is id %u", device->bus.name, value);
 	return interrupts_attach(slot, device->gsi, device_interrupt, device);
 }
 
 bool device_has(const struct device *device, uint64_t feature)
 {
-	return device->features & feature;
+	return device->bus.features & feature;
 }
 
 int device_reset(struct device *device)
 {
 	uint32_t since = interrupts_now();
 
-	device->broken = false;
+	device->bus.broken = false;
 	device->queue_count = 0;
 	device->idle_wakes = 0;
 	device_write(device, DEVICE_STATUS, 0);
 	while (device_read(device, DEVICE_STATUS)) {
 		if (!interrupts_patient(since))
-			return report_error("%s: reset does not end, status 0x%x", device->name,
+			return report_error("%s: reset does not end, status 0x%x", device->bus.name,
 					    device_read(device, DEVICE_STATUS));
 	}
 	return 0;
@@ -110,22 +108,22 @@ int device_negotiate(struct device *device)
 	device_write(device, DEVICE_STATUS, status);
 	device->offered = device_read_features(device);
 	if (!(device->offered & FEATURE_VERSION_1))
-		return report_error("%s: VERSION_1 is not offered (features 0x%llx)", device->name,
+		return report_error("%s: VERSION_1 is not offered (features 0x%llx)", device->bus.name,
 				    (unsigned long long)device->offered);
 	if (options.event_idx)
 		wanted |= FEATURE_EVENT_IDX;
 	if (doorbell_may_be_fast())
 		wanted |= FEATURE_HYPERCALL_NOTIFY;
-	device->features = device->offered & wanted;
+	device->bus.features = device->offered & wanted;
 	device_write(device, DEVICE_DRIVER_FEATURES_SEL, 0);
-	device_write(device, DEVICE_DRIVER_FEATURES, (uint32_t)device->features);
+	device_write(device, DEVICE_DRIVER_FEATURES, (uint32_t)device->bus.features);
 	device_write(device, DEVICE_DRIVER_FEATURES_SEL, 1);
-	device_write(device, DEVICE_DRIVER_FEATURES, (uint32_t)(device->features >> 32));
+	device_write(device, DEVICE_DRIVER_FEATURES, (uint32_t)(device->bus.features >> 32));
 	status |= STATUS_FEATURES_OK;
 	device_write(device, DEVICE_STATUS, status);
 	if (!(device_read(device, DEVICE_STATUS) & STATUS_FEATURES_OK))
-		return report_error("%s: FEATURES_OK is refused for 0x%llx of 0x%llx", device->name,
-				    (unsigned long long)device->features, (unsigned long long)device->offered);
+		return report_error("%s: FEATURES_OK is refused for 0x%llx of 0x%llx", device->bus.name,
+				    (unsigned long long)device->bus.features, (unsigned long long)device->offered);
 	return 0;
 }
 
@@ -143,20 +141,20 @@ static int device_begin_queue(struct device *device, uint32_t index)
 
 	device_write(device, DEVICE_QUEUE_SEL, index);
 	if (device_read(device, DEVICE_QUEUE_READY))
-		return report_error("%s: queue %u is ready before it was set up", device->name, index);
+		return report_error("%s: queue %u is ready before it was set up", device->bus.name, index);
 	size_max = device_read(device, DEVICE_QUEUE_SIZE_MAX);
 	if (!size_max)
-		return report_error("%s: there is no queue %u", device->name, index);
+		return report_error("%s: there is no queue %u", device->bus.name, index);
 	while (size > size_max)
 		size /= 2;
-	queue_empty(queue, device, index, size, device_has(device, FEATURE_EVENT_IDX));
+	queue_empty(queue, &device->bus, index, size, device_has(device, FEATURE_EVENT_IDX));
 	device_write(device, DEVICE_QUEUE_SIZE, size);
 	device_write_address(device, DEVICE_QUEUE_DESCRIPTORS, (uintptr_t)queue->rings->descriptors);
 	device_write_address(device, DEVICE_QUEUE_AVAILABLE, (uintptr_t)&queue->rings->available);
 	device_write_address(device, DEVICE_QUEUE_USED, (uintptr_t)&queue->rings->used);
 	device_write(device, DEVICE_QUEUE_READY, 1);
 	if (device_read(device, DEVICE_QUEUE_READY) != 1)
-		return report_error("%s: queue %u does not get ready", device->name, index);
+		return report_error("%s: queue %u does not get ready", device->bus.name, index);
 	return doorbell_choose(queue);
 }
 
@@ -185,10 +183,10 @@ int device_wait(struct device *device, uint32_t seen, const char *what)
 	const char *hint = "the device is silent";
 	uint32_t i;
 
-	if (device->broken)
+	if (device->bus.broken)
 		return -1; /* reported when it was seen */
-	if (device->answers != device->answers_seen) {
-		device->answers_seen = device->answers;
+	if (device->bus.answers != device->answers_seen) {
+		device->answers_seen = device->bus.answers;
 		device->idle_wakes = 0;
 	}
 	if (++device->idle_wakes > IDLE_WAKES_MAX)
@@ -199,8 +197,8 @@ int device_wait(struct device *device, uint32_t seen, const char *what)
 		if (queue_has_used(&device->queues[i]))
 			hint = "the used ring moved, but no interrupt came";
 	}
-	device->broken = true;
-	return report_error("%s: waiting for %s: %s; device status 0x%x", device->name, what, hint,
+	device->bus.broken = true;
+	return report_error("%s: waiting for %s: %s; device status 0x%x", device->bus.name, what, hint,
 			    device_read(device, DEVICE_STATUS));
 }
 
@@ -210,7 +208,7 @@ int device_ask(struct device *device, struct queue *queue, const struct queue_bu
 	uint32_t seen = device->interrupts;
 
 	if (!queue_add(queue, buffers, readable, writable, device))
-		return report_error("%s: queue %u of %u entries is too small for a request", device->name, queue->index,
+		return report_error("%s: queue %u of %u entries is too small for a request", device->bus.name, queue->index,
 				    queue->size);
 	queue_publish(queue);
 	while (!queue_take(queue, length)) {
@@ -234,34 +232,34 @@ void device_report_doorbells(const struct device *device)
 		suppressed += doorbell->suppressed;
 		rearmed += doorbell->rearmed;
 	}
-	report("%s.hypercall=%u", device->name, hypercall);
-	report("%s.plain=%u", device->name, plain);
-	report("%s.refused=%u", device->name, refused);
-	report("%s.suppressed=%u", device->name, suppressed);
-	report("%s.rearmed=%u", device->name, rearmed);
+	report("%s.hypercall=%u", device->bus.name, hypercall);
+	report("%s.plain=%u", device->bus.name, plain);
+	report("%s.refused=%u", device->bus.name, refused);
+	report("%s.suppressed=%u", device->bus.name, suppressed);
+	report("%s.rearmed=%u", device->bus.name, rearmed);
 }
 
 void device_report(const struct device *device)
 {
 	uint32_t i;
 
-	report("%s.offered=0x%llx", device->name, (unsigned long long)device->offered);
-	report("%s.features=0x%llx", device->name, (unsigned long long)device->features);
-	report("%s.queues=%u", device->name, device->queue_count);
-	report("%s.interrupts=%u", device->name, device->interrupts);
-	report("%s.spurious=%u", device->name, device->interrupts_spurious);
-	report("%s.config_changes=%u", device->name, device->config_changes);
-	report("%s.answers=%u", device->name, device->answers);
+	report("%s.offered=0x%llx", device->bus.name, (unsigned long long)device->offered);
+	report("%s.features=0x%llx", device->bus.name, (unsigned long long)device->bus.features);
+	report("%s.queues=%u", device->bus.name, device->queue_count);
+	report("%s.interrupts=%u", device->bus.name, device->interrupts);
+	report("%s.spurious=%u", device->bus.name, device->interrupts_spurious);
+	report("%s.config_changes=%u", device->bus.name, device->config_changes);
+	report("%s.answers=%u", device->bus.name, device->bus.answers);
 	device_report_doorbells(device);
 	for (i = 0; i < device->queue_count; i++) {
 		const struct doorbell *doorbell = &device->queues[i].doorbell;
 
-		report("%s.queue%u.size=%u", device->name, i, device->queues[i].size);
-		report("%s.queue%u.hypercall=%u", device->name, i, doorbell->hypercall);
-		report("%s.queue%u.plain=%u", device->name, i, doorbell->plain);
-		report("%s.queue%u.refused=%u", device->name, i, doorbell->refused);
-		report("%s.queue%u.doorbell=%s", device->name, i, doorbell->fast ? "hypercall" : "plain");
+		report("%s.queue%u.size=%u", device->bus.name, i, device->queues[i].size);
+		report("%s.queue%u.hypercall=%u", device->bus.name, i, doorbell->hypercall);
+		report("%s.queue%u.plain=%u", device->bus.name, i, doorbell->plain);
+		report("%s.queue%u.refused=%u", device->bus.name, i, doorbell->refused);
+		report("%s.queue%u.doorbell=%s", device->bus.name, i, doorbell->fast ? "hypercall" : "plain");
 		if (!doorbell->fast)
-			report("%s.queue%u.plain_reason=%s", device->name, i, doorbell->plain_reason);
+			report("%s.queue%u.plain_reason=%s", device->bus.name, i, doorbell->plain_reason);
 	}
 }

@@ -5,34 +5,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "cpu.h"
-#include "options.h"
-#include "queue.h"
+#include "start/options.h"
+#include "transport/bus.h"
+#include "transport/queue.h"
 
 #define DEVICE_QUEUES 4
-#define DEVICE_WINDOW 0x200
-
-#define DEVICE_MAGIC 0x000
-#define DEVICE_VERSION 0x004
-#define DEVICE_ID 0x008
-#define DEVICE_FEATURES 0x010
-#define DEVICE_FEATURES_SEL 0x014
-#define DEVICE_DRIVER_FEATURES 0x020
-#define DEVICE_DRIVER_FEATURES_SEL 0x024
-#define DEVICE_QUEUE_SEL 0x030
-#define DEVICE_QUEUE_SIZE_MAX 0x034
-#define DEVICE_QUEUE_SIZE 0x038
-#define DEVICE_QUEUE_READY 0x044
-#define DEVICE_QUEUE_NOTIFY 0x050
-#define DEVICE_INTERRUPT_STATUS 0x060
-#define DEVICE_INTERRUPT_ACK 0x064
-#define DEVICE_STATUS 0x070
-#define DEVICE_QUEUE_DESCRIPTORS 0x080 /* each of the three is low, high */
-#define DEVICE_QUEUE_AVAILABLE 0x090
-#define DEVICE_QUEUE_USED 0x0a0
-#define DEVICE_HYPERCALL_KEY 0x0f0
-#define DEVICE_HYPERCALL_BELL 0x0f4
-#define DEVICE_CONFIG 0x100
 
 #define STATUS_ACKNOWLEDGE 1
 #define STATUS_DRIVER 2
@@ -43,6 +20,8 @@
 
 #define FEATURE_EVENT_IDX (1ull << 29)
 #define FEATURE_VERSION_1 (1ull << 32)
+
+struct device;
 
 /* What is special to one type of device. */
 struct driver {
@@ -60,37 +39,32 @@ struct driver {
 
 struct device {
 	const struct driver *driver;
-	char name[8];
+	struct bus bus;
 	uint32_t slot;
-	uint32_t base;
 	uint32_t gsi;
-	uint32_t port;
 	uint64_t offered;
-	uint64_t features;
 	uint32_t queue_count;
 	struct queue queues[DEVICE_QUEUES];
 	void *state; /* the driver's */
-	bool broken; /* it did what it must not; nothing more is asked of it until it is reset */
 	volatile uint32_t interrupts;
 	volatile uint32_t interrupts_spurious; /* InterruptStatus was 0 */
 	volatile uint32_t config_changes;
-	uint32_t answers; /* chains given back */
 	uint32_t answers_seen;
 	uint32_t idle_wakes;
 };
 
 static inline uint32_t device_read(const struct device *device, uint32_t offset)
 {
-	return mmio_read32(device->base + offset);
+	return bus_read(&device->bus, offset);
 }
 
 static inline void device_write(const struct device *device, uint32_t offset, uint32_t value)
 {
-	mmio_write32(device->base + offset, value);
+	bus_write(&device->bus, offset, value);
 }
 
 /* Look who is there, and let its interrupts come. */
-int device_find(struct device *device, uint32_t slot, const struct device_option *option);
+int device_find(struct device *device, uint32_t slot, const struct device_option *option, const struct driver *driver);
 
 /* 3.1.1: from reset to DRIVER_OK. */
 int device_begin(struct device *device);

@@ -7,12 +7,12 @@
  * so KVM's PV bits do not matter; and it has no handler for what SEV-ES and TDX make of a port write, so it ends there
  * before it gets this far.
  */
-#include "doorbell.h"
+#include "transport/doorbell.h"
 
-#include "cpu.h"
-#include "device.h"
-#include "options.h"
-#include "report.h"
+#include "start/cpu.h"
+#include "start/options.h"
+#include "start/report.h"
+#include "transport/queue.h"
 
 #define CPUID_HYPERVISOR_BIT (1u << 31) /* of leaf 1, ECX */
 #define CPUID_HYPERVISOR 0x40000000u
@@ -155,25 +155,25 @@ bool doorbell_may_be_fast(void)
 /* The device's key for one queue. NULL: it matches and is accepted, else why the plain doorbell stays. */
 static const char *device_key_look(struct queue *queue)
 {
-	const struct device *device = queue->device;
+	const struct bus *bus = queue->bus;
 	uint32_t key, bell;
 
 	if (!doorbell_may_be_fast())
 		return "told to ring by a plain doorbell";
 	if (platform_missing)
 		return platform_missing;
-	if (!(device->features & FEATURE_HYPERCALL_NOTIFY))
+	if (!(bus->features & FEATURE_HYPERCALL_NOTIFY))
 		return "feature bit 44 is not negotiated";
-	device_write(device, DEVICE_QUEUE_SEL, queue->index);
-	key = device_read(device, DEVICE_HYPERCALL_KEY);
-	bell = device_read(device, DEVICE_HYPERCALL_BELL);
+	bus_write(bus, DEVICE_QUEUE_SEL, queue->index);
+	key = bus_read(bus, DEVICE_HYPERCALL_KEY);
+	bell = bus_read(bus, DEVICE_HYPERCALL_BELL);
 	if (!key)
 		return "the device withholds its key";
 	if (key != platform_key)
 		return "the device's key is not the platform's";
 	if (!bell || bell & ~KEY_BITS)
 		return "the device has no bell for the queue";
-	device_write(device, DEVICE_HYPERCALL_BELL, 1);
+	bus_write(bus, DEVICE_HYPERCALL_BELL, 1);
 	queue->doorbell.id = bell ^ key;
 	return NULL;
 }
@@ -194,25 +194,25 @@ static void doorbell_arm(struct queue *queue)
 
 int doorbell_choose(struct queue *queue)
 {
-	const struct device *device = queue->device;
+	const struct bus *bus = queue->bus;
 
 	doorbell_arm(queue);
 	if (options.doorbell == DOORBELL_HYPERCALL && !queue->doorbell.fast)
-		return report_error("%s: queue %u is to ring by hypercall, but cannot: %s", device->name, queue->index,
+		return report_error("%s: queue %u is to ring by hypercall, but cannot: %s", bus->name, queue->index,
 				    queue->doorbell.plain_reason);
-	if (plain_is_pio() && !device->port)
-		return report_error("%s: is to ring by PIO, but has no notify port", device->name);
+	if (plain_is_pio() && !bus->port)
+		return report_error("%s: is to ring by PIO, but has no notify port", bus->name);
 	return 0;
 }
 
-void doorbell_ring_mmio(const struct device *device, uint32_t number)
+void doorbell_ring_mmio(const struct bus *bus, uint32_t number)
 {
-	device_write(device, DEVICE_QUEUE_NOTIFY, number);
+	bus_write(bus, DEVICE_QUEUE_NOTIFY, number);
 }
 
-void doorbell_ring_pio(const struct device *device, uint32_t number)
+void doorbell_ring_pio(const struct bus *bus, uint32_t number)
 {
-	port_write16((uint16_t)device->port, (uint16_t)number);
+	port_write16((uint16_t)bus->port, (uint16_t)number);
 }
 
 void doorbell_ring(struct queue *queue)
@@ -237,7 +237,7 @@ void doorbell_ring(struct queue *queue)
 	doorbell->plain++;
 	doorbell->plain_since++;
 	if (plain_is_pio())
-		doorbell_ring_pio(queue->device, queue->index);
+		doorbell_ring_pio(queue->bus, queue->index);
 	else
-		doorbell_ring_mmio(queue->device, queue->index);
+		doorbell_ring_mmio(queue->bus, queue->index);
 }

@@ -5,9 +5,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "transport/bus.h"
+
 #define FEATURE_HYPERCALL_NOTIFY (1ull << 44) /* VIRTIO_F_HYPERCALL_NOTIFY, our name */
 
-struct device;
 struct queue;
 
 /* One queue's. The counters live as long as the program. */
@@ -35,7 +36,7 @@ int doorbell_choose(struct queue *queue);
 void doorbell_ring(struct queue *queue);
 
 /* Ring by a plain doorbell with any number: for queues that do not exist. */
-void doorbell_ring_mmio(const struct device *device, uint32_t number);
-void doorbell_ring_pio(const struct device *device, uint32_t number);
+void doorbell_ring_mmio(const struct bus *bus, uint32_t number);
+void doorbell_ring_pio(const struct bus *bus, uint32_t number);
 
 #endif

@@ -1,22 +1,22 @@
-#include "queue.h"
+/* The split ring: descriptors, the available and the used ring, and when the device wants to know. */
+#include "transport/queue.h"
 
-#include "cpu.h"
-#include "device.h"
-#include "memory.h"
-#include "report.h"
+#include "start/cpu.h"
+#include "start/memory.h"
+#include "start/report.h"
 
 #define DESCRIPTOR_NEXT 1
 #define DESCRIPTOR_WRITE 2
 #define USED_NO_NOTIFY 1
 
-void queue_empty(struct queue *queue, struct device *device, uint32_t index, uint32_t size, bool event_idx)
+void queue_empty(struct queue *queue, struct bus *bus, uint32_t index, uint32_t size, bool event_idx)
 {
 	uint16_t i;
 
 	if (!queue->rings)
 		queue->rings = memory_take(sizeof(*queue->rings), sizeof(*queue->rings));
 	memset((void *)(uintptr_t)queue->rings, 0, sizeof(*queue->rings));
-	queue->device = device;
+	queue->bus = bus;
 	queue->index = index;
 	queue->size = size;
 	queue->event_idx = event_idx;
@@ -111,8 +111,8 @@ void *queue_take(struct queue *queue, uint32_t *length)
 	slot = queue->used_index & (queue->size - 1);
 	id = queue->rings->used.ring[slot].id;
 	if (id >= queue->size || !queue->chains[id].length) {
-		queue->device->broken = true;
-		report_error("%s: queue %u gave back chain %u, which is not in flight", queue->device->name, queue->index,
+		queue->bus->broken = true;
+		report_error("%s: queue %u gave back chain %u, which is not in flight", queue->bus->name, queue->index,
 			     id);
 		return NULL;
 	}
@@ -126,6 +126,6 @@ void *queue_take(struct queue *queue, uint32_t *length)
 	queue->free_head = (uint16_t)id;
 	queue->free_count = (uint16_t)(queue->free_count + queue->chains[id].length);
 	queue->chains[id].length = 0;
-	queue->device->answers++;
+	queue->bus->answers++;
 	return queue->chains[id].token;
 }

@@ -5,11 +5,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "doorbell.h"
+#include "transport/bus.h"
+#include "transport/doorbell.h"
 
 #define QUEUE_SIZE_MAX 16 /* small: many rings round the ring in a short run */
-
-struct device;
 
 struct descriptor {
 	uint64_t gpa;
@@ -42,7 +41,7 @@ struct queue_buffer {
 };
 
 struct queue {
-	struct device *device;
+	struct bus *bus;
 	uint32_t index;
 	uint32_t size;
 	bool event_idx;
@@ -60,7 +59,7 @@ struct queue {
 };
 
 /* An empty queue of ``size`` (a power of two) entries. The counters of its doorbell go on. */
-void queue_empty(struct queue *queue, struct device *device, uint32_t index, uint32_t size, bool event_idx);
+void queue_empty(struct queue *queue, struct bus *bus, uint32_t index, uint32_t size, bool event_idx);
 
 /* Make a chain of buffers, first those the device reads, then those it writes. The device sees it from the next
  * queue_publish on. ``token`` comes back from queue_take. False: not enough descriptors are free. */
