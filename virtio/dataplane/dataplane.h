@@ -41,6 +41,21 @@
 /* Counters have one writer each, so a plain read-modify-write with relaxed accesses is enough. */
 #define stat_add(p, n) store_relaxed((p), load_relaxed(p) + (n))
 
+/* Rings and headers are little-endian (virtio 1.3, 1.4) and are read as they are. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the data plane is for little-endian machines");
+
+/* Between two looks of a loop that polls: the other thread of this core goes first. */
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	asm volatile("yield" : : : "memory");
+#else
+#error "which instruction of this processor waits inside a polling loop?"
+#endif
+}
+
 static inline uint64_t now_ns(void)
 {
 	struct timespec t;

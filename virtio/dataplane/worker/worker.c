@@ -317,7 +317,7 @@ static bool poll_for_work(struct worker *w)
 			stat_add(&w->stats.poll_hits, 1);
 			return true;
 		}
-		__builtin_ia32_pause();
+		cpu_relax();
 		now = now_ns();
 	} while (now < until);
 	stat_add(&w->stats.poll_misses, 1);
