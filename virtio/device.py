@@ -22,6 +22,9 @@ from virtio.native.pump import Queue
 __all__ = ["Chain", "Device", "DeviceOptions", "Queue"]
 
 
+DESCRIPTORS_MIN: Final = 32
+"""Descriptors that each device may have of its own, however few the process has."""
+
 START_SECONDS: Final = 5.0
 """How long a device's ``run`` may take until it reports that it started, where its class does not say."""
 
@@ -42,7 +45,7 @@ class DeviceOptions(BaseModel):
     @property
     def descriptors_max(self) -> int:
         """The most file descriptors that such a device has of its own, beside its queues' and its front-end's."""
-        return 32
+        return DESCRIPTORS_MIN
 
 
 class Device:
@@ -124,6 +127,12 @@ class Device:
     def disk(self) -> DiskStorage | None:
         """What a disk has beside this. Any thread."""
         return None
+
+    def limit_descriptors(self, count: int) -> None:
+        """It may have so many descriptors of its own, as ``descriptors_max`` counts them. Called once, before ``run``.
+
+        For a device that opens them for guests or peers, as many as these like; at least ``DESCRIPTORS_MIN``.
+        """
 
     def use_workers(self, count: int) -> None:
         """Of a native device, before its first queue runs: so many workers drive it. ``HostError``."""

@@ -25,6 +25,7 @@ from daemon.log import setup as log
 from daemon.metrics.server import metrics_url, serve_metrics
 from daemon.running.assembly import Assembly, make_backend, start_workers
 from daemon.running.control import serve_control
+from daemon.running.descriptors import limit, shares
 from daemon.running.disks import Disks
 from daemon.running.doorbell_meter import DoorbellMeter, open_meter
 from daemon.running.links import Links
@@ -167,6 +168,9 @@ class App:
         if name not in self._config.devices:
             raise HostError("it is no longer in the configuration")
         return self._config.devices[name]
+
+    def share_of(self, name: str) -> int:
+        return shares(self._config, limit())[name]
 
     def backend_of(self, device: VirtioDevice, configured: Device) -> Backend:
         return make_backend(device, configured, self._assembly.workers)

@@ -10,9 +10,9 @@ from daemon.metrics.server import CONNECTIONS_MAX
 from daemon.running.control import CLIENTS_MAX
 from transports.stock_qemu.server import VMS_MAX
 from transports.vhost_user.serving.waiting import WAITING_MAX
-from transports.vhost_user.wire.numbers import VHOST_USER_MAX_RAM_SLOTS
+from transports.vhost_user.wire.numbers import VHOST_MEMORY_MAX_NREGIONS, VHOST_USER_MAX_RAM_SLOTS
 from virtio.clients import ROOM
-from virtio.device import DeviceOptions
+from virtio.device import DESCRIPTORS_MIN, DeviceOptions
 from virtio.waist import Doorbell
 
 OF_THE_PROCESS: Final = 64
@@ -55,8 +55,29 @@ def worst_case(config: Config) -> int:
 
 
 def _of_device(device: Device) -> int:
-    own = device.options.descriptors_max if isinstance(device.options, DeviceOptions) else 0
-    return OF_A_CONNECTION + OF_A_QUEUE * (device.queues + 1) + own
+    return OF_A_CONNECTION + OF_A_QUEUE * (device.queues + 1) + _own(device)
+
+
+def _own(device: Device) -> int:
+    return device.options.descriptors_max if isinstance(device.options, DeviceOptions) else 0
+
+
+def shares(config: Config, allowed: int) -> dict[str, int]:
+    """How many of ``allowed`` descriptors each device may have of its own: what it wants where that is there for all.
+
+    Else what is left without them is shared out: who wants little has it, all others have the same. Front-ends are
+    counted with as many regions of memory as one message may bring.
+    """
+    wanted = {name: _own(device) for name, device in config.devices.items()}
+    if worst_case(config) <= allowed:
+        return wanted
+    rare = len(wanted) * (VHOST_USER_MAX_RAM_SLOTS - VHOST_MEMORY_MAX_NREGIONS)
+    left = allowed - (worst_case(config) - sum(wanted.values()) - rare)
+    found = {}
+    for number, name in enumerate(sorted(wanted, key=wanted.__getitem__)):
+        found[name] = max(DESCRIPTORS_MIN, min(wanted[name], left // (len(wanted) - number)))
+        left -= found[name]
+    return found
 
 
 def too_few(config: Config) -> str:

@@ -45,6 +45,9 @@ class Surroundings(Protocol):
     def configured(self, name: str) -> Configured:
         """The device's table as it is to be used now. ``HostError``: its class cannot be had."""
 
+    def share_of(self, name: str) -> int:
+        """How many descriptors the device may have of its own."""
+
     def backend_of(self, device: Device, configured: Configured) -> Backend:
         """The back end around an opened device. ``HostError``: something it needs is not there."""
 
@@ -107,6 +110,7 @@ class ServedDevice:
         """One attempt; returns when the front-end of an inherited connection left. Raises ``HostError`` (in groups)."""
         configured = self._around.configured(self.name)
         device = make_device(self.name, configured)
+        DeviceCalls(device).ask("limit_descriptors", lambda: device.limit_descriptors(self._around.share_of(self.name)))
         disk = device.disk
         if disk is not None and self._storage is not None:  # a flush that failed is not forgotten with the device
             disk.inherit_storage(self._storage)

@@ -27,7 +27,8 @@ from kit.guest.vsock import (
     works,
 )
 
-from virtio.devices.vsock.device import LAST_WORDS_MAX, Vsock
+from virtio.devices.vsock.device import Vsock
+from virtio.devices.vsock.options import LAST_WORDS_MAX
 from virtio.testing import attach
 
 

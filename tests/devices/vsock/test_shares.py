@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kit.guest.vsock import REQUEST, RESPONSE, RST, VsockGuest, vsock
 from structlog.testing import capture_logs
 
-from virtio.devices.vsock.shares import Shares
+from virtio.clients import shortages
+from virtio.devices.vsock.options import OF_A_CONNECTION, OF_OTHERS
+from virtio.devices.vsock.shares import CONNECTION, Shares
 from virtio.testing import attach
 from virtio.testing.queue import GUARD
 
@@ -146,3 +148,24 @@ def test_each_of_several_greedy_guests_gets_something(guests: int) -> None:
         while shares.take(cid):
             pass
     assert shares.take(100), "and one that comes later, too"
+
+
+async def test_a_guest_has_no_more_connections_than_its_share_of_the_descriptors(tmp_path: Path) -> None:
+    """So a guest that asks for all leaves the process what others were promised; one line and one metric say it."""
+    device = vsock(tmp_path, connections=512)
+    device.limit_descriptors(OF_OTHERS + 3 * OF_A_CONNECTION)
+    before = shortages[CONNECTION]
+    with socket.socket(socket.AF_UNIX) as host, capture_logs() as logs:
+        host.bind(str(tmp_path / "vsock_80"))
+        host.listen(16)
+        async with attach(device) as plugged:
+            guest = VsockGuest(plugged, buffers=60)
+            with trio.fail_after(GUARD):
+                for port in range(5):
+                    await guest.say(REQUEST, 5000 + port, 80)
+                heard = [await guest.hear() for _ in range(5)]
+    assert [packet.op for packet in heard].count(RESPONSE) == 3
+    assert [packet.op for packet in heard].count(RST) == 2
+    (line,) = [line for line in logs if "too few descriptors" in line["event"]]
+    assert (line["device"], "LimitNOFILE=" in line["remedy"]) == (device.name, True)
+    assert shortages[CONNECTION] == before + 2

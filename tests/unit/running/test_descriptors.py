@@ -23,8 +23,9 @@ from kit.project import ROOT
 from structlog.testing import capture_logs
 
 from daemon.commands.command import load_config
-from daemon.running.descriptors import worst_case
+from daemon.running.descriptors import shares, worst_case
 from virtio.clients import Shortage, receive_with_descriptors, received_descriptors, room_for
+from virtio.device import DESCRIPTORS_MIN
 from virtio.socket_file import Listen
 
 DISK = """
@@ -196,6 +197,22 @@ def test_every_device_and_all_that_it_may_connect_is_in_the_sum(tmp_path: Path) 
     many = VSOCK.format(name="s", cid=3, connections=1001)
     few_sum, many_sum = (worst_case(load_config(configuration(tmp_path, table))) for table in (few, many))
     assert many_sum >= few_sum + 1000
+
+
+def test_a_process_with_too_few_descriptors_shares_them_out_among_its_devices(tmp_path: Path) -> None:
+    tables = [VSOCK.format(name=f"s{cid}", cid=cid, connections=512) for cid in (3, 4, 5)]
+    config = load_config(configuration(tmp_path, *tables, DISK.format(name="disk")))
+    needed = worst_case(config)
+    enough = shares(config, needed)
+    assert enough["disk"] == DESCRIPTORS_MIN
+    assert set(enough.values()) == {DESCRIPTORS_MIN, 2 * 512 + 2 * 65 + 2 * 64}
+    few = shares(config, 1500)
+    assert few["disk"] == enough["disk"]
+    assert max(few[name] - few["s3"] for name in ("s3", "s4", "s5")) <= 1
+    assert DESCRIPTORS_MIN < few["s3"] < enough["s3"]
+    # With them all, and front-ends that bring a table of memory each, the process has enough.
+    assert needed - sum(enough.values()) + sum(few.values()) - 4 * (509 - 8) <= 1500
+    assert set(shares(config, 10).values()) == {DESCRIPTORS_MIN}
 
 
 SOFT = """

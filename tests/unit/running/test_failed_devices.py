@@ -230,6 +230,9 @@ class Scene:
         self.attempts.append(trio.current_time())
         return self.table
 
+    def share_of(self, name: str) -> int:
+        return 50
+
     def backend_of(self, device: Device, configured: Configured) -> Backend:
         if self.errors:
             raise self.errors.pop(0)
@@ -289,6 +292,17 @@ async def test_a_device_that_is_tried_again_inherits_what_the_storage_had_answer
     scene.errors = [HostError("no bridge")]
     await log_until_served(scene, ServedDevice("e", scene, strict=False))
     assert inherited == [lost]
+
+
+async def test_a_device_is_given_its_share_of_the_descriptors_before_it_is_served(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(Rng, "limit_descriptors", lambda device, count: given.append(count))
+    scene = Scene(tmp_path)
+    scene.errors = [HostError("not yet")]
+    await log_until_served(scene, ServedDevice("e", scene, strict=False))
+    assert given == [50, 50]  # each time that it is opened
 
 
 async def test_a_mistake_of_ours_in_one_device_is_logged_with_its_traceback_and_tried_again(

@@ -21,7 +21,7 @@ from virtio.config_space import VIRTIO_VSOCK_CONFIG
 from virtio.device import Chain, Device, Queue
 from virtio.devices.vsock.connection import Connection, State
 from virtio.devices.vsock.host import CLIENTS_MAX, SOCKET_KINDS, HostListener, connect, read_command
-from virtio.devices.vsock.options import VsockOptions
+from virtio.devices.vsock.options import LAST_WORDS_MAX, VsockOptions
 from virtio.devices.vsock.packet import (
     CID_HOST,
     HEADER_SIZE,
@@ -53,8 +53,6 @@ FIRST_HOST_PORT: Final = 1 << 30
 """Ports that connections from the host come from, upwards."""
 ANSWER_SECONDS: Final = 10
 """How long a guest may take to accept a connection."""
-LAST_WORDS_MAX: Final = 64
-"""Connections that the guest has closed and whose host has yet to read what it sent: 16 MiB of it at most."""
 BATCH: Final = 64
 """Packets to the guest with one notification."""
 
@@ -131,6 +129,9 @@ class Vsock(Device):
         group = self._options.group
         if group is not None and _GUESTS.get((group, self.cid)) is self:
             del _GUESTS[group, self.cid]
+
+    def limit_descriptors(self, count: int) -> None:
+        self._shares.lower(self._options.connections_of(count))
 
     # ---- connections from the host ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field, field_validator
 
@@ -10,6 +11,12 @@ from virtio.claims import Claims, Unique
 from virtio.device import DeviceOptions
 from virtio.devices.vsock.host import CLIENTS_MAX, PORT_MAX
 from virtio.devices.vsock.packet import CID_FIRST_GUEST, CID_LAST_GUEST
+
+OF_A_CONNECTION: Final = 2  # descriptors: its socket, and what waits for the other end to leave
+OF_CLIENTS: Final = 2 * (CLIENTS_MAX + 1)
+LAST_WORDS_MAX: Final = 64
+"""Connections that the guest has closed and whose host has yet to read what it sent: 16 MiB of it at most."""
+OF_OTHERS: Final = OF_CLIENTS + OF_A_CONNECTION * LAST_WORDS_MAX
 
 
 class VsockOptions(DeviceOptions):
@@ -45,9 +52,13 @@ class VsockOptions(DeviceOptions):
 
     @property
     def descriptors_max(self) -> int:
-        """Of each connection its socket, and what waits for the other end to leave; clients that have not said yet
-        which port they want, and the sockets on which they come."""
-        return 2 * self.connections + 2 * (CLIENTS_MAX + 1)
+        """Those of its connections, and of those that are over for the guest; clients that have not said yet which port
+        they want, and the sockets on which they come."""
+        return OF_A_CONNECTION * self.connections + OF_OTHERS
+
+    def connections_of(self, descriptors: int) -> int:
+        """How many connections so many descriptors are enough for; one at least."""
+        return max(1, min(self.connections, (descriptors - OF_OTHERS) // OF_A_CONNECTION))
 
     @property
     def seqpacket_path(self) -> Path:

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from virtio.clients import REMEDY, shortages
 from virtio.devices.vsock.packet import CID_HOST
 
 BUFFER: Final = 256 * 1024
@@ -19,6 +20,8 @@ BUFFER: Final = 256 * 1024
 BUFFER_OF_MANY: Final = 32 * 1024
 """The same for connections beyond ``FEW``: so all of them together hold some 60 MiB at most."""
 FEW: Final = 128
+CONNECTION: Final = "a connection of a vsock guest"
+"""As the metric of shortages calls it."""
 
 
 class Shares:
@@ -49,6 +52,10 @@ class Shares:
         if not self._taken[cid]:
             del self._taken[cid]
 
+    @property
+    def is_full(self) -> bool:
+        return self._total >= self._limit
+
     def is_held_back(self, cid: int) -> bool:
         """``cid`` was refused a place although there is a free one."""
         return self._total < self._limit and cid not in self._preferred
@@ -62,16 +69,32 @@ class ConnectionShares:
     """The connections of the guest ``cid``, and which of them have a large buffer."""
 
     def __init__(self, device: str, connections: int, cid: int) -> None:
+        self._cid = cid
+        self._connections = connections
         self._places = Shares(connections, cid)
         self._large = Shares(FEW, cid)
         self._log = structlog.get_logger().bind(device=device)
         self._told: set[int] = set()
+        self._lowered = False
+        self._told_of_descriptors = False
+
+    def lower(self, connections: int) -> None:
+        """This process has descriptors for so many connections, and no more. Before the first one."""
+        self._lowered = connections < self._connections
+        self._places = Shares(min(connections, self._connections), self._cid)
 
     def take(self, cid: int) -> int | None:
         """The size of the buffer of one more connection, which ``cid`` opens; None: there is no place for it."""
         if self._places.take(cid):
             return BUFFER if self._large.take(cid) else BUFFER_OF_MANY
-        if self._places.is_held_back(cid) and cid not in self._told:
+        if self._lowered and self._places.is_full:
+            shortages[CONNECTION] += 1
+            if not self._told_of_descriptors:
+                self._told_of_descriptors = True  # likewise
+                self._log.warning(
+                    "a guest's connections are used up: the process has too few descriptors", remedy=REMEDY
+                )
+        elif self._places.is_held_back(cid) and cid not in self._told:
             self._told.add(cid)  # one line for each guest until this one is reset
             self._log.warning("a guest has its share of another guest's connections", peer_cid=cid)
         return None
@@ -85,3 +108,4 @@ class ConnectionShares:
         self._places.clear()
         self._large.clear()
         self._told.clear()
+        self._told_of_descriptors = False
