@@ -71,6 +71,7 @@ class Device:
     request_max: ClassVar[int] = 1 << 20
     answers_in_order: ClassVar[bool] = False
     start_seconds: ClassVar[float] = START_SECONDS
+    files_may_hang: ClassVar[bool] = False
 
     def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
         """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""
@@ -135,7 +136,10 @@ class Device:
         """
 
     def use_workers(self, count: int) -> None:
-        """Of a native device, before its first queue runs: so many workers drive it. ``HostError``."""
+        """Of a native device, before its first queue runs: so many workers drive it. ``HostError``.
+
+        With ``files_may_hang`` also in the thread that opens the device; a second call changes nothing then.
+        """
 
     def examine(self) -> None:
         """Before ``refresh``, in a thread of its own: look at files, which may hang. ``HostError``."""

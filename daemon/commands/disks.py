@@ -7,7 +7,7 @@ from typing import Final
 
 from daemon.commands.command import EXIT_OK, Command, add_control, control_of
 from daemon.running.control import ask
-from daemon.running.disks import REOPEN_SECONDS
+from daemon.running.files import FILES_SECONDS
 
 REOPEN_EPILOG: Final = """\
 After a flush of a disk has failed every flush fails, because the kernel forgets what it could not write. This opens the
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def reopen(arguments: argparse.Namespace) -> int:
     """Open a disk's image again, in the running daemon."""
-    ask(control_of(arguments), "reopen", device=arguments.device, wait_seconds=REOPEN_SECONDS + 5)
+    ask(control_of(arguments), "reopen", device=arguments.device, wait_seconds=FILES_SECONDS + 5)
     print(f"{arguments.device}: opened again; check the file systems of its guest")
     return EXIT_OK
 

@@ -150,6 +150,11 @@ def make_devices(
     return devices
 
 
+def files_may_hang(device: Configured) -> bool:
+    """Whether ``device`` is to be opened and closed in a thread."""
+    return device_class(device.common.type).files_may_hang
+
+
 def make_device(name: str, device: Configured) -> VirtioDevice:
     """One configured device, opened. ``HostError``: it cannot be had, also by a mistake of its class."""
     kind = device_class(device.common.type)

@@ -105,8 +105,13 @@ def add_options(parser: argparse.ArgumentParser, memory: Any) -> None:
     parser.add_argument(
         "--doorbell-costs", metavar="FILE", type=Path, help="what hyperbell doorbells --save has written"
     )
-    text = "how long storage may take at the end (10); then the machine ends without it"
-    parser.add_argument("--stop-seconds", metavar="N", type=int, default=10, help=text)
+    parser.add_argument(
+        "--stop-seconds",
+        metavar="N",
+        type=int,
+        default=10,
+        help="how long the end waits for storage that hangs (10)",
+    )
     parser.add_argument("--kvm", metavar="PATH", default="/dev/kvm", help=argparse.SUPPRESS)
     group = parser.add_argument_group("the key of the hypercall doorbell; without one there is no such doorbell")
     group.add_argument("--key", metavar="HEX", help="the machine's key, 24 bits")

@@ -23,7 +23,7 @@ from daemon.doorbells.policies import Policies
 from daemon.log import setup as log
 from daemon.metrics.server import metrics_url, serve_metrics
 from daemon.microvm.options import MicrovmOptions, read_options
-from daemon.microvm.terminal import raw_terminal, terminal_size
+from daemon.microvm.terminal import raw_terminal, restorer, terminal_size
 from daemon.running.assembly import Assembly, assemble
 from daemon.running.control import serve_control
 from daemon.running.descriptors import raise_limit
@@ -43,7 +43,6 @@ from transports.kvm.machine.state import MachineState
 from transports.kvm.vm.ending import VmEnd
 from transports.kvm.vm.entry import PvhEntry
 from transports.stock_qemu.messages import Reason
-from virtio.backend.backend import Backend
 from virtio.clients import shortages
 from virtio.device import Device
 from virtio.devices.console.device import ConsoleOptions
@@ -78,24 +77,26 @@ class Microvm:
         self._machine: Machine | None = None
         self._meter: DoorbellMeter | None = None
         self._printed = False
-        self._ended = trio.Event()  # the guest has, and its devices still have what is in flight
-        self._backends: list[Backend] = []
+        self._stopping = trio.Event()
 
     async def run(self) -> VmEnd:
         """Until the guest ends, or a signal or the escape ends it. Raises ``HostError`` (in groups)."""
-        with raw_terminal(STDIN) as restore:
-            console = self._make_console(Escapes() if restore is not None else None)
+        restore = restorer(STDIN)
+        with raw_terminal(STDIN) as is_terminal:
+            console = self._make_console(Escapes() if is_terminal else None)
             try:
                 devices = make_devices(self._options.devices, lambda name: f"{self._configured[name].option}:")
             except BaseException:
                 console.close()
                 raise
+            seconds = self._options.daemon.stop_seconds
             async with trio.open_nursery() as guard:
-                tidy = restore or (lambda: None)
-                guard.start_soon(end_when_stuck, self._ended, self._options.daemon.stop_seconds, self._backends, tidy)
+                guard.start_soon(
+                    end_when_stuck, self._stopping, seconds, lambda: self._assembly.backends.values(), restore
+                )
                 end = await self._run_with({TERMINAL: console, **devices}, console)
                 guard.cancel_scope.cancel()
-        return end
+            return end
 
     async def _run_with(self, devices: dict[str, Device], console: TerminalConsole) -> VmEnd:
         options = self._options
@@ -105,7 +106,6 @@ class Microvm:
         async with AsyncExitStack() as stack:
             signals = stack.enter_context(trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGWINCH))
             self._assembly = await stack.enter_async_context(assemble(devices, self._configured, workers))
-            self._backends += self._assembly.backends.values()
             setups = [
                 DeviceSetup(backend, self._configured[name].common.hypercall)
                 for name, backend in self._assembly.backends.items()
@@ -113,14 +113,12 @@ class Microvm:
             machine = self._machine = await stack.enter_async_context(open_machine(setup, setups))
             for gpa, data in self._boot.placements:
                 machine.ram.write(gpa, bytes(data))
+            stack.callback(self._stopping.set)  # from here on the end may have to wait for storage
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(self._obey, signals, machine, console)
             nursery.start_soon(self._watch, machine)
             await self._serve(nursery, machine)
-            try:
-                end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
-            finally:
-                self._ended.set()
+            end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
             with trio.move_on_after(FLUSH_SECONDS):
                 await console.terminal.flush()
             nursery.cancel_scope.cancel()
@@ -159,7 +157,7 @@ class Microvm:
             nursery.start_soon(self._meter.run, self.snapshot)
         if daemon.control is not None:
             links = Links(self._assembly.devices)
-            disks = Disks(self._assembly.devices, self._assembly.examining)
+            disks = Disks(self._assembly.devices, self._assembly.files)
             await nursery.start(serve_control, daemon.control, self.snapshot, policies, links, disks)
         if daemon.metrics_address is not None:
             host, port = await nursery.start(serve_metrics, *daemon.metrics_address, self.snapshot)
@@ -204,6 +202,7 @@ class Microvm:
                 console.resize(*terminal_size(STDOUT))
             else:
                 self._log.info("stopping", signal=signal.Signals(number).name)
+                self._stopping.set()
                 machine.vm.stop()
 
     async def _watch(self, machine: Machine) -> None:

@@ -6,36 +6,43 @@ import os
 import termios
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 _OUTPUT_FLAGS: Final = 1  # where termios.tcgetattr has them
 
 
 @contextmanager
-def raw_terminal(fd: int) -> Iterator[Callable[[], None] | None]:
-    """Every key goes to the guest, Ctrl-C too. Nothing is done to what is no terminal.
-
-    Gives what makes the terminal as it was before, for an end that leaves no block; None: ``fd`` is no terminal.
-    """
+def raw_terminal(fd: int) -> Iterator[bool]:
+    """Every key goes to the guest, Ctrl-C too. Gives whether ``fd`` is a terminal; nothing is done to what is none."""
     try:
         before = termios.tcgetattr(fd)
     except (termios.error, ValueError):  # not a terminal, or closed
-        yield None
+        yield False
         return
-
-    def restore() -> None:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
     try:
         tty.setraw(fd, termios.TCSADRAIN)
         # A line that we log still begins at the left; the guest's own carriage returns do no harm.
         modes = termios.tcgetattr(fd)
         modes[_OUTPUT_FLAGS] = before[_OUTPUT_FLAGS]
         termios.tcsetattr(fd, termios.TCSADRAIN, modes)
-        yield restore
+        yield True
     finally:
-        restore()
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def restorer(fd: int) -> Callable[[], None]:
+    """Gives the terminal ``fd`` the modes that it has now, whatever became of them; for an end without ``finally``."""
+    try:
+        before = termios.tcgetattr(fd)
+    except (termios.error, ValueError):  # not a terminal, or closed
+        return lambda: None
+
+    def restore() -> None:
+        with suppress(termios.error):
+            termios.tcsetattr(fd, termios.TCSANOW, before)
+
+    return restore
 
 
 def terminal_size(fd: int) -> tuple[int, int]:

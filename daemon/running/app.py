@@ -28,6 +28,7 @@ from daemon.running.control import serve_control
 from daemon.running.descriptors import limit, shares
 from daemon.running.disks import Disks
 from daemon.running.doorbell_meter import DoorbellMeter, open_meter
+from daemon.running.files import FILES_SECONDS, Files, NoAnswerError, no_answer
 from daemon.running.links import Links
 from daemon.running.served import ServedDevice
 from daemon.running.stuck import end_when_stuck
@@ -42,6 +43,8 @@ from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 from virtio.socket_file import Listen, SocketFile
 
+CONFIGURATION: Final = ""  # the owner of its reading: no device has that name
+CONFIGURATION_SECONDS: Final = 30.0  # each path in it that hangs takes 2 of them
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 RELOADABLE: Final = frozenset({("daemon", "log_level"), ("daemon", "log_format")})
 """The keys that a reload (SIGHUP) puts into effect, beside every device's ``hypercall``; all others need a restart."""
@@ -83,7 +86,8 @@ class App:
         self._log = structlog.get_logger()
         self._devices: dict[str, VirtioDevice] = {}  # those that are served now
         self._backends: dict[str, Backend] = {}
-        self._assembly = Assembly({}, self._devices, self._backends)
+        self.files: Final = Files()
+        self._assembly = Assembly({}, self._devices, self._backends, self.files)
         names = [*config.devices, *config.unavailable]
         self._served = {name: ServedDevice(name, self, strict=strict) for name in names}
         self._metrics_url = ""
@@ -106,7 +110,7 @@ class App:
         """
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
             async with trio.open_nursery() as guard:
-                guard.start_soon(end_when_stuck, self._stopping, self._config.daemon.stop_seconds, self._ending)
+                guard.start_soon(end_when_stuck, self._stopping, self._config.daemon.stop_seconds, lambda: self._ending)
                 await self._run(signals)
                 guard.cancel_scope.cancel()
 
@@ -116,7 +120,7 @@ class App:
             async with AsyncExitStack() as stack:
                 used = {name for device in self._config.devices.values() for name in device.workers}
                 threads = await stack.enter_async_context(start_workers(self._config.workers, used))
-                self._assembly = Assembly(threads, self._devices, self._backends)
+                self._assembly = Assembly(threads, self._devices, self._backends, self.files)
                 async with trio.open_nursery() as nursery:
                     await self._serve(nursery)
             outer.cancel_scope.cancel()
@@ -155,11 +159,11 @@ class App:
 
     # What each served device asks of the daemon (``daemon.running.served.Surroundings``)
 
-    def configured(self, name: str) -> Device:
+    async def configured(self, name: str) -> Device:
         """Where its class could not be had, the configuration is read again: its file may work by now."""
         if name not in self._config.devices and self._served[name].failures:
             try:
-                new = self._load()
+                new = await self._load_again()
             except ConfigError as error:
                 raise HostError(f"the configuration has a mistake by now: {error.problems[0]}") from error
             self._take_table(name, new)
@@ -171,6 +175,13 @@ class App:
 
     def share_of(self, name: str) -> int:
         return shares(self._config, limit())[name]
+
+    async def _load_again(self) -> Config:
+        """In a thread: it looks at files that it names, and runs those of classes."""
+        try:
+            return await self.files.run(CONFIGURATION, self._load, seconds=CONFIGURATION_SECONDS)
+        except NoAnswerError:
+            raise HostError(no_answer(self._config.path, CONFIGURATION_SECONDS)) from None
 
     def backend_of(self, device: VirtioDevice, configured: Device) -> Backend:
         return make_backend(device, configured, self._assembly.workers)
@@ -213,7 +224,7 @@ class App:
             await nursery.start(self._serve_qemu_doorbells, config.daemon.hypercall_socket)
         if config.daemon.control is not None:
             links = Links(self._assembly.devices)
-            disks = Disks(self._assembly.devices, self._assembly.examining)
+            disks = Disks(self._assembly.devices, self.files)
             await nursery.start(serve_control, config.daemon.control, self.snapshot, self._policies, links, disks)
         if config.daemon.metrics_address is not None:
             host, port = await nursery.start(serve_metrics, *config.daemon.metrics_address, self.snapshot)
@@ -241,7 +252,7 @@ class App:
             for served in self._served.values():
                 servers.start_soon(served.run)
             # A device that asks for longer (start_seconds), or does not let itself be cancelled, comes later.
-            with trio.move_on_after(START_SECONDS + 1):
+            with trio.move_on_after(START_SECONDS + 1 + (FILES_SECONDS if self._strict else 0)):
                 for served in self._served.values():
                     await served.decided.wait()
             if self._strict and (failed := [*self._failed()]):
@@ -303,12 +314,14 @@ class App:
     async def _reload_now(self) -> None:
         self._notifier.reloading()
         try:
-            # In a thread: it looks at files that it names, whose file system may hang.
-            new = await trio.to_thread.run_sync(self._load, abandon_on_cancel=True)
+            new = await self._load_again()
         except ConfigError as error:
             for problem in error.problems:
                 self._log.error("not reloaded: the configuration has a mistake", problem=str(problem))
             refusal = "a reload was refused: the configuration has a mistake; "
+        except HostError as error:
+            self._log.error("not reloaded", reason=str(error))
+            refusal = "a reload failed; "
         except Exception:
             # A mistake of ours, or of a device's file. The guests that are served now must not pay for it.
             self._log.exception("not reloaded")

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
 
 import structlog
 import trio
 
 from config.schema import DeviceConfig, WorkerConfig
 from daemon.devices.catalogue import Configured, features_left_out, features_off
+from daemon.running.files import Files, NoAnswerError, path_of
 from virtio.backend.backend import Backend
-from virtio.backend.device_calls import MISTAKES, close_all
+from virtio.backend.device_calls import MISTAKES
 from virtio.device import Device
 from virtio.errors import HostError
 from virtio.native.stats import WorkerStats
 from virtio.native.worker import Worker
-
-EXAMINE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +27,7 @@ class Assembly:
     workers: Mapping[str, Worker]
     devices: Mapping[str, Device]
     backends: Mapping[str, Backend]
-    examining: dict[str, trio.CapacityLimiter] = field(default_factory=dict)
-    """By device: a file system that hangs keeps one thread, however often it is asked."""
+    files: Files = field(default_factory=Files)
 
     def worker_stats(self) -> tuple[WorkerStats, ...]:
         return tuple(worker.stats() for worker in self.workers.values())
@@ -38,7 +35,7 @@ class Assembly:
     async def refresh_devices(self) -> None:
         """Look again at what the devices stand on, and tell the drivers of what changed.
 
-        One that hangs delays nothing but the end of this, and that for ``EXAMINE_SECONDS`` at most.
+        One that hangs delays nothing but the end of this, and that for the limit of ``files`` at most.
         """
         async with trio.open_nursery() as nursery:
             for name, device in [*self.devices.items()]:
@@ -46,14 +43,17 @@ class Assembly:
 
     async def _refresh(self, name: str, device: Device) -> None:
         log = structlog.get_logger()
-        one_at_a_time = self.examining.setdefault(name, trio.CapacityLimiter(1))
         try:
-            with trio.move_on_after(EXAMINE_SECONDS) as scope:
-                await trio.to_thread.run_sync(device.examine, abandon_on_cancel=True, limiter=one_at_a_time)
-            if scope.cancelled_caught:
-                log.error("not examined: its storage has not answered", device=name, seconds=EXAMINE_SECONDS)
-            elif self.devices.get(name) is device and device.refresh():
+            await self.files.run(name, device.examine)
+            if self.devices.get(name) is device and device.refresh():
                 log.info("changed underneath: the driver is told", device=name)
+        except NoAnswerError:
+            log.error(
+                "not examined: its storage has not answered",
+                device=name,
+                path=str(path_of(device.options)),
+                seconds=self.files.seconds,
+            )
         except HostError as error:
             log.error("cannot be examined anew", device=name, error=str(error))
         except MISTAKES as error:
@@ -69,13 +69,15 @@ async def assemble(
     ``configured`` says of each device by name who drives it and what of it is turned off. Raises ``HostError``.
     """
     async with AsyncExitStack() as stack:
-        stack.callback(close_all, devices.values())
-        used = {name for device in configured.values() for name in device.workers}
+        files = Files()
+        for device in devices.values():
+            stack.push_async_callback(files.close, device)
+        used = {name for each in configured.values() for name in each.workers}
         threads = await stack.enter_async_context(start_workers(workers, used))
         backends: dict[str, Backend] = {}
         for name, device in devices.items():
             backends[name] = await stack.enter_async_context(make_backend(device, configured[name], threads))
-        yield Assembly(threads, devices, backends)
+        yield Assembly(threads, devices, backends, files)
 
 
 @asynccontextmanager

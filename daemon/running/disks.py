@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import structlog
-import trio
 
+from daemon.running.files import Files, NoAnswerError, path_of
 from virtio.backend.device_calls import DeviceCalls
 from virtio.capabilities import DiskStorage
 from virtio.device import Device
 from virtio.errors import HostError, HyperbellError
 
 COMMANDS: Final = ("reopen", "retry")
-REOPEN_SECONDS: Final = 10.0  # how long the storage may take
 
 
 class Disks:
-    """The disks among ``devices``, by name. ``limiters``: by device, so that storage that hangs keeps one thread."""
+    """The disks among ``devices``, by name."""
 
-    def __init__(self, devices: Mapping[str, Device], limiters: MutableMapping[str, trio.CapacityLimiter]) -> None:
+    def __init__(self, devices: Mapping[str, Device], files: Files) -> None:
         self._devices = devices
-        self._limiters = limiters
+        self._files = files
 
     async def answer(self, command: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one of ``COMMANDS``."""
@@ -45,10 +44,8 @@ class Disks:
 
     async def _reopen(self, device: Device, disk: DiskStorage) -> None:
         reopen = DeviceCalls(device).ask("reopening", disk.reopening)
-        limiter = self._limiters.setdefault(device.name, trio.CapacityLimiter(1))
-        with trio.move_on_after(REOPEN_SECONDS) as scope:
-            await trio.to_thread.run_sync(reopen, abandon_on_cancel=True, limiter=limiter)
-        if scope.cancelled_caught:
-            raise HostError(
-                f"{device.name}: its storage has not answered for {REOPEN_SECONDS:.0f} s; it may be opened later"
-            )
+        try:
+            await self._files.run(device.name, reopen)
+        except NoAnswerError:
+            reason = self._files.no_answer(path_of(device.options))
+            raise HostError(f"{device.name}: {reason}; it may be opened later") from None

@@ -16,8 +16,9 @@ import trio
 
 from config.loader import Device as Configured
 from config.schema import DeviceConfig
-from daemon.devices.catalogue import endpoint_of, make_device, transport_of
+from daemon.devices.catalogue import endpoint_of, files_may_hang, make_device, transport_of
 from daemon.running.failures import leaves
+from daemon.running.files import Files, path_of
 from daemon.running.slow_steps import DEVICE
 from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend.backend import Backend
@@ -42,7 +43,11 @@ class Failure:
 class Surroundings(Protocol):
     """What the daemon does for its devices."""
 
-    def configured(self, name: str) -> Configured:
+    @property
+    def files(self) -> Files:
+        """The threads that work with files."""
+
+    async def configured(self, name: str) -> Configured:
         """The device's table as it is to be used now. ``HostError``: its class cannot be had."""
 
     def share_of(self, name: str) -> int:
@@ -108,13 +113,14 @@ class ServedDevice:
 
     async def _serve(self) -> None:
         """One attempt; returns when the front-end of an inherited connection left. Raises ``HostError`` (in groups)."""
-        configured = self._around.configured(self.name)
-        device = make_device(self.name, configured)
-        DeviceCalls(device).ask("limit_descriptors", lambda: device.limit_descriptors(self._around.share_of(self.name)))
+        configured = await self._around.configured(self.name)
+        device = await self._open(configured)
         disk = device.disk
         if disk is not None and self._storage is not None:  # a flush that failed is not forgotten with the device
             disk.inherit_storage(self._storage)
         try:
+            share = self._around.share_of(self.name)
+            DeviceCalls(device).ask("limit_descriptors", lambda: device.limit_descriptors(share))
             async with self._around.backend_of(device, configured) as backend:
                 self._around.came(self.name, device, backend)
                 try:
@@ -123,7 +129,22 @@ class ServedDevice:
                     self._around.went(self.name)
         finally:
             self._storage = DeviceCalls(device).look("storage", disk.storage, None) if disk is not None else None
-            close_all([device])
+            await self._around.files.close(device)
+
+    async def _open(self, configured: Configured) -> Device:
+        if not files_may_hang(configured):
+            return make_device(self.name, configured)
+
+        def make() -> Device:
+            device = make_device(self.name, configured)
+            try:
+                device.use_workers(len(set(configured.workers)))
+            except BaseException:
+                close_all([device])
+                raise
+            return device
+
+        return await self._around.files.open(self.name, path_of(configured.options), make)
 
     async def _serve_front_ends(self, backend: Backend, common: DeviceConfig) -> None:
         self._inherited = common.socket_fd is not None

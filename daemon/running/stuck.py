@@ -16,22 +16,26 @@ EXIT_STUCK: Final = 1
 
 
 async def end_when_stuck(
-    stopping: trio.Event, seconds: float, backends: Iterable[Backend], tidy: Callable[[], None] = lambda: None
+    stopping: trio.Event,
+    seconds: float,
+    backends: Callable[[], Iterable[Backend]],
+    last: Callable[[], None] = lambda: None,
 ) -> None:
     """Once ``stopping`` is set, end the process if it still runs after so many seconds; cancelled when it has ended.
 
-    Ending the usual way waits for every request in flight, for its bytes are the guest's memory. ``tidy`` is called at
-    the end, when no other clean-up is.
+    ``backends`` gives those that are being ended; ``last`` is called before the end.
+
+    Ending the usual way waits for every request in flight, for its bytes are the guest's memory.
     """
     await stopping.wait()
     await trio.sleep(seconds)
     structlog.get_logger().critical(
         "the daemon ends without waiting any longer: requests have no answer from their storage",
         seconds=seconds,
-        waiting=[*_waiting(backends)],
+        waiting=[*_waiting(backends())],
     )
     log.last_words()
-    tidy()
+    last()
     os._exit(EXIT_STUCK)  # threads in the kernel would be waited for by any other way
 
 

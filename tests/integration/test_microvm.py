@@ -200,6 +200,28 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(theirs)
 
 
+async def test_it_ends_after_its_stop_seconds_though_an_image_hangs_and_the_terminal_is_as_before(
+    program: Callable[[str], Path], terminal: tuple[int, int]
+) -> None:
+    _, theirs = terminal
+    before = termios.tcgetattr(theirs)
+    async with failing_image(1 << 20) as image:
+        words = ("--stop-seconds", "1", "--device", f"blk,path={image.path}")
+        async with running(theirs, theirs, program("sleep"), *words) as machine:
+            await image.hang("flush")
+            machine.process.send_signal(signal.SIGTERM)
+            await machine.until(b"ends without waiting any longer")
+            await image.hang()  # the kernel itself waits for this answer
+            assert await machine.end() == 1
+            assert termios.tcgetattr(theirs) == before
+
+
+def test_stop_seconds_that_make_no_sense_are_refused_by_name(program: Callable[[str], Path]) -> None:
+    done = microvm(program("off"), "--stop-seconds", "0")
+    assert done.returncode == 78
+    assert "--stop-seconds" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_ends_it_and_the_terminal_is_as_before(
     number: signal.Signals, program: Callable[[str], Path], terminal: tuple[int, int]

@@ -21,6 +21,7 @@ from kit.host.failing_storage import FailingImage
 from daemon.cli import main
 from daemon.running.control import serve_control
 from daemon.running.disks import Disks
+from daemon.running.files import Files
 from daemon.state import DaemonState
 from virtio.capabilities import DiskStorage
 from virtio.device import DeviceOptions
@@ -157,7 +158,7 @@ async def test_the_command_opens_an_image_again_and_refuses_what_has_none(
     memory = Blk("ram", BlkOptions(backend="memory", size=SIZE), 1, 64)
     entropy = Rng("entropy", DeviceOptions(), 1, 64)
     async with failing_disk(ONE) as (image, p), trio.open_nursery() as nursery:
-        disks = Disks({"disk": p.device, "ram": memory, "entropy": entropy}, {})
+        disks = Disks({"disk": p.device, "ram": memory, "entropy": entropy}, Files())
         await nursery.start(serve_control, control, lambda: DaemonState((), ()), None, None, disks)
 
         async def run(*arguments: str) -> int:
@@ -179,11 +180,10 @@ async def test_the_command_opens_an_image_again_and_refuses_what_has_none(
 
 
 async def test_storage_that_hangs_while_it_is_opened_again_holds_up_no_other_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("daemon.running.disks.REOPEN_SECONDS", 0.05)
     async with failing_disk(ONE) as (image, p):
-        disks = Disks({"disk": p.device}, {})
+        disks = Disks({"disk": p.device}, Files(seconds=0.05))
         await image.hang("fsync")
         for _ in range(2):
             answer = await disks.answer("reopen", {"device": "disk"})
@@ -193,7 +193,7 @@ async def test_storage_that_hangs_while_it_is_opened_again_holds_up_no_other_com
 
 @pytest.mark.parametrize("request_", [{}, {"device": 1}, {"device": None}], ids=str)
 async def test_a_command_without_a_name_is_answered_with_an_example(request_: Mapping[str, Any]) -> None:
-    answer = await Disks({}, {}).answer("reopen", request_)
+    answer = await Disks({}, Files()).answer("reopen", request_)
     assert not answer["ok"]
     assert json.dumps({"command": "reopen", "device": "disk"}) in answer["error"]
 

@@ -36,6 +36,7 @@ from daemon.commands.show_table import render
 from daemon.metrics.storage import storage_metrics
 from daemon.running.control import respond, serve_control
 from daemon.running.disks import Disks
+from daemon.running.files import Files
 from daemon.state import DaemonState, DeviceState
 from virtio.capabilities import DiskStorage
 from virtio.devices.blk import storage_watch
@@ -304,7 +305,7 @@ async def test_the_command_tries_again_and_says_whether_the_disk_was_stopped(
     control = tmp_path / "ctl.sock"
     async with failing_disk(setting, "direct", on_error="stop") as (image, p), trio.open_nursery() as nursery:
         state = DaemonState((), ())
-        await nursery.start(serve_control, control, lambda: state, None, None, Disks({"disk": p.device}, {}))
+        await nursery.start(serve_control, control, lambda: state, None, None, Disks({"disk": p.device}, Files()))
 
         async def run() -> str:
             assert await trio.to_thread.run_sync(main, ["retry", "disk", "--control", str(control)]) == 0

@@ -21,6 +21,7 @@ from daemon.commands.command import load_config
 from daemon.commands.show_table import render
 from daemon.metrics.page import StateCollector
 from daemon.running.control import ask
+from daemon.running.files import Files
 from daemon.running.served import RETRY_SECONDS_MAX, ServedDevice
 from daemon.state import DaemonState, FailedDevice
 from virtio.backend.backend import Backend
@@ -225,8 +226,9 @@ class Scene:
         self.attempts: list[float] = []
         self.errors: list[Exception] = []
         self.served = trio.Event()
+        self.files = Files()
 
-    def configured(self, name: str) -> Configured:
+    async def configured(self, name: str) -> Configured:
         self.attempts.append(trio.current_time())
         return self.table
 

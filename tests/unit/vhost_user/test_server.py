@@ -278,16 +278,20 @@ async def test_stopping_the_server_resets_the_back_end_and_removes_the_socket(
         front_end.close()
 
 
-async def test_stopping_the_server_does_not_wait_for_a_reset_that_hangs(
+async def test_stopping_the_server_waits_for_the_reset_however_long_it_takes(
     backend: RecordingBackend, path: Path, autojump_clock: object
 ) -> None:
-    async def hang(*, keep_memory: bool = False) -> None:
-        await trio.sleep_forever()
+    resets = []
 
-    backend.reset = hang  # type: ignore[method-assign]
+    async def slow(*, keep_memory: bool = False) -> None:
+        await trio.sleep(3)  # of the mock clock
+        resets.append("done")
+
+    backend.reset = slow  # type: ignore[method-assign]
     async with serving(backend, Listen(path)):
         front_end = await FrontEnd.connect(path)
         await front_end.negotiate()
+    assert resets == ["done"]
     assert await front_end.ended()
     front_end.close()
 

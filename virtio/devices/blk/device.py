@@ -129,6 +129,7 @@ class Blk(Device, DiskStorage):
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_BLOCK
     type_name = "blk"
     native = True
+    files_may_hang = True
     queue_counts = (1, 256)
     ops = OPS
     Options = BlkOptions
@@ -309,7 +310,7 @@ class Blk(Device, DiskStorage):
 
     def use_workers(self, count: int) -> None:
         """Each of them flushes by an open file description of its own: virtio/dataplane/blk/flush.c says why."""
-        if self._image is not None and not self._options.read_only:
+        if self._image is not None and not self._options.read_only and count - 1 != self._sync_fds:
             self._sync_fds = count - 1
             self._disk.use_sync_fds([open_again(self._image, self._options.path) for _ in range(self._sync_fds)])
 
