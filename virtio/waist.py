@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 from virtio.errors import GuestError
 from virtio.fd import OwnedFd
@@ -57,6 +58,10 @@ class MemoryRegion:
 
     def __hash__(self) -> int:
         return id(self)
+
+
+PACKED_BASE_INITIAL: Final = 0x8000_8000
+"""``QueueSetup.base`` of a packed ring that was never used: both indices 0, both wrap counters 1 (section 2.8.1)."""
 
 
 @dataclass(frozen=True, slots=True)

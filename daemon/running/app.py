@@ -92,6 +92,7 @@ class App:
         self._served = {name: ServedDevice(name, self, strict=strict) for name in names}
         self._metrics_url = ""
         self._announced = False
+        self._shares: tuple[Config, dict[str, int]] | None = None  # of that configuration
         self._stopping = trio.Event()
         self._ending: list[Backend] = []  # what was served when it came
         self._reloading = trio.Lock()
@@ -174,7 +175,9 @@ class App:
         return self._config.devices[name]
 
     def share_of(self, name: str) -> int:
-        return shares(self._config, limit())[name]
+        if self._shares is None or self._shares[0] is not self._config:
+            self._shares = self._config, shares(self._config, limit())
+        return self._shares[1][name]
 
     async def _load_again(self) -> Config:
         """In a thread: it looks at files that it names, and runs those of classes."""

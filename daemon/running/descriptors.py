@@ -69,10 +69,11 @@ def shares(config: Config, allowed: int) -> dict[str, int]:
     counted with as many regions of memory as one message may bring.
     """
     wanted = {name: _own(device) for name, device in config.devices.items()}
-    if worst_case(config) <= allowed:
+    needed = worst_case(config)
+    if needed <= allowed:
         return wanted
     rare = len(wanted) * (VHOST_USER_MAX_RAM_SLOTS - VHOST_MEMORY_MAX_NREGIONS)
-    left = allowed - (worst_case(config) - sum(wanted.values()) - rare)
+    left = allowed - (needed - sum(wanted.values()) - rare)
     found = {}
     for number, name in enumerate(sorted(wanted, key=wanted.__getitem__)):
         found[name] = max(DESCRIPTORS_MIN, min(wanted[name], left // (len(wanted) - number)))

@@ -171,8 +171,8 @@ static void lies(struct rig *rig, bool packed, bool legacy, uint32_t rounds)
 		data[1] = (uint8_t)(random_next(&random) % 3);
 		send(&from, CONTROL, 1 + random_next(&random) % 40, 1 + i % 3, &random);
 	}
-	net_counters(from.nic, &sent);
-	net_counters(to.nic, &heard);
+	net_counters_sum(from.nic, &sent);
+	net_counters_sum(to.nic, &heard);
 	/* Each kind was met: what is refused at once, what only segmenting finds out, and what is honest enough. */
 	CHECK(sent.malformed > rounds / 100 && sent.sent_disabled > rounds / 100 && heard.misreceived > rounds / 100);
 	CHECK(heard.refused > rounds / 100);

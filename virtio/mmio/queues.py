@@ -12,13 +12,12 @@ from typing import Final
 
 from virtio import spec
 from virtio.mmio.registers import EnableQueue, Notify, Operation, Reason, Refusals, StartQueue, StopQueue
-from virtio.waist import AddressSpace, QueueSetup
+from virtio.waist import PACKED_BASE_INITIAL, AddressSpace, QueueSetup
 
 VIRTIO_F_HYPERCALL_NOTIFY: Final = 1 << 44
 """Ours, in a range that the specification reserves (section 6): see ``transports.hypercall``."""
 
 WORD: Final = 0xFFFF_FFFF
-_PACKED_START: Final = 0x8000_8000  # 2.8.1: both positions 0, both wrap counters 1
 
 
 class State(enum.Enum):
@@ -169,7 +168,7 @@ class QueueRegisters:
 
     def _start(self, queue: Queue, index: int) -> Sequence[Operation]:
         queue.state = State.STARTING
-        base = _PACKED_START if self.driver.negotiated(1 << spec.VIRTIO_F_RING_PACKED) else 0
+        base = PACKED_BASE_INITIAL if self.driver.negotiated(1 << spec.VIRTIO_F_RING_PACKED) else 0
         setup = QueueSetup(queue.size, queue.desc, queue.driver, queue.device, base, AddressSpace.GPA)
         operations: list[Operation] = [StartQueue(index, setup)]
         if self.driver.ok:  # set up late: otherwise DRIVER_OK enables it

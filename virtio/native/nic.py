@@ -138,7 +138,7 @@ class NativeNic(NativeDevice):
 
     def counters(self) -> NicCounters:
         raw = ffi.new("struct net_counters *")
-        lib.net_counters(self._alive(), raw)
+        lib.net_counters_sum(self._alive(), raw)
         return NicCounters(**{field.name: getattr(raw, field.name) for field in fields(NicCounters)})
 
     def close(self) -> None:

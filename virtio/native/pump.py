@@ -16,7 +16,7 @@ import trio
 from virtio.dataplane import ffi
 from virtio.native.chain import Chain
 from virtio.native.virtqueue import Virtqueue
-from virtio.waist import Doorbell
+from virtio.waist import PACKED_BASE_INITIAL, Doorbell
 
 BATCH: Final = 64
 """Chains popped at once, or fewer that hold a MiB."""
@@ -31,8 +31,8 @@ POLL_SECONDS: Final = 0.001
 """How often a queue without a kick fd is looked at (vhost-user: the invalid-fd flag asks for polling)."""
 
 
-BEGINNINGS: Final = (0, 0x8000_8000)
-"""The base of a split and of a packed ring that was never used (both wrap counters are 1 there, 2.8.1)."""
+BEGINNINGS: Final = (0, PACKED_BASE_INITIAL)
+"""The base of a split and of a packed ring that was never used."""
 
 
 class Queue:

@@ -19,14 +19,13 @@ from virtio.fd import OwnedFd
 from virtio.native.worker import Worker
 from virtio.testing.driver import GuestMemory, PackedDriver, SplitDriver
 from virtio.testing.queue import GUARD, GuestQueue
-from virtio.waist import AddressSpace, ConfigChanged, MemoryRegion, QueueSetup
+from virtio.waist import PACKED_BASE_INITIAL, AddressSpace, ConfigChanged, MemoryRegion, QueueSetup
 
 __all__ = ["TestDriver", "attach"]
 
 _F_EVENT_IDX: Final = 1 << 29
 _F_ACCESS_PLATFORM: Final = 1 << 33
 _F_RING_PACKED: Final = 1 << 34
-_PACKED_START: Final = 0x8000_8000  # both positions 0, both wrap counters 1
 
 
 class TestDriver:
@@ -91,7 +90,7 @@ class TestDriver:
             ring = make(memory, self._queue_size, event_idx=bool(self.features & _F_EVENT_IDX))
             queue = GuestQueue(index, ring)
             self.queues.append(queue)
-            setup = QueueSetup(ring.size, *queue.areas, _PACKED_START if packed else 0, AddressSpace.UVA)
+            setup = QueueSetup(ring.size, *queue.areas, PACKED_BASE_INITIAL if packed else 0, AddressSpace.UVA)
             await self._backend.configure_queue(index, setup)
             await self._backend.set_err(index, OwnedFd(os.dup(queue.err_fd)))
             await self._backend.set_call(index, OwnedFd(os.dup(queue.call_fd)))

@@ -23,7 +23,7 @@ CHILD: Final = Path(__file__).with_name("child.py")
 
 
 class KvmProcess:
-    """``kvm_child.py`` with the library (and, beneath it, ``fake``); methods of it are called by their names."""
+    """``child.py`` with the library (and, beneath it, ``fake``); methods of it are called by their names."""
 
     def __init__(
         self,

@@ -284,7 +284,7 @@ async def test_a_device_that_is_tried_again_inherits_what_the_storage_had_answer
             inherited.append(before)
 
         def reopening(self) -> Callable[[], None]:
-            raise NotImplementedError
+            raise AssertionError("not asked for in this test")
 
         def retry_storage(self) -> bool:
             return False

@@ -8,8 +8,7 @@ from kit.front_end.vhost_user_wire import UVA, Dialogue, chunked, reply_to, u64,
 from transports.vhost_user.requests.negotiation import DisableAllQueues
 from transports.vhost_user.requests.rings import EnableQueue, SetCall, SetErr, SetKick, SetRingAddresses, StopQueue
 from transports.vhost_user.session import ConfigureQueue
-from transports.vhost_user.state.vring import PACKED_BASE_INITIAL
-from virtio.waist import AddressSpace, QueueSetup
+from virtio.waist import PACKED_BASE_INITIAL, AddressSpace, QueueSetup
 
 
 def test_rings_stay_disabled_while_protocol_features_are_negotiated() -> None:

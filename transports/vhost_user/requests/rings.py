@@ -38,11 +38,22 @@ def _ring(state: ConnectionState, index: int) -> Vring:
     return state.rings[index]
 
 
-# --- what a ring is: each drains a ring that the back-end has (``suspend``), and is done with its base as value ---
+# --- what a ring is ---
+
+
+class _Change(Operation):
+    """Drains a ring that the back-end has (``suspend``), and is done with its base as value."""
+
+    __slots__ = ()
+    index: int
+    suspend: bool
+
+    async def perform(self, backend: BackendLike) -> Value:
+        return await backend.suspend_queue(self.index) if self.suspend else 0
 
 
 @dataclass(frozen=True, slots=True)
-class SetRingSize(Operation):
+class SetRingSize(_Change):
     message: ClassVar = Message(8, "VHOST_USER_SET_VRING_NUM", Payload.VRING_STATE)
 
     index: int
@@ -67,9 +78,6 @@ class SetRingSize(Operation):
             )
         return cls(ring.index, size, suspend=ring.configured and size != ring.size)
 
-    async def perform(self, backend: BackendLike) -> Value:
-        return await backend.suspend_queue(self.index) if self.suspend else 0
-
     def commit(self, state: ConnectionState, value: Value) -> None:
         ring = state.rings[self.index]
         _note_base(ring, value, suspended=self.suspend)
@@ -78,7 +86,7 @@ class SetRingSize(Operation):
 
 
 @dataclass(frozen=True, slots=True)
-class SetRingAddresses(Operation):
+class SetRingAddresses(_Change):
     """The same addresses again are no change, also while the ring runs."""
 
     message: ClassVar = Message(9, "VHOST_USER_SET_VRING_ADDR", Payload.VRING_ADDR)
@@ -98,9 +106,6 @@ class SetRingAddresses(Operation):
         addresses = (addr.desc, addr.avail, addr.used)
         return cls(ring.index, *addresses, suspend=ring.configured and addresses != ring.addresses)
 
-    async def perform(self, backend: BackendLike) -> Value:
-        return await backend.suspend_queue(self.index) if self.suspend else 0
-
     def commit(self, state: ConnectionState, value: Value) -> None:
         ring = state.rings[self.index]
         _note_base(ring, value, suspended=self.suspend)
@@ -109,7 +114,7 @@ class SetRingAddresses(Operation):
 
 
 @dataclass(frozen=True, slots=True)
-class SetRingBase(Operation):
+class SetRingBase(_Change):
     """Whatever the ring has done meanwhile, it starts there.
 
     The base that a packed ring of an enabled queue was given already is no change. A split ring's is: where another
@@ -128,9 +133,6 @@ class SetRingBase(Operation):
         ring = _ring(state, ring_state.index)
         same = state.is_packed and ring.enabled and ring_state.num == ring.base
         return cls(ring.index, ring_state.num, suspend=ring.configured and not same)
-
-    async def perform(self, backend: BackendLike) -> Value:
-        return await backend.suspend_queue(self.index) if self.suspend else 0
 
     def commit(self, state: ConnectionState, value: Value) -> None:
         ring = state.rings[self.index]

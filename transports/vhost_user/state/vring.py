@@ -17,10 +17,7 @@ import enum
 from dataclasses import dataclass
 
 from virtio.errors import PeerError
-from virtio.waist import AddressSpace, QueueSetup
-
-# Both wrap counters start at 1, both indices at 0 (virtio 1.3, section 2.8.1).
-PACKED_BASE_INITIAL = 0x8000_8000
+from virtio.waist import PACKED_BASE_INITIAL, AddressSpace, QueueSetup
 
 
 class Parameter(enum.Flag):

@@ -162,6 +162,8 @@ void blk_drain(struct native_device *device, struct virtqueue *vq);
 
 /* The request's own copy of its pieces, in io_iov; false: no memory. */
 bool blk_keep_pieces(struct request *r, const struct blk_request *q);
+/* Likewise its segments. */
+void blk_keep_segments(struct request *r, const struct blk_request *q);
 /* Of a transfer through the reactor: leave a part of what is left in io_iov / put back the rest behind it. */
 void blk_part_trim(struct request *r);
 void blk_part_restore(struct request *r);
@@ -178,6 +180,23 @@ bool blk_proceed(struct request *r);
 /* Read or write / zero on the memory back end; cannot fail. */
 void blk_memory_copy(struct blk_device *blk, struct blk_request *q);
 void blk_memory_zero(struct blk_device *blk, const struct blk_request *q);
+
+static inline bool blk_transfers(uint32_t op)
+{
+	return op == BLK_OP_READ || op == BLK_OP_WRITE;
+}
+
+/* The bytes of the image that a request is about. */
+static inline uint64_t blk_bytes(const struct blk_request *q)
+{
+	uint64_t sum = 0;
+
+	if (blk_transfers(q->op))
+		return q->data_len;
+	for (uint32_t i = 0; i < q->segment_count; i++)
+		sum += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
+	return sum;
+}
 
 /* Has a write-back of this image failed, so that no flush may succeed? */
 static inline bool blk_sync_failed(const struct blk_device *blk)

@@ -1,6 +1,8 @@
 /* The block device's requests, section 5.2.6: read from the chain once, checked, handed to blk/io.c, answered. */
 #include "blk/blk.h"
 
+#include "memory/pieces.h"
+
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -132,17 +134,9 @@ static int check_segments(const struct blk_device *blk, struct blk_request *q)
 
 static int get_id(const struct blk_device *blk, struct blk_request *q)
 {
-	const uint8_t *from = (const uint8_t *)blk->setup.serial;
-	uint64_t left = VIRTIO_BLK_ID_BYTES;
+	struct pieces to = pieces_of(q->data, q->data_count);
 
-	for (uint32_t i = 0; i < q->data_count && left; i++) {
-		uint64_t n = q->data[i].iov_len < left ? q->data[i].iov_len : left;
-
-		memcpy(q->data[i].iov_base, from, n);
-		from += n;
-		left -= n;
-	}
-	q->data_len = VIRTIO_BLK_ID_BYTES - left; /* what was written */
+	q->data_len = pieces_write(&to, blk->setup.serial, VIRTIO_BLK_ID_BYTES); /* what was written */
 	return VIRTIO_BLK_S_OK;
 }
 
@@ -171,17 +165,6 @@ static int request_check(struct blk_device *blk, const struct chain_view *chain,
 	}
 }
 
-static uint64_t bytes_of(const struct blk_request *q)
-{
-	uint64_t sum = 0;
-
-	if (q->op == BLK_OP_READ || q->op == BLK_OP_WRITE)
-		return q->data_len;
-	for (uint32_t i = 0; i < q->segment_count; i++)
-		sum += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
-	return sum;
-}
-
 static int64_t blk_serve(struct native_device *device, struct worker *w, struct virtqueue *vq,
 			 struct chain_view *chain, uint64_t start_ns)
 {
@@ -203,7 +186,7 @@ static int64_t blk_serve(struct native_device *device, struct worker *w, struct 
 	if (status == BLK_PENDING)
 		return SERVE_ASYNC;
 	*q.status_hva = (uint8_t)status;
-	op_stats_add(&vq->stats.ops[q.op], now_ns() - start_ns, status ? 0 : bytes_of(&q), status != VIRTIO_BLK_S_OK);
+	op_stats_add(&vq->stats.ops[q.op], now_ns() - start_ns, status ? 0 : blk_bytes(&q), status != VIRTIO_BLK_S_OK);
 	written = 1;
 	if (status == VIRTIO_BLK_S_OK && (q.op == BLK_OP_READ || q.op == BLK_OP_GET_ID))
 		written += (uint32_t)q.data_len;

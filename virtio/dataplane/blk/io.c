@@ -84,17 +84,11 @@ static int start_async(struct blk_device *blk, struct worker *w, struct virtqueu
 	r->fd = blk->setup.fd;
 	r->flags = 0;
 	r->may_block = load_relaxed(&blk->no_nowait);
-	r->bytes = q->data_len;
-	if (q->op == BLK_OP_FLUSH) {
-		r->bytes = 0;
-	} else if (q->segment_count) {
-		r->bytes = 0;
-		for (uint32_t i = 0; i < q->segment_count; i++)
-			r->bytes += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
-		memcpy(r->segments, q->segments, q->segment_count * sizeof(q->segments[0]));
-		r->segment_count = q->segment_count;
+	r->bytes = blk_bytes(q);
+	if (q->segment_count) {
+		blk_keep_segments(r, q);
 		r->io = IO_FALLOCATE;
-	} else {
+	} else if (q->op != BLK_OP_FLUSH) {
 		r->io = q->op == BLK_OP_READ ? IO_READ : IO_WRITE;
 		r->flags = q->op == BLK_OP_WRITE ? blk_write_flags(blk) : 0;
 		r->offset = (q->sector << SECTOR_SHIFT) + done;
@@ -131,7 +125,7 @@ int blk_io(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const
 	default:
 		break;
 	}
-	if (q->data_len == 0 && (q->op == BLK_OP_READ || q->op == BLK_OP_WRITE))
+	if (q->data_len == 0 && blk_transfers(q->op))
 		return VIRTIO_BLK_S_OK;
 	if (q->op == BLK_OP_FLUSH && blk_sync_failed(blk))
 		return VIRTIO_BLK_S_IOERR;

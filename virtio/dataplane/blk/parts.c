@@ -5,21 +5,9 @@
  */
 #include "blk/blk.h"
 
-static bool transfers(uint32_t op)
-{
-	return op == BLK_OP_READ || op == BLK_OP_WRITE;
-}
-
 bool blk_is_long(const struct blk_request *q)
 {
-	uint64_t sum = q->data_len;
-
-	if (transfers(q->op))
-		return sum > BLK_PART;
-	sum = 0;
-	for (uint32_t i = 0; i < q->segment_count; i++)
-		sum += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
-	return sum > BLK_PART;
+	return blk_bytes(q) > BLK_PART;
 }
 
 int blk_parts_begin(struct blk_device *blk, struct worker *w, struct virtqueue *vq, const struct chain_view *chain,
@@ -31,8 +19,8 @@ int blk_parts_begin(struct blk_device *blk, struct worker *w, struct virtqueue *
 		return VIRTIO_BLK_S_IOERR;
 	r->op = q->op;
 	r->status_hva = q->status_hva;
-	r->bytes = q->data_len;
-	if (transfers(q->op)) {
+	r->bytes = blk_bytes(q);
+	if (blk_transfers(q->op)) {
 		if (!blk_keep_pieces(r, q)) {
 			blk_finish(r, VIRTIO_BLK_S_IOERR);
 			return BLK_PENDING;
@@ -40,11 +28,7 @@ int blk_parts_begin(struct blk_device *blk, struct worker *w, struct virtqueue *
 		r->offset = q->sector << SECTOR_SHIFT;
 		r->length = q->data_len;
 	} else {
-		r->bytes = 0;
-		for (uint32_t i = 0; i < q->segment_count; i++)
-			r->bytes += (uint64_t)q->segments[i].sectors << SECTOR_SHIFT;
-		memcpy(r->segments, q->segments, q->segment_count * sizeof(q->segments[0]));
-		r->segment_count = q->segment_count;
+		blk_keep_segments(r, q);
 	}
 	vq->unfinished = r;
 	return BLK_PENDING;
@@ -104,11 +88,11 @@ bool blk_proceed(struct request *r)
 		if (load_relaxed(&r->vq->fault)) /* the driver gets nothing back any more */
 			status = VIRTIO_BLK_S_IOERR;
 		else
-			status = transfers(r->op) ? transfer_part(r) : segment_part(r);
-		if (status != VIRTIO_BLK_S_OK || (transfers(r->op) ? r->length == 0 : r->segment == r->segment_count)) {
+			status = blk_transfers(r->op) ? transfer_part(r) : segment_part(r);
+		if (status != VIRTIO_BLK_S_OK || (blk_transfers(r->op) ? r->length == 0 : r->segment == r->segment_count)) {
 			blk_finish(r, status);
 			return true;
 		}
-	} while (!transfers(r->op) && now_ns() - start < r->worker->turn_ns);
+	} while (!blk_transfers(r->op) && now_ns() - start < r->worker->turn_ns);
 	return false;
 }

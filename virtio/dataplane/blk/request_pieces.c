@@ -21,6 +21,12 @@ bool blk_keep_pieces(struct request *r, const struct blk_request *q)
 	return true;
 }
 
+void blk_keep_segments(struct request *r, const struct blk_request *q)
+{
+	memcpy(r->segments, q->segments, q->segment_count * sizeof(q->segments[0]));
+	r->segment_count = q->segment_count;
+}
+
 void blk_part_trim(struct request *r)
 {
 	uint64_t left = ((struct blk_device *)r->device)->setup.direct ? BLK_PART_DIRECT : BLK_PART;

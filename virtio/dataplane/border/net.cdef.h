@@ -62,4 +62,4 @@ uint32_t net_active_pairs(struct native_device *device);
 /* Have WORKER_NUDGE to the worker of the first pair send a RARP request for `mac` to the other side. */
 void net_prepare_rarp(struct native_device *device, const uint8_t mac[6]);
 /* The sum over all pairs. */
-void net_counters(struct native_device *device, struct net_counters *sum);
+void net_counters_sum(struct native_device *device, struct net_counters *sum);

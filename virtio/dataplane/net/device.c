@@ -186,7 +186,7 @@ void net_prepare_rarp(struct native_device *device, const uint8_t mac[6])
 	store_relaxed(&((struct net_device *)device)->rarp, packed);
 }
 
-void net_counters(struct native_device *device, struct net_counters *sum)
+void net_counters_sum(struct native_device *device, struct net_counters *sum)
 {
 	struct net_device *net = (struct net_device *)device;
 
