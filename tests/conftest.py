@@ -1,6 +1,11 @@
-"""How the tests are shared out when several processes run them, as ``make test`` has it (pytest-xdist)."""
+"""How the tests are shared out when several processes run them, as ``make test`` has it (pytest-xdist), and what none
+of them may do to its process."""
 
 from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from kit.guest.count import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401 (hooks)
@@ -24,3 +29,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Sharing
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The nested tests come first: they take the longest, so the others fill what they leave."""
     items.sort(key=lambda item: not item.nodeid.startswith(NESTED))
+
+
+def _rights() -> list[str]:
+    """Of this process: its users, capabilities, NoNewPrivs and filters of system calls, and its descriptors' limits."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    rights = [line for line in lines if line.startswith(("Uid", "Gid", "Cap", "NoNewPrivs", "Seccomp"))]
+    return [*rights, f"descriptors: {resource.getrlimit(resource.RLIMIT_NOFILE)}"]
+
+
+@pytest.fixture(autouse=True)
+def rights_are_kept() -> Iterator[None]:
+    """A test that took some would have later ones fail, or skip as if the machine lacked something."""
+    before = _rights()
+    yield
+    assert _rights() == before

@@ -59,14 +59,15 @@ def path(tmp_path: Path) -> Path:
 def no_descriptor_left(more: int = 0) -> Iterator[None]:
     """But so many."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = [os.dup(0)]
-    with contextlib.suppress(OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 64, limits[1]))
-        while True:
-            taken.append(os.dup(0))
-    for _ in range(more):
-        os.close(taken.pop())
+    highest = max(int(entry.name) for entry in os.scandir("/proc/self/fd"))
+    taken: list[int] = []
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 64, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(more):
+            os.close(taken.pop())
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
