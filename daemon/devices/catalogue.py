@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -19,7 +19,7 @@ from transports import TRANSPORTS
 from transports.base import BackendLike
 from transports.vhost_user.serving.endpoint import Connect, Endpoint, Inherit
 from transports.vhost_user.serving.stats import ConnectionStats
-from virtio.backend.device_calls import MISTAKES, close_all, one_line
+from virtio.backend.device_calls import MISTAKES, one_line
 from virtio.device import Device as VirtioDevice
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
@@ -125,29 +125,6 @@ def turned_off(device: Configured) -> frozenset[str]:
 def features_left_out(device: Configured) -> frozenset[str]:
     """The features that ``device`` cannot offer because they require what the operator turned off."""
     return left_out(turned_off(device), feature_bits(device_class(device.common.type)))
-
-
-def make_devices(
-    configured: Mapping[str, Configured], place: Callable[[str], str] = "[devices.{}]".format
-) -> dict[str, VirtioDevice]:
-    """Every configured device, opened. When some cannot be had, all are closed again and every reason is given.
-
-    ``place`` gives where a device is configured, for the reasons. Raises ``ExceptionGroup`` of ``HostError``.
-    """
-    devices: dict[str, VirtioDevice] = {}
-    errors: list[HostError] = []
-    for name, device in configured.items():
-        try:
-            devices[name] = make_device(name, device)
-        except HostError as error:
-            errors.append(HostError(f"{place(name)} {error}", errno=error.errno))
-        except BaseException:
-            close_all(devices.values())
-            raise
-    if errors:
-        close_all(devices.values())
-        raise ExceptionGroup("devices cannot be opened", errors)
-    return devices
 
 
 def files_may_hang(device: Configured) -> bool:

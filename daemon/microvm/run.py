@@ -18,7 +18,6 @@ import trio
 
 from config.options import OptionDevice
 from config.schema import DeviceTable, WorkerConfig
-from daemon.devices.catalogue import make_devices
 from daemon.doorbells.policies import Policies
 from daemon.log import setup as log
 from daemon.metrics.server import metrics_url, serve_metrics
@@ -30,8 +29,10 @@ from daemon.running.descriptors import raise_limit
 from daemon.running.disks import Disks
 from daemon.running.doorbell_meter import OWN_TRANSPORT, DoorbellMeter, open_meter
 from daemon.running.failures import leaves
+from daemon.running.files import Files
 from daemon.running.hardening import harden
 from daemon.running.links import Links
+from daemon.running.opening import open_devices
 from daemon.running.stuck import end_when_stuck
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import Policy
@@ -73,7 +74,8 @@ class Microvm:
         self._boot = boot
         self._log = structlog.get_logger()
         self._configured: dict[str, OptionDevice] = {TERMINAL: _terminal_entry(), **options.devices}
-        self._assembly = Assembly({}, {}, {})
+        self._files = Files()
+        self._assembly = Assembly({}, {}, {}, self._files)
         self._machine: Machine | None = None
         self._meter: DoorbellMeter | None = None
         self._printed = False
@@ -81,13 +83,17 @@ class Microvm:
 
     async def run(self) -> VmEnd:
         """Until the guest ends, or a signal or the escape ends it. Raises ``HostError`` (in groups)."""
+        # While this takes its time the terminal is as it was: Ctrl-C ends the command.
+        devices = await open_devices(
+            self._files, self._options.devices, lambda name: f"{self._configured[name].option}:"
+        )
         restore = restorer(STDIN)
         with raw_terminal(STDIN) as is_terminal:
-            console = self._make_console(Escapes() if is_terminal else None)
             try:
-                devices = make_devices(self._options.devices, lambda name: f"{self._configured[name].option}:")
+                console = self._make_console(Escapes() if is_terminal else None)
             except BaseException:
-                console.close()
+                for device in devices.values():
+                    await self._files.close(device)
                 raise
             seconds = self._options.daemon.stop_seconds
             async with trio.open_nursery() as guard:
@@ -105,7 +111,7 @@ class Microvm:
         setup = MachineSetup(options.memory_size, options.cpus, options.nested, options.key, options.kvm)
         async with AsyncExitStack() as stack:
             signals = stack.enter_context(trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGWINCH))
-            self._assembly = await stack.enter_async_context(assemble(devices, self._configured, workers))
+            self._assembly = await stack.enter_async_context(assemble(devices, self._configured, workers, self._files))
             setups = [
                 DeviceSetup(backend, self._configured[name].common.hypercall)
                 for name, backend in self._assembly.backends.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 import trio
@@ -27,7 +27,7 @@ class Assembly:
     workers: Mapping[str, Worker]
     devices: Mapping[str, Device]
     backends: Mapping[str, Backend]
-    files: Files = field(default_factory=Files)
+    files: Files
 
     def worker_stats(self) -> tuple[WorkerStats, ...]:
         return tuple(worker.stats() for worker in self.workers.values())
@@ -62,14 +62,17 @@ class Assembly:
 
 @asynccontextmanager
 async def assemble(
-    devices: Mapping[str, Device], configured: Mapping[str, Configured], workers: Mapping[str, WorkerConfig]
+    devices: Mapping[str, Device],
+    configured: Mapping[str, Configured],
+    workers: Mapping[str, WorkerConfig],
+    files: Files,
 ) -> AsyncIterator[Assembly]:
     """Start the workers and put a back end around each of ``devices``, which are closed at the end, last of all.
 
-    ``configured`` says of each device by name who drives it and what of it is turned off. Raises ``HostError``.
+    ``configured`` says of each device by name who drives it and what of it is turned off; ``files`` has opened them.
+    Raises ``HostError``.
     """
     async with AsyncExitStack() as stack:
-        files = Files()
         for device in devices.values():
             stack.push_async_callback(files.close, device)
         used = {name for each in configured.values() for name in each.workers}

@@ -16,13 +16,14 @@ import trio
 
 from config.loader import Device as Configured
 from config.schema import DeviceConfig
-from daemon.devices.catalogue import endpoint_of, files_may_hang, make_device, transport_of
+from daemon.devices.catalogue import endpoint_of, transport_of
 from daemon.running.failures import leaves
-from daemon.running.files import Files, path_of
+from daemon.running.files import Files
+from daemon.running.opening import open_device
 from daemon.running.slow_steps import DEVICE
 from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend.backend import Backend
-from virtio.backend.device_calls import DeviceCalls, close_all, one_line
+from virtio.backend.device_calls import DeviceCalls, one_line
 from virtio.device import Device
 from virtio.errors import HostError
 from virtio.native.stats import Storage
@@ -114,7 +115,7 @@ class ServedDevice:
     async def _serve(self) -> None:
         """One attempt; returns when the front-end of an inherited connection left. Raises ``HostError`` (in groups)."""
         configured = await self._around.configured(self.name)
-        device = await self._open(configured)
+        device = await open_device(self._around.files, self.name, configured)
         disk = device.disk
         if disk is not None and self._storage is not None:  # a flush that failed is not forgotten with the device
             disk.inherit_storage(self._storage)
@@ -130,21 +131,6 @@ class ServedDevice:
         finally:
             self._storage = DeviceCalls(device).look("storage", disk.storage, None) if disk is not None else None
             await self._around.files.close(device)
-
-    async def _open(self, configured: Configured) -> Device:
-        if not files_may_hang(configured):
-            return make_device(self.name, configured)
-
-        def make() -> Device:
-            device = make_device(self.name, configured)
-            try:
-                device.use_workers(len(set(configured.workers)))
-            except BaseException:
-                close_all([device])
-                raise
-            return device
-
-        return await self._around.files.open(self.name, path_of(configured.options), make)
 
     async def _serve_front_ends(self, backend: Backend, common: DeviceConfig) -> None:
         self._inherited = common.socket_fd is not None

@@ -13,10 +13,12 @@ import termios
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+from kit.guest.console import receive_exactly
 from kit.host.failing_storage import failing_image
 from kit.kvm.elf_kernel import PT_LOAD, PT_NOTE, Part, elf, pvh_note
 from kit.project import ROOT
@@ -299,3 +301,20 @@ async def test_metrics_and_the_control_socket_show_its_devices(tmp_path: Path, p
         machine.process.terminate()
         assert await machine.end() == 0
     assert not control.exists()
+
+
+async def test_a_command_whose_image_hangs_obeys_the_keyboard(program: Callable[[str], Path]) -> None:
+    """The kernel keeps the process itself until the file system answers, however it is ended."""
+    async with failing_image(1 << 20) as image, trio.open_nursery() as nursery:
+        await image.hang("open")
+        words = command(program("sleep"), "--device", f"blk,path={image.path}")
+        start = partial(trio.run_process, words, env=environment(), check=False, stderr=subprocess.PIPE)
+        process = await nursery.start(start)
+        try:
+            await image.hung("open")
+            process.send_signal(signal.SIGINT)
+            with trio.fail_after(LIMIT):
+                assert await receive_exactly(process.stderr, 23) == b"hyperbell: interrupted\n"
+        finally:
+            await image.hang()
+            process.kill()

@@ -9,9 +9,11 @@ from structlog.testing import capture_logs
 
 from config.loader import Config, load
 from config.problems import ConfigError
-from daemon.devices.catalogue import device_types, feature_bits, make_devices
+from daemon.devices.catalogue import device_types, feature_bits
 from daemon.devices.features import ALWAYS_OFFERED, REQUIREMENTS
 from daemon.running.assembly import assemble
+from daemon.running.files import Files
+from daemon.running.opening import open_devices
 from transports import TRANSPORTS
 from virtio.devices import REGISTRY
 
@@ -33,7 +35,9 @@ def configured(folder: Path, kind: str, *off: str) -> Config:
 async def offered(folder: Path, kind: str, *off: str) -> set[str]:
     """The names of the features that the driver of a device of that kind is offered."""
     config = configured(folder, kind, *off)
-    async with assemble(make_devices(config.devices), config.devices, config.workers) as assembly:
+    files = Files()
+    devices = await open_devices(files, config.devices)
+    async with assemble(devices, config.devices, config.workers, files) as assembly:
         bits = assembly.backends["mine"].device_features()
     return {name for name, bit in feature_bits(REGISTRY[kind]).items() if bits >> bit & 1}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +16,10 @@ from config.loader import load
 from config.options import parse_devices
 from config.problems import ConfigError
 from config.schema import DEFAULT_WORKER, WorkerConfig
-from daemon.devices.catalogue import Configured, device_types, make_devices
+from daemon.devices.catalogue import Configured, device_types
 from daemon.running.assembly import Assembly, assemble
+from daemon.running.files import Files
+from daemon.running.opening import open_devices
 from guest.boot.service import free_port, serve
 from transports import TRANSPORTS
 from transports.vhost_user.serving.endpoint import Inherit
@@ -61,8 +63,12 @@ def configure(folder: Path, kind: str, more: str = "") -> dict[str, Configured]:
     return dict(load(path, device_types(), TRANSPORTS).devices)
 
 
-def assembled(configured: dict[str, Configured]) -> AbstractAsyncContextManager[Assembly]:
-    return assemble(make_devices(configured), configured, {DEFAULT_WORKER: WorkerConfig()})
+@asynccontextmanager
+async def assembled(configured: dict[str, Configured]) -> AsyncIterator[Assembly]:
+    files = Files()
+    devices = await open_devices(files, configured)
+    async with assemble(devices, configured, {DEFAULT_WORKER: WorkerConfig()}, files) as assembly:
+        yield assembly
 
 
 def ring_features(bits: int) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from kit.host.failing_storage import failing_image
 from kit.kvm.elf_kernel import plain_kernel
 from structlog.testing import capture_logs
 
@@ -17,6 +18,8 @@ from daemon.doorbells.policies import Policies
 from daemon.microvm.options import MicrovmOptions, read_options
 from daemon.microvm.run import QUIET_SECONDS, Microvm, has_ended_well, prepare
 from daemon.running.assembly import Assembly
+from daemon.running.failures import leaves
+from daemon.running.files import Files
 from transports.kvm.boot import pvh
 from transports.kvm.machine.slots import DEVICES_MAX, slot
 from transports.kvm.vm.ending import VmEnd
@@ -92,7 +95,7 @@ async def test_the_same_policy_again_is_another_attempt_and_the_first_ones_are_n
         return one
 
     names = ("terminal", "entropy")
-    microvm._assembly = Assembly({}, {}, dict.fromkeys(names))  # type: ignore[arg-type]
+    microvm._assembly = Assembly({}, {}, dict.fromkeys(names), Files())  # type: ignore[arg-type]
     machine: Any = SimpleNamespace(devices=tuple(map(device, names)))
     given: list[Policies] = []
 
@@ -136,3 +139,17 @@ async def test_a_guest_without_a_sign_of_life_is_told_of(
     assert trio.current_time() >= QUIET_SECONDS
     assert [entry["event"].startswith("no sign of life") for entry in logs] == [True] * told
     assert not told or "/dev/kvm" in logs[0]["event"]
+
+
+async def test_an_image_that_hangs_when_it_is_opened_is_named_and_holds_up_nobody(tmp_path: Path) -> None:
+    async with failing_image(1 << 20) as image:
+        microvm = Microvm((chosen := options(tmp_path, "--device", f"blk,path={image.path}")), prepare(chosen))
+        microvm._files = Files(seconds=0.2)
+        await image.hang("open")
+        try:
+            with pytest.RaisesGroup(HostError) as caught:
+                await microvm.run()  # in the event loop it would hang until the next line
+        finally:
+            await image.hang()
+    (error,) = leaves(caught.value)
+    assert str(error).startswith(f"--device blk,path={image.path}: {image.path}: the file system has not answered for")

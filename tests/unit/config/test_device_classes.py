@@ -14,7 +14,7 @@ from config.loader import load
 from config.problems import ConfigError
 from daemon.cli import main
 from daemon.commands.command import EXIT_CONFIG
-from daemon.devices.catalogue import device_types, features_off, make_devices
+from daemon.devices.catalogue import device_types, features_off, make_device
 from daemon.devices.class_checks import fault_of
 from daemon.devices.classes import DeviceClasses, device_class
 from daemon.running.failures import leaves
@@ -76,7 +76,7 @@ def test_a_class_in_a_file_is_a_device_like_any_other(tmp_path: Path, monkeypatc
     mine = config.devices["mine"]
     assert mine.common.type == f"{tmp_path}/conf/parts/echo.py:Echo"
     assert features_off(mine) == {3, *UNASKED}
-    device = make_devices(config.devices)["mine"]
+    device = make_device("mine", config.devices["mine"])
     assert (device.name, device.type_name, device.queue_count) == ("mine", "echo", 2)
     assert device.options.prefix == ">"
     assert type(device) is device_class(mine.common.type)
@@ -233,7 +233,7 @@ def test_an_option_that_hides_behind_a_key_of_every_device_is_found(tmp_path: Pa
 def test_an_init_of_ones_own_may_take_whatever_it_is_given(tmp_path: Path) -> None:
     write(tmp_path / "echo.py", ECHO + "\n    def __init__(self, *given, more=1): super().__init__(*given)\n")
     config = load(configured(tmp_path, "./echo.py:Echo"), device_types(), TRANSPORTS)
-    assert make_devices(config.devices)["mine"].name == "mine"
+    assert make_device("mine", config.devices["mine"]).name == "mine"
 
 
 def test_an_interrupt_of_the_operators_passes(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_entry_point_of_another_distribution_is_a_type(distribution: Path) -> None:
     config = load(configured(distribution, "echo", 'prefix = "!"\n'), device_types(), TRANSPORTS)
-    device = make_devices(config.devices)["mine"]
+    device = make_device("mine", config.devices["mine"])
     assert device.options.prefix == "!"
     assert "echo" in set(DeviceClasses())
 

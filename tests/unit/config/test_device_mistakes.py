@@ -15,10 +15,12 @@ from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
 
 from config.loader import load
-from daemon.devices.catalogue import device_types, make_devices
+from daemon.devices.catalogue import device_types
 from daemon.devices.classes import device_class
 from daemon.running.assembly import Assembly
+from daemon.running.files import Files
 from daemon.running.links import Links
+from daemon.running.opening import open_devices
 from transports import TRANSPORTS
 from virtio.backend.backend import Backend
 from virtio.backend.device_calls import close_all
@@ -304,7 +306,7 @@ async def test_a_device_that_cannot_be_examined_plugged_or_closed_is_one_line_an
     faulty.faults = {"refresh", "set_link", "close"}
     devices = {"faulty": faulty, "fine": fine}
     with capture_logs() as logs:
-        await Assembly({}, devices, {}).refresh_devices()
+        await Assembly({}, devices, {}, Files()).refresh_devices()
         with pytest.raises(HostError, match=r"set_link\(\) failed: ValueError: mine"):
             Links(devices).set("faulty", False)
         assert Links(devices).set("fine", False)
@@ -337,7 +339,7 @@ class Faulty(Fine):
         ("raise HostError('no such chip')", "no such chip"),
     ],
 )
-def test_a_class_that_fails_to_make_its_device_is_one_clear_error_and_the_others_are_closed(
+async def test_a_class_that_fails_to_make_its_device_is_one_clear_error_and_the_others_are_closed(
     tmp_path: Path, statement: str, reason: str
 ) -> None:
     file = tmp_path / "both.py"
@@ -347,7 +349,7 @@ def test_a_class_that_fails_to_make_its_device_is_one_clear_error_and_the_others
     conf.write_text(table.format("a", "Fine", "a") + table.format("b", "Faulty", "b") + table.format("c", "Fine", "c"))
     devices = load(conf, device_types(), TRANSPORTS).devices
     with pytest.raises(ExceptionGroup) as caught:
-        make_devices(devices)
+        await open_devices(Files(), devices)
     reason = reason.format(file=file)
     if "line" in reason:
         reason = f"{file}:Faulty cannot be made: {reason}"
