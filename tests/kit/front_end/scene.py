@@ -221,13 +221,17 @@ class HonestNeighbour:
 
 
 class DaemonProcess:
-    """``hyperbell serve`` on a configuration, its log read as it is written. ``stop`` returns its exit status."""
+    """``hyperbell serve`` on a configuration, its log read as it is written. ``stop`` returns its exit status.
 
-    def __init__(self, configuration: Path, log: LogBook) -> None:
+    ``descriptors``: the most that the process may have (0: as many as the tests may).
+    """
+
+    def __init__(self, configuration: Path, log: LogBook, *, descriptors: int = 0) -> None:
         self._log = log
+        limit = ["prlimit", f"--nofile={descriptors}"] if descriptors else []
         options = ["--log-format", "json", "--log-level", "debug"]  # no line of a kind is left out: tests wait for each
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "daemon.cli", *options, "serve", str(configuration)],
+            [*limit, sys.executable, "-m", "daemon.cli", *options, "serve", str(configuration)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
