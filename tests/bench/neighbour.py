@@ -11,50 +11,31 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
-from tests.bench.blk_frontend import BlkFrontend, DeviceFaultError, Job
+from tests.bench.blk_frontend import BlkFrontend, Job
+from tests.bench.greed import (
+    GREEDY,
+    PYTHON,
+    STALL_SECONDS,
+    CannotBeHadError,
+    Greed,
+    Kind,
+    at_work,
+    device_lines,
+    storage,
+)
 from tests.bench.run import choose_cpus
-from tests.bench.servers import NULL_DISK, SOCKET_NAME, Server, serve_command
-from tests.bench.storage import make_file, warm_cache
+from tests.bench.servers import SOCKET_NAME, Server, serve_command
 
-MIB: Final = 1 << 20
 SECONDS: Final = 1.0
 ROUNDS: Final = 5
-SIZE: Final = 128 * MIB
 GOAL_US: Final = 2000.0
 """The neighbour's p99 may be so much worse than on a quiet worker."""
-
-Kind = Literal["memory", "tmpfs", "cached", "direct", "python"]
-
-
-@dataclass(frozen=True, slots=True)
-class Greed:
-    """What the greedy guest does. ``depth`` is for each of ``queues``."""
-
-    title: str
-    kind: Kind
-    request_bytes: int
-    depth: int
-    queues: int = 1
-    write_percent: int = 0
-
-
-GREEDY: Final = (
-    Greed("memory disk, 4 reads of 32 MiB in flight", "memory", 32 * MIB, 4),
-    Greed("memory disk, 64 reads of 1 MiB", "memory", MIB, 64),
-    Greed("memory disk, 128 reads of 4 KiB", "memory", 4096, 128),
-    Greed("tmpfs, 4 reads of 32 MiB", "tmpfs", 32 * MIB, 4),
-    Greed("page cache, 4 reads of 32 MiB", "cached", 32 * MIB, 4),
-    Greed("page cache, 4 writes of 32 MiB", "cached", 32 * MIB, 4, write_percent=100),
-    Greed("disk (O_DIRECT), 4 queues with 128 reads of 16 KiB each", "direct", 16384, 128, queues=4),
-    Greed("Python device, 64 reads of 1 MiB, the neighbour another one", "python", MIB - 512, 64),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,71 +47,22 @@ class Felt:
     most: float
 
 
-def _device(name: str, socket: Path, kind: Kind, folder: Path, queues: int) -> list[str]:
-    lines = [f"[devices.{name}]", f'socket = "{socket}"', f"queues = {queues}"]
-    if kind == "python":
-        return [*lines, f'type = "{NULL_DISK}"', f"size = {SIZE}"]
-    lines += ['type = "blk"', 'worker = "w0"']
-    if kind == "memory":
-        return [*lines, 'backend = "memory"', f"size = {SIZE}"]
-    return [*lines, f'path = "{folder / "disk.img"}"', f"direct = {str(kind == 'direct').lower()}"]
-
-
 @contextmanager
-def _served(greed: Greed, cpu: int) -> Iterator[tuple[Server, Path]]:
+def _served(greed: Greed, image: Path | None, cpu: int) -> Iterator[tuple[Server, Path]]:
     """The daemon with both devices, and the greedy one's socket."""
-    with ExitStack() as stack:
-        parent = "/dev/shm" if greed.kind == "tmpfs" else "/var/tmp"
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyperbell-bench-", dir=parent)))
-        if greed.kind in ("tmpfs", "cached", "direct"):
-            make_file(folder / "disk.img", SIZE)
-            warm_cache(folder / "disk.img")
-        quiet: Kind = "python" if greed.kind == "python" else "memory"
+    with tempfile.TemporaryDirectory(prefix="hyperbell-bench-") as name:
+        folder = Path(name)
+        quiet: Kind = "python" if greed.kind in PYTHON else "memory"
         lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]"]
-        lines += _device("quiet", folder / SOCKET_NAME, quiet, folder, 1)
-        lines += _device("greedy", folder / "greedy.sock", greed.kind, folder, greed.queues)
-        server = stack.enter_context(Server("hyperbell", serve_command(folder, lines), folder, cpu))
-        yield server, folder / "greedy.sock"
-
-
-@contextmanager
-def _at_work(greed: Greed, socket: Path) -> Iterator[None]:
-    """The greedy guest is at work from the first answer it got until the end of the block."""
-    with BlkFrontend(
-        socket, greed.queues, request_max=greed.request_bytes, segment=min(greed.request_bytes, MIB)
-    ) as guest:
-        job = Job(
-            requests=max(greed.depth, 8),
-            depth=greed.depth,
-            request_bytes=greed.request_bytes,
-            write_percent=greed.write_percent,
-            sleep=True,
-            stall_seconds=30,
-        )
-        ending, failed = threading.Event(), []
-
-        def work() -> None:
-            try:
-                while not ending.is_set():
-                    guest.run(job)
-            except DeviceFaultError as error:
-                failed.append(error)
-
-        guest.run(job)
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield
-        finally:
-            ending.set()
-            thread.join()
-        if failed:
-            raise failed[0]
+        lines += device_lines("quiet", folder / SOCKET_NAME, quiet, None, 1)
+        lines += device_lines("greedy", folder / "greedy.sock", greed.kind, image, greed.queues)
+        with Server("hyperbell", serve_command(folder, lines), folder, cpu) as server:
+            yield server, folder / "greedy.sock"
 
 
 def _feel(server: Server, seconds: float) -> Felt:
     with BlkFrontend(server.socket) as guest:
-        result = guest.run(Job(seconds=seconds, depth=1, sleep=True, stall_seconds=30))
+        result = guest.run(Job(seconds=seconds, depth=1, sleep=True, stall_seconds=STALL_SECONDS))
     return Felt(result.percentile_us(50), result.percentile_us(99), result.latency_max_us)
 
 
@@ -146,10 +78,10 @@ def measure(greed: Greed, server_cpu: int, rounds: int = ROUNDS, seconds: float 
     """What the neighbour feels alone, and beside ``greed``."""
     alone: list[Felt] = []
     beside: list[Felt] = []
-    with _served(greed, server_cpu) as (server, socket):
+    with storage(greed.kind) as disk, _served(greed, disk.image, server_cpu) as (server, socket):
         for _ in range(rounds):
             alone.append(_feel(server, seconds))
-            with _at_work(greed, socket):
+            with at_work(greed, socket, disk):
                 beside.append(_feel(server, seconds))
     return _middle(alone), _middle(beside)
 
@@ -173,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for greed in GREEDY:
         if wanted and not any(word in greed.title for word in wanted):
             continue
-        alone, beside = measure(greed, server_cpu)
+        try:
+            alone, beside = measure(greed, server_cpu)
+        except CannotBeHadError as error:
+            print(f"{greed.title}: not measured: {error}")
+            continue
         print(line("(nothing)", alone))
         print(line(greed.title, beside, alone), flush=True)
     return 0
