@@ -12,6 +12,8 @@ from kit.guest.count import pytest_sessionfinish, pytest_terminal_summary, pytes
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from virtio.native import pump
+
 NESTED = "tests/nested/"
 
 
@@ -36,6 +38,12 @@ def _rights() -> list[str]:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     rights = [line for line in lines if line.startswith(("Uid", "Gid", "Cap", "NoNewPrivs", "Seccomp"))]
     return [*rights, f"descriptors: {resource.getrlimit(resource.RLIMIT_NOFILE)}"]
+
+
+@pytest.fixture(autouse=True)
+def no_turn_ends_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Python device's queue; else what a test sees would depend on who else has the processor meanwhile."""
+    monkeypatch.setattr(pump, "TURN_NS", 1 << 62)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(pump, "now_ns", clock)
+    monkeypatch.setattr(pump, "TURN_NS", TURN_NS)
     return clock
 
 
