@@ -115,6 +115,8 @@ void blk_bounce_done(struct request *r, uint64_t done);
 bool blk_range_claim(struct blk_device *blk, struct request *r, uint64_t first, uint64_t end);
 void blk_range_release(struct blk_device *blk, struct request *r);
 void blk_range_granted(struct request *r);
+/* On the worker of `vq`, none of whose requests begins any more: take back its claims that wait; their requests, linked. */
+struct request *blk_range_withdraw(struct blk_device *blk, const struct virtqueue *vq);
 
 /* ---- blk/segments.c ---- */
 
@@ -153,6 +155,8 @@ bool blk_keep(struct request *r, int error);
 bool blk_waits(struct request *r);
 /* r, which was tried again, ends. */
 void blk_tried(struct request *r);
+/* Keep these, linked by `next`, which wait for others. */
+void blk_keep_waiting(struct blk_device *blk, struct request *list);
 /* The kept requests of `vq`, taken off the list, if they are all that is in flight of it; else NULL. */
 struct request *blk_take_kept(struct blk_device *blk, const struct virtqueue *vq);
 /* blk/drain.c */

@@ -63,6 +63,7 @@ static void copy(const struct request *r, uint64_t length)
 {
 	uint8_t *at = r->bounce + r->skip;
 
+	r->worker->moved += length;
 	for (uint32_t i = 0; length; i++) {
 		uint64_t n = r->guest_iov[i].iov_len < length ? r->guest_iov[i].iov_len : length;
 

@@ -33,6 +33,8 @@ void blk_drain(struct native_device *device, struct virtqueue *vq)
 
 	if (likely(!load_relaxed(&blk->errors.kept)))
 		return;
+	/* Some may wait for blocks that a kept request has claimed: they have not begun, and do not begin any more. */
+	blk_keep_waiting(blk, blk_range_withdraw(blk, vq));
 	list = blk_take_kept(blk, vq);
 	if (list && !load_relaxed(&vq->fault))
 		list = rewind_last(vq, list);

@@ -130,6 +130,16 @@ bool blk_waits(struct request *r)
 	return stopped;
 }
 
+void blk_keep_waiting(struct blk_device *blk, struct request *list)
+{
+	pthread_mutex_lock(&blk->kept.mutex);
+	for (struct request *next; list; list = next) {
+		next = list->next;
+		append(blk, list, BLK_KEPT_WAITING);
+	}
+	pthread_mutex_unlock(&blk->kept.mutex);
+}
+
 void blk_tried(struct request *r)
 {
 	struct blk_device *blk = device_of(r);

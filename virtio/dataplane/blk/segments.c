@@ -127,6 +127,9 @@ void blk_segment_next(struct request *r)
 	}
 	s = &r->segments[r->segment];
 	end = (s->sector + s->sectors) << SECTOR_SHIFT;
+	/* What had failed has succeeded. What r now waits for may be kept, and its next try must not wait for r. */
+	if (unlikely(r->tried))
+		blk_tried(r);
 	if (!blk->shares_blocks || blk_range_claim(blk, r, (s->sector << SECTOR_SHIFT) & mask, (end + ~mask) & mask))
 		blk_segment_begin(r);
 }

@@ -14,6 +14,7 @@ struct reactor_state {
 	int epoll_fd;
 	uint32_t sources;
 	struct io_threads *threads;
+	struct request *done; /* linked by `next`: their I/O is over, their devices have not heard of it */
 };
 
 /* What an event belongs to: a virtqueue, a source (its address with this bit), or NULL for the wake-up eventfd. */
@@ -90,11 +91,17 @@ static void epoll_submit(struct worker *w, struct request *r)
 
 static bool complete_done(struct worker *w)
 {
-	struct request *r = io_threads_done(w->state->threads), *next;
-	bool any = r != NULL;
+	struct reactor_state *state = w->state;
+	bool any;
 
-	for (; r; r = next) {
-		next = r->next;
+	if (!state->done)
+		state->done = io_threads_done(state->threads);
+	any = state->done != NULL;
+	w->moved = 0;
+	while (state->done && w->moved < WORKER_TURN_BYTES) {
+		struct request *r = state->done;
+
+		state->done = r->next;
 		r->device->ops->io_done(r, r->result);
 	}
 	return any;

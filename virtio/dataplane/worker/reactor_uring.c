@@ -358,7 +358,7 @@ static bool uring_turn(struct worker *w, uint64_t timeout_ns)
 					     .tv_nsec = (long long)(timeout_ns % 1000000000u) };
 	struct __kernel_timespec troubled = { .tv_nsec = TROUBLED_NS };
 	struct io_uring_cqe *cqe;
-	unsigned head, seen = 0;
+	unsigned head, seen = 0; /* what is not seen yet stays there for the next turn */
 	bool later = w->state->later_count || w->state->requests;
 	int rc = 0;
 
@@ -374,9 +374,12 @@ static bool uring_turn(struct worker *w, uint64_t timeout_ns)
 		io_uring_submit_and_get_events(ring);
 	else if (IO_URING_READ_ONCE(*ring->sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
 		io_uring_get_events(ring);
+	w->moved = 0;
 	io_uring_for_each_cqe(ring, head, cqe) {
 		seen++;
 		complete(w, cqe);
+		if (unlikely(w->moved >= WORKER_TURN_BYTES))
+			break;
 	}
 	io_uring_cq_advance(ring, seen);
 	/* It could not sleep, and would look again at once, for as long as the kernel takes nothing. */

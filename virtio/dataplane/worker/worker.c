@@ -66,7 +66,7 @@ static uint32_t serve_chains(struct worker *w, struct virtqueue *vq)
 			}
 			if (start_ns - turn_ns >= w->turn_ns)
 				break;
-		} else if (w->moved >= WORKER_TURN_BYTES || vq->unfinished) {
+		} else if (++w->started >= WORKER_ROUND_STARTS || w->moved >= WORKER_TURN_BYTES || vq->unfinished) {
 			break;
 		}
 	}
@@ -95,14 +95,35 @@ static bool serve_queue(struct worker *w, struct virtqueue *vq)
 	return served;
 }
 
+/* The next round begins behind `last`. */
+static void turn_queues(struct worker *w, struct virtqueue *last)
+{
+	struct virtqueue **end = &last->worker_next, *first = w->queues;
+
+	if (!*end)
+		return;
+	w->queues = *end;
+	*end = NULL;
+	for (end = &w->queues; *end; end = &(*end)->worker_next)
+		;
+	*end = first;
+}
+
 static bool serve_queues(struct worker *w)
 {
+	struct virtqueue *last = NULL; /* that could hand over as many requests as it liked */
 	bool served = false;
 
+	w->started = 0;
 	worker_looks(w);
-	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next)
+	for (struct virtqueue *vq = w->queues; vq; vq = vq->worker_next) {
 		if (vq->unfinished || (!vq->detaching && (vq->kicked || queue_ready(vq))))
 			served |= serve_queue(w, vq);
+		if (unlikely(w->started >= WORKER_ROUND_STARTS) && !last)
+			last = vq;
+	}
+	if (unlikely(last))
+		turn_queues(w, last);
 	worker_publish_touched(w);
 	return served;
 }
@@ -273,13 +294,14 @@ void worker_submit_part(struct worker *w, struct request *r)
 	w->parts_tail = &r->next;
 }
 
-/* As much as a turn may copy, or one part. */
+/* As much as a turn may copy, or one part; short ones (the ends of requests) as many as a round may hand over. */
 static bool submit_parts(struct worker *w)
 {
 	uint64_t moved = 0;
+	uint32_t count = 0;
 	bool any = w->parts != NULL;
 
-	while (w->parts && moved < WORKER_TURN_BYTES) {
+	while (w->parts && moved < WORKER_TURN_BYTES && count++ < WORKER_ROUND_STARTS) {
 		struct request *r = w->parts;
 
 		w->parts = r->next;

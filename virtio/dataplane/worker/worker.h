@@ -152,6 +152,11 @@ struct native_device *native_device_ref(struct native_device *device);
 #define WORKER_TURN_NS 200000
 #define WORKER_TURN_BYTES (1u << 20)
 /*
+ * Requests that a round hands over to storage, and at least one of each queue that has any: the kernel takes 5 to 10 us
+ * for each, and a greedy disk may have hundreds.
+ */
+#define WORKER_ROUND_STARTS 32
+/*
  * One published index and one notification end a batch: a turn, or so much of a longer one. A driver that sleeps takes
  * some 30 us to wake up, and may do so while the rest is being served.
  */
@@ -199,7 +204,8 @@ struct worker {
 	struct virtqueue *touched[64];  /* queues with unpublished elements; beyond it they are published at once */
 	uint32_t touched_count;
 	struct request *parts, **parts_tail; /* what worker_submit_part was given, in order */
-	uint64_t moved;                 /* bytes copied in this turn, as far as its queue counts them */
+	uint64_t moved;                 /* bytes copied in this turn, as far as its queue counts them; the reactor's turn likewise */
+	uint32_t started;               /* requests handed over in this round: WORKER_ROUND_STARTS */
 	uint64_t poll_ns;               /* the adaptive window */
 	uint64_t clock_ns;              /* the clock, when it was looked at last */
 	bool clock_read;                /* in this round */
