@@ -78,6 +78,9 @@ bench: setup ## figures beside qemu-storage-daemon and DPDK (takes minutes; want
 stub: ## rewrite the stubs of the compiled modules after changing a *.cdef.h
 	@$(PYTHON) virtio/dataplane/stub.py
 
+pages: setup ## rewrite the pages that are made from tables (docs/metrics.md)
+	@PYTHONPATH=tests:. $(BIN)/python -m kit.metrics_page
+
 install: ## a venv of its own under PREFIX, the command, the systemd units (as root)
 	@./install-packages.sh run build
 	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)

@@ -1,7 +1,7 @@
 """What a device's author needs: ``from virtio import Chain, Device, DeviceOptions, GuestError, HostError, Queue``.
 
 These six names and what their docstrings promise stay as they are through all versions 1.x (before 1.0: through a
-minor version); everything else in this package may change. docs/devices.md is the tutorial.
+minor version); everything else in this package may change. docs/your-own-device.md is the tutorial.
 """
 
 from __future__ import annotations

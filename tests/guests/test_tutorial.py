@@ -1,4 +1,4 @@
-"""docs/devices.md: its device passes its own tests, and a real Linux guest throws its dice."""
+"""docs/your-own-device.md: its device passes its own tests, and a real Linux guest throws its dice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from guest.boot.service import free_port, serve
 
 pytestmark = pytest.mark.guest
 
-TUTORIAL = ROOT / "docs" / "devices.md"
+TUTORIAL = ROOT / "docs" / "your-own-device.md"
 HYPERBELL = Path(sys.executable).parent / "hyperbell"
 
 

@@ -1,4 +1,4 @@
-"""Guests of daemons on two hosts, joined as docs/networks.md says: two network namespaces are the hosts."""
+"""Guests of daemons on two hosts, joined as docs/devices/net.md says: two network namespaces are the hosts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network_fd() -> int:
 
 
 def set_up_host(number: int) -> None:
-    """The lines of docs/networks.md, on host ``number``."""
+    """The lines of docs/devices/net.md, on host ``number``."""
     here, there = BETWEEN[number], BETWEEN[1 - number]
     ip(f"addr add {here}/24 dev wire")
     ip("link set wire up")

@@ -1,7 +1,7 @@
-"""Calls into a device's own code: what goes wrong in there is the device's mistake and nobody else's.
+"""Calls into a device's own code: what fails there is the device's mistake, and costs no other device anything.
 
-A device may be anybody's (docs/devices.md). Whatever it raises is told once with its traceback, and the daemon, which
-has other guests' devices too, goes on. ``SystemExit`` is no way to end the daemon either.
+A device may come from anybody (docs/device-contract.md). Each of its mistakes is logged once, with its traceback. The
+daemon continues, because it serves other guests' devices too. ``SystemExit`` does not end it either.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class StorageWatch:
                 "what the guest has written may be lost: every flush fails until the image is opened again",
                 error=explain(errors.flush_failed),
                 errno=errors.flush_failed,
-                hint="repair the storage, then: hyperbell reopen (docs/storage.md)",
+                hint="repair the storage, then: hyperbell reopen (docs/devices/blk.md)",
             )
         self._flush_failed = errors.flush_failed
 
@@ -92,7 +92,7 @@ class StorageWatch:
                 op=op,
                 errno=name,
                 error=explain(name),
-                hint="it is tried again by itself, and at: hyperbell retry (docs/storage.md)",
+                hint="it is tried again by itself, and at: hyperbell retry (docs/devices/blk.md)",
             )
             self._stopped_at = trio.current_time()
             self._retries = errors.retries
