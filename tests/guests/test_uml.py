@@ -101,8 +101,10 @@ async def test_hyperbell_uml_boots_a_guest_with_every_device_of_the_file(house: 
         await guest.power_off()
 
 
-async def test_a_driver_that_is_unbound_and_bound_again_finds_its_device_as_it_was(house: House) -> None:
+@pytest.mark.parametrize("reactor", ["io_uring", "epoll"])
+async def test_a_driver_that_is_unbound_and_bound_again_finds_its_device_as_it_was(house: House, reactor: str) -> None:
     """It disables its rings, never stops them, and gives a base to rings that were started."""
+    house.config.write_text(f'{house.config.read_text()}\n[workers.default]\nreactor = "{reactor}"\n')
     async with house.serve() as daemon, house.boot() as guest:
         for turn in (1, 2, 3):
             await disk_keeps(guest, "vda", house.image, turn)

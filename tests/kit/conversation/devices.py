@@ -58,7 +58,6 @@ socket = "input.sock"
 
 [devices.net]
 type = "net"
-offer_config = true
 backend = "socket"
 local = "unixgram:FOLDER/net.local"
 remote = "unixgram:FOLDER/net.remote"
