@@ -87,7 +87,7 @@ class Blkio:
         self._do("blkio_alloc_mem_region", byref(region), size)
         self._do("blkio_map_mem_region", byref(region))
         self._address = int(region.addr)
-        self.memory = (ctypes.c_char * size).from_address(self._address)
+        self.memory = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
         self._queues = [c_void_p(self._lib.blkio_get_queue(handle, index)) for index in range(queues)]
 
     def _do(self, name: str, *arguments: object) -> None:
