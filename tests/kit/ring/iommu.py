@@ -72,7 +72,7 @@ class Iommu:
 
 @asynccontextmanager
 async def behind_iommu(
-    driven: str, ring: str, *, queues: int = 1, device: Device | None = None
+    driven: str, ring: str, *, queues: int = 1, device: Device | None = None, queue_size: int = 64
 ) -> AsyncIterator[tuple[Plugged, Iommu]]:
     """``device``, or one that ``driven`` says, and a guest whose queues run."""
     setting = Setting("waist", ring, "" if driven == "pump" else driven)
@@ -80,19 +80,19 @@ async def behind_iommu(
         iommu = Iommu(p)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(iommu.run)
-            await start(p.guest, iommu, queues)
+            await start(p.guest, iommu, queues, queue_size)
             yield p, iommu
             nursery.cancel_scope.cancel()
 
 
-async def start(guest: Guest, iommu: Iommu, queues: int = 1) -> None:
+async def start(guest: Guest, iommu: Iommu, queues: int = 1, queue_size: int = 64) -> None:
     offered = await guest.link.device_features()
     assert offered & F_ACCESS_PLATFORM
     guest.features = offered if guest.ring == "packed" else offered & ~F_RING_PACKED
     await guest.link.negotiate(guest.features)
     await iommu.share_memory()
     for _ in range(queues):
-        queue = guest.add_queue(64)
+        queue = guest.add_queue(queue_size)
         await start_queue(guest, queue, PACKED_START if guest.ring == "packed" else 0)
 
 
