@@ -131,6 +131,28 @@ static void test_a_round_hands_over_so_many_requests_and_one_of_each_queue_at_le
 	table_close(&t);
 }
 
+/* A disk that hangs holds so many requests, and so many threads, and no more. */
+static void test_the_queues_of_a_disk_share_the_requests_that_it_may_have(void)
+{
+	struct blk_setup direct = disk_setup(DISK_DIRECT);
+	struct table t;
+
+	direct.queues = DEVICE_REQUESTS / 16;
+	table_open_disks(&t, (struct blk_setup[]){ direct, disk_setup(DISK_MEMORY) }, UINT64_MAX);
+	for (uint32_t tag = 0; tag < DRIVER_TAGS; tag++)
+		ask(&t, 0, tag, T_IN, 4096);
+	for (uint32_t rounds = 0; rounds < 3; rounds++)
+		worker_round(&t.worker);
+	CHECK(t.reactor.count == 16);
+	answer(&t.worker);
+	worker_round(&t.worker);
+	CHECK(t.reactor.count == 16);
+	answer(&t.worker);
+	worker_round(&t.worker);
+	CHECK(collect(&t, 0) == DRIVER_TAGS);
+	table_close(&t);
+}
+
 /* A quarter of a MiB that direct I/O does not take as it lies there. */
 static void ask_unaligned(struct table *t, uint32_t tag, uint32_t type)
 {
@@ -240,6 +262,7 @@ int main(void)
 	test_a_stop_in_the_middle_of_a_long_request_waits_for_its_end();
 	test_a_queue_that_breaks_in_the_middle_of_a_long_request_does_no_more_of_it();
 	test_a_round_hands_over_so_many_requests_and_one_of_each_queue_at_least();
+	test_the_queues_of_a_disk_share_the_requests_that_it_may_have();
 	test_a_write_through_a_bounce_buffer_counts_what_is_copied();
 	test_a_read_through_a_bounce_buffer_counts_what_is_copied(&uring_ops);
 	test_a_read_through_a_bounce_buffer_counts_what_is_copied(&epoll_ops);

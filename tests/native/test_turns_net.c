@@ -73,10 +73,101 @@ static void test_a_turn_of_frames_through_a_descriptor_ends_by_the_clock(void)
 	close(ends[1]);
 }
 
+/* ---- a switch ---- */
+
+#define PORTS 24
+#define LONG_FRAME 65000u
+
+struct port {
+	struct native_device *nic;
+	struct virtqueue *vq; /* the first one transmits, the others receive */
+	struct driver driver;
+};
+
+static void port_open(struct table *t, struct port *port, struct net_switch *lan, uint32_t number)
+{
+	struct net_setup setup = { .backend = NET_BACKEND_SWITCH, .pairs = 1, .fds = { -1 },
+				   .mac = { 2, 0, 0, 0, 1, (uint8_t)number } };
+	struct worker_command attach = { .op = WORKER_ATTACH, .fd = -1 };
+	struct queue_setup ring;
+	int error;
+
+	port->nic = net_new(&setup, lan, &error);
+	CHECK(port->nic);
+	net_set_features(port->nic, 1ull << VIRTIO_F_VERSION_1);
+	driver_init(&port->driver, t->guest, area(0) + (1 + number) * (uint64_t)DRIVER_AREA, false, false);
+	port->vq = virtqueue_new(number ? 0 : 1, t->worker.done_fd);
+	ring = driver_setup(&port->driver);
+	CHECK(virtqueue_configure(port->vq, &ring, t->guest->table, NULL) == 0);
+	attach.vq = port->vq;
+	attach.device = port->nic;
+	worker_post(&t->worker, &attach);
+	worker_round(&t->worker);
+	CHECK(worker_take_done(&t->worker) == &attach && attach.result == 0);
+}
+
+static void port_close(struct table *t, struct port *port)
+{
+	struct worker_command detach = { .op = WORKER_DETACH, .fd = -1, .vq = port->vq };
+
+	worker_post(&t->worker, &detach);
+	while (!worker_take_done(&t->worker))
+		worker_round(&t->worker);
+	virtqueue_free(port->vq);
+	native_device_unref(port->nic);
+}
+
+/* Who hears it after how many rounds; each exactly once, though its turn is cut in between. */
+static void test_a_flood_of_a_long_frame_takes_several_turns(void)
+{
+	uint64_t buffers = area(1) + DRIVER_AREA; /* everybody's: what is in them is of no interest */
+	struct net_switch *lan = net_switch_new();
+	struct port ports[PORTS + 1];
+	uint32_t heard = 0, rounds = 0, tag, written;
+	struct net_counters sum;
+	struct table t;
+
+	table_open(&t, DISK_MEMORY, UINT64_MAX);
+	for (uint32_t i = 0; i <= PORTS; i++)
+		port_open(&t, &ports[i], lan, i);
+	for (uint32_t i = 1; i <= PORTS; i++)
+		for (uint32_t n = 0; n < 2; n++)
+			driver_add(&ports[i].driver, n,
+				   &(struct piece){ buffers, NET_HEADER_SIZE + LONG_FRAME, true }, 1, false);
+	memset(guest_at(t.guest, buffers), 0, NET_HEADER_SIZE);
+	memset(guest_at(t.guest, buffers + NET_HEADER_SIZE), 0xff, 6);
+	memcpy(guest_at(t.guest, buffers + NET_HEADER_SIZE + 6), (uint8_t[]){ 2, 0, 0, 0, 1, 0 }, 6);
+	driver_add(&ports[0].driver, 0, &(struct piece){ buffers, NET_HEADER_SIZE + LONG_FRAME, false }, 1, false);
+	while (heard < PORTS) {
+		uint32_t now = 0;
+
+		worker_round(&t.worker);
+		CHECK(++rounds < 10);
+		for (uint32_t i = 1; i <= PORTS; i++)
+			while (driver_used(&ports[i].driver, &tag, &written)) {
+				CHECK(written == NET_HEADER_SIZE + LONG_FRAME);
+				now++;
+			}
+		CHECK(now <= WORKER_TURN_BYTES / LONG_FRAME + 1);
+		heard += now;
+	}
+	CHECK(rounds == 2 && driver_used(&ports[0].driver, &tag, &written));
+	worker_round(&t.worker);
+	for (uint32_t i = 1; i <= PORTS; i++)
+		CHECK(!driver_used(&ports[i].driver, &tag, &written));
+	net_counters_sum(ports[0].nic, &sum);
+	CHECK(sum.flooded == 1 && sum.dropped == 0);
+	for (uint32_t i = 0; i <= PORTS; i++)
+		port_close(&t, &ports[i]);
+	net_switch_unref(lan);
+	table_close(&t);
+}
+
 int main(void)
 {
 	alarm(100);
 	test_a_turn_of_frames_ends_by_their_bytes();
 	test_a_turn_of_frames_through_a_descriptor_ends_by_the_clock();
+	test_a_flood_of_a_long_frame_takes_several_turns();
 	return 0;
 }

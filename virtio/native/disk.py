@@ -61,6 +61,8 @@ class DiskSetup:
     """Keep the requests that the storage fails, and what comes after them, until they are tried again."""
     news_fd: OwnedFd | None = None
     """An eventfd, written when there is an error that ``errors`` has not reported yet."""
+    queues: int = 1
+    """Its queues, which share the requests that it may have in flight."""
 
 
 FILE_ENDED: Final = "ENDED"
@@ -97,6 +99,7 @@ class NativeDisk(NativeDevice):
     def __init__(self, setup: DiskSetup) -> None:
         raw = ffi.new("struct blk_setup *")
         raw.backend, raw.capacity, raw.block_size = int(setup.backend), setup.capacity, setup.block_size
+        raw.queues = setup.queues
         raw.fd = setup.fd.fileno() if setup.fd is not None else -1
         raw.read_only = setup.read_only
         raw.cached_fd, raw.erase_align = -1, setup.erase_align

@@ -138,7 +138,8 @@ class Queue:
             self._waiting.cancel()  # the poll set is left at once, before the task runs again
 
     @property
-    def _turn_is_over(self) -> bool:
+    def turn_is_over(self) -> bool:
+        """Whether other tasks of the daemon should run now: see ``next_chain``."""
         return now_ns() - self._turn_began >= TURN_NS
 
     async def _let_others_run(self) -> None:
@@ -158,7 +159,7 @@ class Queue:
 
     async def next_chain(self) -> Chain:
         """The next chain of the queue, taken: the caller completes it. Waits for the driver where there is none."""
-        if self._turn_is_over:
+        if self.turn_is_over:
             await self._let_others_run()
         while True:
             chain = self.chain_at_hand()
@@ -179,7 +180,7 @@ class Queue:
             self._turn_began = now_ns()
             try:
                 for chain in chains:
-                    if handled and self._turn_is_over:
+                    if handled and self.turn_is_over:
                         self.push(done)  # whoever waits for these need not wait for the rest
                         done = []
                         await self._let_others_run()

@@ -227,6 +227,7 @@ struct native_device *blk_new(const struct blk_setup *setup, int *error)
 		return NULL;
 	blk->native.ops = &blk_ops;
 	blk->native.refs = 1;
+	blk->native.queues = setup->queues;
 	blk->setup = *setup;
 	blk->setup.cached_fd = -1;
 	blk->setup.erase_align = setup->erase_align ? setup->erase_align : 1;

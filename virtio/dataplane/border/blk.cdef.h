@@ -20,6 +20,7 @@ struct native_device;
 
 struct blk_setup {
 	uint64_t capacity;    /* in 512-byte sectors */
+	uint32_t queues;      /* which share the requests that it may have in flight; 0 counts as 1 */
 	int fd;               /* FILE and BLOCK_DEVICE; a duplicate is made; -1 otherwise */
 	uint32_t backend;     /* BLK_BACKEND_* */
 	uint32_t block_size;  /* logical block size: 512 .. 4096 */

@@ -90,6 +90,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
 	struct net_header pending_header;
 	struct net_taken held;      /* buffers too few for it, which it keeps while it waits for more */
+	uint32_t flooding;          /* switch: the port at which the frame that is sent next goes on; 0: at the first */
 	uint32_t muted;             /* atomic: the transmit queue is disabled, what comes on it has no effect */
 	uint32_t awake;             /* atomic: while it is, its ring is looked at: from a kick until there is nothing left */
 	bool listening;             /* the receive queue is driven; under net_device.selecting */
@@ -98,7 +99,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 };
 
 struct net_backend {
-	/* Take a frame from the guest, or drop and count it. False: not now, keep it until the source is ready again. */
+	/* Take a frame from the guest, or drop and count it. False: not now, or not all of it: it is sent again later. */
 	bool (*send)(struct net_pair *pair, struct worker *w, const struct net_frame *frame);
 	/* The next frame for the guest into pair->frame: its length, 0: none now. NULL: none comes from a source. */
 	uint32_t (*receive)(struct net_pair *pair, struct net_header *header);

@@ -89,7 +89,7 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 			break;
 	}
 	guest_wait_end(vq, rc == VQ_EMPTY, turn_ns);
-	return moved > 0;
+	return moved > 0 || pair->flooding;
 }
 
 /* ---- to the guest, from a source ---- */
@@ -212,6 +212,7 @@ static void net_detached(struct native_device *device, struct worker *w, struct 
 		net_pair_listens(pair, false);
 	} else {
 		pair->tx = NULL;
+		pair->flooding = 0;
 	}
 	if (pair->rx || pair->tx)
 		return;

@@ -177,6 +177,31 @@ static void hand_over(struct net_device *to, uint32_t pair, struct worker *w, co
 	net_deliver(&to->pairs[pair % active], w, frame);
 }
 
+/*
+ * To all ports but its own. A long frame for many ports takes several turns; the driver that changes it meanwhile only
+ * harms itself.
+ */
+static bool flood(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
+{
+	struct net_device *net = pair->net;
+	struct net_switch *lan = net->lan;
+	uint32_t index = (uint32_t)(pair - net->pairs);
+
+	if (!pair->flooding)
+		stat_add(&pair->counters.flooded, 1);
+	for (uint32_t port = pair->flooding; port < lan->ports_end; port++) {
+		if (!lan->ports[port] || port == net->lan_port)
+			continue;
+		if (w->moved >= WORKER_TURN_BYTES) {
+			pair->flooding = port;
+			return false;
+		}
+		hand_over(lan->ports[port], index, w, frame);
+	}
+	pair->flooding = 0;
+	return true;
+}
+
 static bool switch_send(struct net_pair *pair, struct worker *w, const struct net_frame *frame)
 {
 	struct net_device *net = pair->net;
@@ -209,15 +234,12 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 	if (!to && !is_group(macs) && (station = station_find(lan, macs)))
 		to = station->port;
 	if (to) {
+		pair->flooding = 0; /* what was being sent before has gone another way meanwhile */
 		if (to != net->lan_port + 1)
 			hand_over(lan->ports[to - 1], index, w, frame);
 		return true;
 	}
-	stat_add(&pair->counters.flooded, 1);
-	for (uint32_t port = 0; port < lan->ports_end; port++)
-		if (lan->ports[port] && port != net->lan_port)
-			hand_over(lan->ports[port], index, w, frame);
-	return true;
+	return flood(pair, w, frame);
 }
 
 const struct net_backend net_switch_backend = { .send = switch_send };

@@ -15,7 +15,7 @@
 #define SQ_ENTRIES 512
 #endif
 #define CQ_ENTRIES 4096
-#define IO_THREADS_MAX 2048
+#define IO_THREADS_MAX 32768
 
 /* What a completion belongs to, in the low bits of its user data; pointers are aligned to 8 at least. */
 #define TAG_MASK 7ull
@@ -114,8 +114,9 @@ static int watch(struct reactor_state *state, int fd, uint32_t events, uint64_t 
 
 /*
  * What may block goes to threads of the kernel's: by default 4 for each CPU, for all files together, so a few requests
- * of a disk that hangs would hold up every other disk. A queue has QUEUE_REQUESTS at most, so no few queues take them
- * all. The kernel makes a thread only where there is work for it. Before the ring is restricted, which forbids it.
+ * of a disk that hangs would hold up every other disk. A disk has DEVICE_REQUESTS at most, and as many disks as anybody
+ * has on one worker have room here. The kernel makes a thread only where there is work for it. To be called before the
+ * ring is restricted, which forbids it.
  */
 static int threads_allow(struct io_uring *ring)
 {

@@ -6,10 +6,12 @@
 
 #include <stdlib.h>
 
-int requests_make(struct virtqueue *vq)
+int requests_make(struct virtqueue *vq, const struct native_device *device)
 {
-	uint32_t size = vq->size < QUEUE_REQUESTS ? vq->size : QUEUE_REQUESTS;
+	uint32_t share = DEVICE_REQUESTS / (device->queues ? device->queues : 1), size;
 
+	share = share < QUEUE_REQUESTS_MIN ? QUEUE_REQUESTS_MIN : share > QUEUE_REQUESTS ? QUEUE_REQUESTS : share;
+	size = vq->size < share ? vq->size : share;
 	vq->pool = calloc(size, sizeof(*vq->pool)); /* memory that was never used is not there yet */
 	if (!vq->pool)
 		return -ENOMEM;

@@ -157,7 +157,7 @@ static void detach_if_drained(struct worker *w, struct virtqueue *vq)
 
 static int attach(struct worker *w, struct virtqueue *vq, struct native_device *device)
 {
-	int rc = device->ops->queue ? 0 : requests_make(vq);
+	int rc = device->ops->queue ? 0 : requests_make(vq, device);
 
 	if (rc == 0)
 		rc = worker_add_doorbells(w, vq);

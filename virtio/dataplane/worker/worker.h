@@ -84,6 +84,7 @@ static inline uint32_t request_pieces(const struct request *r)
 struct native_device {
 	const struct native_ops *ops;
 	int refs; /* atomic */
+	uint32_t queues; /* fixed: they share DEVICE_REQUESTS; 0: its requests wait for no I/O */
 };
 
 /*
@@ -143,7 +144,13 @@ struct native_device *native_device_ref(struct native_device *device);
 
 /* ---- worker ---- */
 
-#define QUEUE_REQUESTS 256     /* requests of a queue that may wait for I/O at once; then the queue waits, and it alone */
+/*
+ * Requests of a device that may wait for I/O at once, an equal share for each of its queues. A queue whose share is in
+ * use waits, and it alone: a disk that hangs holds its own requests and threads, and no other disk's.
+ */
+#define DEVICE_REQUESTS 1024
+#define QUEUE_REQUESTS 256     /* the largest share */
+#define QUEUE_REQUESTS_MIN 4   /* the smallest one */
 /*
  * A queue's turn, after which the next queue has its own: so many chains, so long, or so many bytes copied. A chain of
  * more bytes than that is done in parts, one a turn; whoever shares the worker waits for a part, not for the chain.
@@ -263,7 +270,7 @@ void worker_publish_touched(struct worker *w);
 /* Submit the next part of a long transfer: in its turn, for the kernel may copy it while it takes it. */
 void worker_submit_part(struct worker *w, struct request *r);
 /* The requests of a queue, for as long as a worker has it; -ENOMEM. */
-int requests_make(struct virtqueue *vq);
+int requests_make(struct virtqueue *vq, const struct native_device *device);
 void requests_drop(struct virtqueue *vq);
 static inline bool requests_left(const struct virtqueue *vq)
 {

@@ -207,6 +207,7 @@ class Blk(Device, DiskStorage):
             serial=self._options.serial.encode("ascii"),
             stop_on_error=self._options.on_error == "stop",
             news_fd=self._news,
+            queues=self.queue_count,
         )
 
     @property

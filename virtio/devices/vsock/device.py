@@ -355,7 +355,8 @@ class Vsock(Device):
                         queue.put_back(chain)
                         break
                     filled.append(chain)
-                    chain = queue.chain_at_hand() if len(filled) < BATCH else None
+                    over = len(filled) == BATCH or queue.turn_is_over
+                    chain = None if over else queue.chain_at_hand()
             finally:
                 if filled:
                     queue.push(filled)
