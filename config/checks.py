@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from config.claims import claims_of, faults_in_files_of
+from config.made import paths_in, texts_in
 from config.origins import KeyPath
 from config.problems import closest, toml_value
 from config.real_paths import real_path
@@ -197,7 +198,6 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
             message = f'{number} is already the socket of device "{inherited[number]}"'
             yield Finding(("devices", draft.name, "socket_fd"), message, "give each a socket of its own")
     claims = [*_claims(drafts, sockets)]
-    yield from _check_characters(claims)
     yield from _check_reached_by_guests(drafts, claims, folder)
     for claim in claims:
         first = users.setdefault(real_path(folder / claim.file), claim)
@@ -208,12 +208,17 @@ def check_paths(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | No
             yield Finding(claim.path, f"{claim.file} is already {first.owner}", hint)
 
 
-def _check_characters(claims: Iterable[_Claim]) -> Iterator[Finding]:
-    """Paths are written into logs, tables, command lines and XML, and no XML holds a control character."""
-    for claim in claims:
-        found = next((c for c in str(claim.file) if unicodedata.category(c) == "Cc" or c in "\ufffe\uffff"), None)
+def check_characters(daemon: BaseModel | None, drafts: Iterable[DeviceDraft]) -> Iterator[Finding]:
+    """Strings are written into logs, tables, command lines and XML, and no XML holds a control character."""
+    texts = [(("daemon", *key), text) for key, text in texts_in(daemon)]
+    for draft in drafts:
+        path = ("devices", draft.name)
+        texts += [((*path, *key), text) for key, text in texts_in(draft.common) if key[0] not in draft.faulty]
+        texts += [((*path, *key), text) for key, text in texts_in(draft.options)]
+    for key, text in texts:
+        found = next((c for c in text if unicodedata.category(c) == "Cc" or c in "\ufffe\uffff"), None)
         if found is not None:
-            yield Finding(claim.path, f"has a character that no path here may have: {found!r}", "choose another name")
+            yield Finding(key, f"has a character that nothing here may have: {found!r}", "leave it out")
 
 
 def _check_reached_by_guests(
@@ -266,7 +271,8 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
         if draft.options is not None:
             own = claims_of(draft.options, draft.name)
             read_only = None if own is None else own.read_only
-            for key, file in _paths_in(draft.options):
+            sockets_made = {} if own is None else dict(own.sockets)
+            for key, file in (sockets_made | dict(paths_in(draft.options))).items():
                 shared = bool(read_only) or (own is not None and key[0] in own.only_read)
                 owner = f'the {".".join(key)} of device "{draft.name}"'
                 is_socket = own is not None and key in own.sockets
@@ -274,19 +280,6 @@ def _claims(drafts: Collection[DeviceDraft], sockets: Mapping[str, Path | None])
             for name, file in own.derived.items() if own is not None else ():
                 owner = f'made beside the {name} of device "{draft.name}"'
                 yield _Claim((*path, name), file, owner, False, is_socket=True)
-
-
-def _paths_in(value: object) -> Iterator[tuple[KeyPath, Path]]:
-    """Every path among the options ``value``, with its key."""
-    inner: Iterable[tuple[str, object]] = ()
-    if isinstance(value, Path):
-        yield (), value
-    elif isinstance(value, BaseModel):
-        inner = ((name, getattr(value, name)) for name in type(value).model_fields)
-    elif isinstance(value, tuple | list):
-        inner = ((str(index), item) for index, item in enumerate(value))
-    for name, item in inner:
-        yield from (((name, *key), path) for key, path in _paths_in(item))
 
 
 def resolved_workers(common: DeviceTable, device_type: DeviceType) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from config.checks import (
     DeviceDraft,
     Finding,
+    check_characters,
     check_device,
     check_files,
     check_paths,
@@ -340,7 +341,7 @@ class _Loader:
         sockets = {key: getattr(daemon, key) for key in ("control", "hypercall_socket")} if daemon is not None else {}
         for finding in (*check_paths(drafts, sockets, self.folder), *check_sockets(drafts, sockets, self.folder)):
             self._add(*finding)
-        for finding in (*check_unique(drafts), *check_files(drafts, self.folder)):
+        for finding in (*check_unique(drafts), *check_files(drafts, self.folder), *check_characters(daemon, drafts)):
             self._add(*finding)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def toml_value(value: object) -> str:
         text = "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
     else:
         text = json.dumps(value, default=str, ensure_ascii=False)
+        text = "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cc" else c for c in text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -31,14 +31,16 @@ class Unique:
 class Claims:
     """``sockets``: those the device makes, by the path of their key, the longest path of each key.
 
-    ``derived``: files made beside those that the options name, by the option. ``numbered``: an underscore and the
-    number of a port follow where the guest reaches the host. ``only_read``: options whose file several devices may
-    have. ``read_only``: whether ``path`` is only read, where an option says it.
+    ``links``: symbolic links that it makes, by the path of their key. ``derived``: sockets made beside those that the
+    options name, by the option. ``numbered``: an underscore and the number of a port follow where the guest reaches the
+    host. ``only_read``: options whose file several devices may have. ``read_only``: whether ``path`` is only read,
+    where an option says it.
     """
 
     shared: Shared | None = None
     unique: Unique | None = None
     sockets: Mapping[tuple[str, ...], Path] = field(default_factory=dict)
+    links: Mapping[tuple[str, ...], Path] = field(default_factory=dict)
     derived: Mapping[str, Path] = field(default_factory=dict)
     numbered: Path | None = None
     only_read: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from virtio.errors import HostError
+from virtio.remedies import with_remedy
 
 BACKLOG: Final = 16
 _PATH_MAX: Final = 107  # struct sockaddr_un, less the terminating zero
@@ -61,7 +62,9 @@ class SocketFile:
             self.socket.listen(listen.backlog)
         except OSError as error:
             self.close()
-            raise HostError(f"{self.path}: cannot listen there: {error.strerror}", errno=error.errno or 0) from error
+            number = error.errno or 0
+            text = f"{self.path}: cannot listen there: {error.strerror}"
+            raise HostError(with_remedy(text, self.path.parent, number, writing=True), errno=number) from error
 
     def close(self) -> None:
         """Stop listening and remove the file, unless it is another's by now."""

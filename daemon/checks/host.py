@@ -6,7 +6,6 @@ import errno
 import os
 import pwd
 import socket
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,8 @@ from config.problems import Problem
 from config.schema import METRICS_OFF, split_address
 from virtio.devices.blk.device import BlkOptions
 from virtio.devices.net.device import NetOptions
+from virtio.devices.net.peer_options import parse_address
+from virtio.devices.net.user import parse_forward
 from virtio.errors import HostError
 
 _INTERFACES: Final = Path("/sys/class/net")
@@ -37,23 +38,9 @@ def become(name: str) -> None:
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
 
 
-def socket_faults(config: Config) -> Iterator[Problem]:
-    """Paths where a socket is to be made and something else lies."""
-    for key, path in _sockets(config):
-        try:
-            mode = path.lstat().st_mode
-        except OSError:
-            continue
-        if not stat.S_ISSOCK(mode):
-            yield config.problem(key, f"{path} exists and is no socket", "remove it, or choose another path")
-
-
 def host_state(config: Config) -> Iterator[Problem]:
     """What is taken or missing now, and may be otherwise when the daemon starts."""
     yield from _port_notes(config)
-    for key, path in _sockets(config):
-        if _answers(path):
-            yield config.problem(key, f"{path} is in use, by a daemon that runs now", "")
     for device in config.devices.values():
         if isinstance(device.options, NetOptions):
             yield from _interface_notes(config, device, device.options)
@@ -61,41 +48,51 @@ def host_state(config: Config) -> Iterator[Problem]:
             yield from _memory_notes(config, device, device.options.size or 0)
 
 
-def _sockets(config: Config) -> Iterator[tuple[KeyPath, Path]]:
-    for device in config.devices.values():
-        if device.common.mode == "listen" and device.common.socket_fd is None:
-            yield ("devices", device.name, "socket"), device.common.socket
-    for key, path in (("control", config.daemon.control), ("hypercall_socket", config.daemon.hypercall_socket)):
-        if path is not None:
-            yield ("daemon", key), path
-
-
-def _answers(path: Path) -> bool:
-    """Whether a process listens there. Connecting to a vhost-user socket would take its place: the kernel is asked."""
-    try:
-        lines = Path("/proc/net/unix").read_text().splitlines()
-    except OSError:
-        return False
-    return any(line.split(maxsplit=7)[7:] == [str(path)] for line in lines)
-
-
 def _port_notes(config: Config) -> Iterator[Problem]:
-    if config.daemon.metrics == METRICS_OFF:
-        return
-    host, port = split_address(config.daemon.metrics)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
+    for key, address, kind, hint in _addresses(config):
+        error = _taken(address, kind)
+        if error is not None:
             hints = {
-                errno.EADDRINUSE: 'by a daemon that runs now, or choose another port, or metrics = "off"',
+                errno.EADDRINUSE: f"by a daemon that runs now, or choose another port{hint}",
                 errno.EACCES: "a port below 1024 is root's: choose a higher one",
                 errno.EADDRNOTAVAIL: "no interface of this host has that address",
             }
-            hint = hints.get(error.errno or 0, "")
-            yield config.problem(("daemon", "metrics"), f"{config.daemon.metrics}: {error.strerror}", hint)
+            text = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+            yield config.problem(key, f"{text}: {error.strerror}", hints.get(error.errno or 0, ""))
+
+
+def _addresses(config: Config) -> Iterator[tuple[KeyPath, tuple[str, int], socket.SocketKind, str]]:
+    """Where the daemon is to listen: the key, host and port, the kind of socket, and what else would help."""
+    if config.daemon.metrics != METRICS_OFF:
+        yield ("daemon", "metrics"), split_address(config.daemon.metrics), socket.SOCK_STREAM, ', or metrics = "off"'
+    for device in config.devices.values():
+        if not isinstance(device.options, NetOptions):
+            continue
+        path = ("devices", device.name)
+        for number, text in enumerate(device.options.forwards or ()):
+            forward = parse_forward(text)
+            kind = socket.SOCK_DGRAM if forward.udp else socket.SOCK_STREAM
+            yield (*path, "forwards", str(number)), (str(forward.host), forward.host_port), kind, ""
+        local = parse_address(device.options.local) if device.options.local is not None else None
+        if local is not None and local.host:
+            kind = socket.SOCK_STREAM if local.is_stream else socket.SOCK_DGRAM
+            yield (*path, "local"), (local.host, local.port), kind, ""
+
+
+def _taken(address: tuple[str, int], kind: socket.SocketKind) -> OSError | None:
+    """Why nobody can listen there now."""
+    try:
+        found = socket.getaddrinfo(*address, type=kind, flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+    except OSError:
+        return None  # a name: whoever asks for it may be made to wait
+    with socket.socket(found[0][0], kind) as probe:
+        if kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(found[0][4])
+        except OSError as error:
+            return error
+    return None
 
 
 def _interface_notes(config: Config, device: Device, options: NetOptions) -> Iterator[Problem]:

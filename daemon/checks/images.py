@@ -13,13 +13,13 @@ from config.loader import Config, Device
 from config.origins import KeyPath
 from config.problems import Problem
 from virtio.devices.blk.device import BlkOptions
-from virtio.devices.blk.image import size_of
+from virtio.devices.blk.image import WRITE_PROTECTED, is_write_protected, size_of
 from virtio.devices.blk.image_formats import HEAD, format_notes
 from virtio.devices.blk.image_size import usable_size
-from virtio.devices.host.remedies import remedy
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.native.disk import direct_alignment
+from virtio.remedies import remedy
 
 _NO_IMAGES: Final = (
     (stat.S_ISDIR, "is a directory"),
@@ -55,6 +55,9 @@ def _content_faults(config: Config, device: Device, options: BlkOptions, path: P
         return  # a note
     with fd:
         is_block_device = stat.S_ISBLK(os.fstat(fd.fileno()).st_mode)
+        if not options.read_only and is_write_protected(fd):
+            message, hint = WRITE_PROTECTED.split("; ")
+            yield config.problem(("devices", device.name, "path"), f"{path}: {message}", hint)
         try:
             usable_size(options, size_of(fd), is_block_device)
         except HostError as error:
@@ -100,7 +103,7 @@ def _closed(path: Path, options: BlkOptions) -> tuple[str, str] | None:
     if os.access(path, os.R_OK | (os.W_OK if writing else 0)):
         return None
     number = errno.EROFS if _on_read_only(path) and writing else errno.EACCES
-    return f"{path}: {os.strerror(number)}, by this user", remedy(path, number, writing=writing)
+    return f"{path}: {os.strerror(number)}, by this user", remedy(path, number, writing=writing, read_only_key=True)
 
 
 def _split(text: str, path: Path) -> tuple[str, str]:

@@ -19,8 +19,14 @@ from kit.project import ROOT
 
 from daemon.cli import main
 from virtio.devices.blk.device import Blk, BlkOptions
-from virtio.devices.host.remedies import remedy
+from virtio.devices.host.device_node import open_node
+from virtio.devices.i2c.chips import EepromChip
+from virtio.devices.i2c.options import ChipOptions
+from virtio.devices.net.peer import open_socket
+from virtio.devices.net.peer_options import SocketOptions
 from virtio.errors import HostError
+from virtio.remedies import remedy
+from virtio.socket_file import Listen, SocketFile
 
 MIB: Final = 1 << 20
 
@@ -176,6 +182,108 @@ def test_a_file_where_a_socket_is_to_be_made_is_refused(folder: Path, capsys: py
     assert f"[devices.disk] socket: {folder}/disk.sock exists and is no socket" in text
 
 
+SOCKETS: Final = {
+    "control": ("pins", 'type = "gpio"\nlines = ["a"]\ncontrol = "PATH"'),
+    "path": ("tty", 'type = "console"\nbackend = "socket"\npath = "PATH"'),
+    "ports.0.path": ("tty", 'type = "console"\nports = [{ name = "a", backend = "socket", path = "PATH" }]'),
+    "local": ("net", 'type = "net"\nbackend = "socket"\nlocal = "unix:PATH"'),
+}
+
+
+@pytest.mark.parametrize("key", SOCKETS)
+def test_a_file_where_a_device_makes_a_socket_is_refused(
+    key: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, keys = SOCKETS[key]
+    (folder / "taken").write_text("precious")
+    file = folder / "hyperbell.toml"
+    table = f'[devices.{name}]\nsocket = "{folder}/x.sock"\n{keys}\n'.replace("PATH", f"{folder}/taken")
+    file.write_text(f'[daemon]\nmetrics = "off"\n{table}')
+    status, text = check(file, capsys)
+    assert status == 78
+    assert f"[devices.{name}] {key}: {folder}/taken exists and is no socket" in text
+
+
+def test_a_file_where_a_link_to_a_terminal_is_to_be_made_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "taken").write_text("precious")
+    file = folder / "hyperbell.toml"
+    file.write_text(f"""
+[daemon]
+metrics = "off"
+[devices.tty]
+type = "console"
+socket = "{folder}/x.sock"
+backend = "pty"
+path = "{folder}/taken"
+""")
+    status, text = check(file, capsys)
+    assert status == 78
+    assert f"[devices.tty] path: {folder}/taken exists and is no link" in text
+
+
+def test_the_file_of_an_eeprom_that_has_another_size_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "eeprom").write_bytes(bytes(300))
+    file = folder / "hyperbell.toml"
+    chip = f'{{ kind = "eeprom", address = 0x50, path = "{folder}/eeprom" }}'
+    file.write_text(
+        f'[daemon]\nmetrics = "off"\n[devices.bus]\ntype = "i2c"\nsocket = "{folder}/b.sock"\nchips = [{chip}]\n'
+    )
+    status, text = check(file, capsys)
+    assert status == 78
+    assert f"[devices.bus] chips.0.path: {folder}/eeprom: it has 300 bytes, and the chip 256 (size)" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes loop devices")
+def test_a_block_device_that_takes_no_writes_is_refused_by_check_as_by_the_device(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = subprocess.run(
+        ["losetup", "--find", "--show", "--read-only", str(image(folder, b""))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"this machine has no loop devices: {made.stderr.strip()}")
+    path = Path(made.stdout.strip())
+    try:
+        status, text = check(write(folder, f'path = "{path}"'), capsys)
+        assert status == 78
+        assert f"[devices.disk] path: {path}: the block device is read-only" in text
+        with pytest.raises(HostError, match="set read_only = true"):
+            Blk("disk", BlkOptions(path=path), 1, 64)
+        assert check(write(folder, f'path = "{path}"', "read_only = true"), capsys)[0] == 0
+        Blk("disk", BlkOptions(path=path, read_only=True), 1, 64).close()
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def test_ports_of_network_interfaces_that_are_in_use_are_noted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stream,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram,
+    ):
+        datagram.bind(("127.0.0.1", 0))
+        ports = stream.getsockname()[1], datagram.getsockname()[1]
+        file = folder / "hyperbell.toml"
+        net = '[devices.{0}]\ntype = "net"\nsocket = "{1}/{0}.sock"\nbackend = '
+        tables = net.format("a", folder) + f'"user"\nforwards = ["tcp:127.0.0.1:{ports[0]}:22"]\n'
+        tables += net.format("b", folder) + f'"socket"\nlocal = "tcp:127.0.0.1:{ports[0]}"\n'
+        tables += net.format("c", folder)
+        tables += f'"socket"\nlocal = "udp:127.0.0.1:{ports[1]}"\nremote = "udp:127.0.0.1:9"\n'
+        file.write_text(f'[daemon]\nmetrics = "off"\n{tables}')
+        status, text = check(file, capsys)
+    assert status == 0
+    for key, port in (("a] forwards.0", ports[0]), ("b] local", ports[0]), ("c] local", ports[1])):
+        assert f"[devices.{key}: 127.0.0.1:{port}: Address already in use" in text
+
+
 def test_a_socket_and_a_port_that_are_in_use_are_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket(socket.AF_UNIX) as path, socket.create_server(("127.0.0.1", 0)) as port:
         path.bind(str(folder / "disk.sock"))
@@ -253,8 +361,42 @@ def test_what_the_services_user_may_not_open_is_refused(open_folder: Path) -> No
     assert result.returncode == 78, result.stderr
     assert f"[devices.disk] path: {path}: Permission denied, by this user" in result.stderr
     assert "set read_only = true" in result.stderr
+    assert f"[devices.disk] socket: in the folder {open_folder} this user may make nothing" in result.stderr
     path.chmod(0o666)
+    open_folder.chmod(0o777)
     assert check_as("nobody", file).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as another user")
+def test_whatever_the_services_user_may_not_use_is_refused(open_folder: Path) -> None:
+    eeprom, tftp = open_folder / "eeprom", open_folder / "tftp"
+    eeprom.write_bytes(bytes(256))
+    eeprom.chmod(0o600)
+    tftp.mkdir(mode=0o700)
+    file = open_folder / "hyperbell.toml"
+    file.write_text(f"""
+[daemon]
+metrics = "off"
+[devices.bus]
+type = "i2c"
+socket = "/tmp/bus.sock"
+chips = [{{ kind = "eeprom", address = 0x50, path = "{eeprom}" }}]
+[devices.net]
+type = "net"
+backend = "user"
+socket = "/tmp/net.sock"
+tftp = "{tftp}"
+[devices.disk]
+type = "blk"
+backend = "null"
+size = "1M"
+socket = "/etc/disk.sock"
+""")
+    result = check_as("nobody", file)
+    assert result.returncode == 78
+    assert f"[devices.bus] chips.0.path: {eeprom} may not be read and written by this user" in result.stderr
+    assert f"[devices.net] tftp: {tftp} may not be read by this user" in result.stderr
+    assert "[devices.disk] socket: in the folder /etc this user may make nothing" in result.stderr
 
 
 def test_looking_as_another_user_takes_root_and_a_user_that_exists(
@@ -299,6 +441,34 @@ def test_the_remedy_fits_the_cause(
         Blk("disk", BlkOptions(path=Path(path)), 1, 64)
     assert helps in str(caught.value)
     assert helps in remedy(Path(path), number, writing=True)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_remedy_fits_whatever_cannot_be_made_or_opened(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    if unit:
+        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    helps = "ReadWritePaths=/srv" if unit else "mounted read-only"
+
+    def closed(*arguments: object, **more: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", closed)
+    monkeypatch.setattr(socket.socket, "bind", closed)
+    monkeypatch.setattr(Path, "symlink_to", closed)
+    eeprom = ChipOptions(kind="eeprom", address=0x50, path=Path("/srv/eeprom"))
+    for make in (
+        lambda: SocketFile(Listen(Path("/srv/some.sock"))),
+        lambda: EepromChip(eeprom),
+        lambda: open_socket("net", SocketOptions(local="unix:/srv/peer")),
+    ):
+        with pytest.raises(HostError, match=helps):
+            make()
+    monkeypatch.setattr(
+        os, "open", lambda *arguments, **more: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no"))
+    )
+    with pytest.raises(HostError, match="DeviceAllow=/dev/null rw"):
+        open_node(Path("/dev/null"), "chip", missing="", forbidden="")
 
 
 def test_what_is_only_read_is_not_told_to_be_read_only() -> None:

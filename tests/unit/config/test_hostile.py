@@ -44,6 +44,7 @@ def test_a_nul_character_is_reported_at_its_key_wherever_it_stands(
     assert "1 mistake in" in said
 
 
+PEER = '[devices.n]\ntype = "net"\nsocket = "n.sock"\nbackend = "socket"\nlocal = "unix:/a@b"\n'
 CONSOLE = '[devices.c]\ntype = "console"\nsocket = "c.sock"\n'
 
 
@@ -59,14 +60,17 @@ CONSOLE = '[devices.c]\ntype = "console"\nsocket = "c.sock"\n'
             "c.toml:4: [devices.c] ports.0.path",
         ),
         (CONSOLE + '[daemon]\ncontrol = "a@b"\n', "c.toml:5: [daemon] control"),
+        (CONSOLE + '[daemon]\ndoorbell_costs = "a@b"\n', "c.toml:5: [daemon] doorbell_costs"),
+        ('[devices.k]\ntype = "input"\nsocket = "k.sock"\nlabel = "a@b"\n', "c.toml:4: [devices.k] label"),
+        (PEER, "c.toml:5: [devices.n] local"),
     ],
-    ids=["socket", "image", "pty", "port", "control"],
+    ids=["socket", "image", "pty", "port", "control", "doorbell_costs", "label", "peer"],
 )
-def test_a_path_with_a_control_character_which_no_xml_can_hold_is_refused(
+def test_a_string_with_a_control_character_which_no_xml_can_hold_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, place: str, code: int
 ) -> None:
     said = check(tmp_path, text.replace("@", f"\\u{code:04x}"), capsys)
-    assert f"{place}: has a character that no path here may have: {chr(code)!r}" in said
+    assert f"{place}: has a character that nothing here may have: {chr(code)!r}" in said
     assert "1 mistake in" in said
     assert all(character.isprintable() or character == "\n" for character in said)
 

@@ -49,13 +49,14 @@ def test_a_path_without_a_name_is_refused(tmp_path: Path, capsys: pytest.Capture
         '[devices.con]\ntype = "console"\nsocket = "con.sock"\nbackend = "socket"\npath = "./x/../v_4294967295"\n',
         '[devices.chip]\ntype = "gpio"\nsocket = "chip.sock"\nbackend = "simulated"\nlines = ["a"]\ncontrol = "v_0"\n',
         '[daemon]\ncontrol = "v_1"\n',
+        '[devices.net]\ntype = "net"\nsocket = "n.sock"\nbackend = "socket"\nlocal = "unix:FOLDER/v_2"\n',
     ],
-    ids=["guest", "front-end", "console", "lines", "control"],
+    ids=["guest", "front-end", "console", "lines", "control", "peer"],
 )
 def test_no_socket_of_ours_is_where_a_guest_reaches_the_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
 ) -> None:
-    assert check(tmp_path, other, guest("one", 'cid = 5\npath = "v"')) == 78
+    assert check(tmp_path, other.replace("FOLDER", str(tmp_path)), guest("one", 'cid = 5\npath = "v"')) == 78
     assert 'is where the guest of device "one" reaches port ' in capsys.readouterr().err
 
 

@@ -36,6 +36,7 @@ A_DEVICE_MAY_IMPORT: Final = frozenset(
         "native.nic",
         "native.stats",
         "claims",
+        "remedies",
         "capabilities",
         "clients",
         "socket_file",

@@ -11,16 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from virtio.devices.host.remedies import remedy
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
 from virtio.native.disk import DirectIo, direct_alignment
+from virtio.remedies import remedy
 
 _BLKGETSIZE64 = 0x80081272
+_BLKROGET = 0x125E
 _BLKSSZGET = 0x1268
 _BLKIOMIN = 0x1278
 _BLKIOOPT = 0x1279
 
+WRITE_PROTECTED: Final = "the block device is read-only; set read_only = true"
 _NO_DIRECT_IO: Final = "this file system has no direct I/O (tmpfs, for one); leave out direct = true"
 
 # struct flock of Linux on 64 bits: l_type, l_whence, l_start, l_len, l_pid.
@@ -54,6 +56,11 @@ def size_of(fd: OwnedFd) -> int:
     return _ioctl(fd.fileno(), _BLKGETSIZE64, "Q") if stat.S_ISBLK(about.st_mode) else about.st_size
 
 
+def is_write_protected(fd: OwnedFd) -> bool:
+    """Whether ``fd`` is a block device that takes no writes; the kernel opens one for writing all the same."""
+    return stat.S_ISBLK(os.fstat(fd.fileno()).st_mode) and bool(_ioctl(fd.fileno(), _BLKROGET, "i"))
+
+
 def open_image(path: Path, *, read_only: bool, direct: bool, block_size: int = 512) -> Image:
     """Open and lock the raw image at ``path``; ``HostError`` says what is in the way and what to do.
 
@@ -71,6 +78,8 @@ def open_image(path: Path, *, read_only: bool, direct: bool, block_size: int = 5
         mode = os.fstat(fd.fileno()).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise HostError(f"{path}: neither a regular file nor a block device")
+        if not read_only and is_write_protected(fd):
+            raise HostError(f"{path}: {WRITE_PROTECTED}", errno=errno.EROFS)
         _lock(fd, path, read_only)
         return _examine(fd, path, read_only, direct, block_size)
     except BaseException:
@@ -93,7 +102,7 @@ def open_again(image: Image, path: Path | None, *, direct: bool = True) -> Owned
 
 def _open_trouble(path: Path, error: OSError, read_only: bool, direct: bool) -> str:
     reason = os.strerror(error.errno or 0)
-    help_for = remedy(path, error.errno or 0, writing=not read_only)
+    help_for = remedy(path, error.errno or 0, writing=not read_only, read_only_key=True)
     if error.errno == errno.ENOENT and not help_for:
         return f"{path}: {reason}; make it first, for instance: truncate -s 10G {path}"
     if error.errno == errno.EINVAL and direct:

@@ -56,10 +56,6 @@ class EndOptions(DeviceOptions):
             raise ValueError(f'backend = "{self.backend}" {need}')
         return self
 
-    @property
-    def socket_path(self) -> Path | None:
-        return self.path if self.backend == "socket" else None
-
 
 class PortOptions(EndOptions):
     """A further port, /dev/virtio-ports/NAME in a Linux guest."""
@@ -81,9 +77,12 @@ class ConsoleOptions(EndOptions):
         return self
 
     def claims(self, name: str) -> Claims:
-        ends: dict[tuple[str, ...], Path | None] = {("path",): self.socket_path}
-        ends |= {("ports", str(number), "path"): port.socket_path for number, port in enumerate(self.ports)}
-        return Claims(sockets={key: path for key, path in ends.items() if path is not None})
+        ends: dict[tuple[str, ...], EndOptions] = {("path",): self}
+        ends |= {("ports", str(number), "path"): port for number, port in enumerate(self.ports)}
+        return Claims(
+            sockets={key: end.path for key, end in ends.items() if end.path is not None and end.backend == "socket"},
+            links={key: end.path for key, end in ends.items() if end.path is not None and end.backend == "pty"},
+        )
 
 
 class _Port:

@@ -26,6 +26,7 @@ from virtio.devices.console.pty_link import claim, remove_stale_link
 from virtio.devices.host.outbox import Outbox
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.remedies import with_remedy
 from virtio.socket_file import Listen, SocketFile
 
 PENDING_MAX: Final = 64 * 1024
@@ -277,7 +278,9 @@ class PtyEnd:
         except OSError as error:
             self._ours.close()
             self._theirs.close()
-            raise HostError(f"console pty {path}: {error.strerror or error}", errno=error.errno or 0) from error
+            number = error.errno or 0
+            text = f"console pty {path}: {error.strerror or error}"
+            raise HostError(with_remedy(text, path.parent, number, writing=True), errno=number) from error
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         # trio's FdStream makes the fd non-blocking; it is ours alone, so nobody is surprised.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.remedies import with_remedy
 
 
 def open_node(path: Path, what: str, *, missing: str, forbidden: str, flags: int = 0) -> OwnedFd:
@@ -16,5 +17,8 @@ def open_node(path: Path, what: str, *, missing: str, forbidden: str, flags: int
     try:
         return OwnedFd(os.open(path, os.O_RDWR | os.O_CLOEXEC | flags))
     except OSError as error:
-        advice = {errno.ENOENT: f"; {missing}", errno.EACCES: f"; {forbidden}"}.get(error.errno or 0, "")
-        raise HostError(f"{what}: {os.strerror(error.errno or 0)}{advice}", errno=error.errno or 0) from error
+        number = error.errno or 0
+        text = f"{what}: {os.strerror(number)}"
+        advice = {errno.ENOENT: f"; {missing}", errno.EACCES: f"; {forbidden}"}.get(number)
+        text = text + advice if advice is not None else with_remedy(text, path, number, writing=True)
+        raise HostError(text, errno=number) from error

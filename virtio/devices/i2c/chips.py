@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from virtio.devices.i2c.options import ChipOptions, RegisterOptions
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.remedies import with_remedy
 
 Written = Callable[[int, bytes], None]
 """Called with the number of the register, or the place in the EEPROM, and the bytes that the guest wrote there."""
@@ -128,12 +129,12 @@ class EepromChip:
         try:
             found = os.fstat(fd.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise HostError(f"eeprom {path}: not a regular file")
+                raise HostError(f"eeprom {path}: {eeprom_fault(found, size, writable=True)}")
             fcntl.flock(fd.fileno(), (fcntl.LOCK_SH if self._protected else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if found.st_size == 0 and not self._protected:
                 os.pwrite(fd.fileno(), self._memory, 0)
-            elif found.st_size != size:
-                raise HostError(f"eeprom {path}: it has {found.st_size} bytes, and the chip {size} (size)")
+            elif fault := eeprom_fault(found, size, writable=not self._protected):
+                raise HostError(f"eeprom {path}: {fault}")
             else:
                 self._memory[:] = os.pread(fd.fileno(), size, 0).ljust(size, bytes([ERASED]))
         except OSError as error:
@@ -198,5 +199,16 @@ class EepromChip:
             self._fd.close()
 
 
+def eeprom_fault(found: os.stat_result, size: int, *, writable: bool) -> str:
+    """Why the file that was ``found`` holds no memory of ``size`` bytes; "" if it does, or may be filled."""
+    if not stat.S_ISREG(found.st_mode):
+        return "not a regular file"
+    if found.st_size == size or (found.st_size == 0 and writable):
+        return ""
+    return f"it has {found.st_size} bytes, and the chip {size} (size)"
+
+
 def _trouble(path: Path, error: OSError) -> HostError:
-    return HostError(f"eeprom {path}: {os.strerror(error.errno or 0)}", errno=error.errno or 0)
+    number = error.errno or 0
+    text = with_remedy(f"eeprom {path}: {os.strerror(number)}", path, number, writing=True, read_only_key=True)
+    return HostError(text, errno=number)

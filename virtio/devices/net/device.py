@@ -7,6 +7,7 @@ control queue of its own, and then ours is not used.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 from weakref import WeakValueDictionary
 
@@ -20,7 +21,7 @@ from virtio.config_space import VIRTIO_NET_CONFIG
 from virtio.device import Device
 from virtio.devices.net.address import mac_from_name, parse_mac
 from virtio.devices.net.peer import Peer, open_socket
-from virtio.devices.net.peer_options import SocketOptions
+from virtio.devices.net.peer_options import SocketOptions, parse_address
 from virtio.devices.net.tap import NAME_MAX as TAP_NAME_MAX
 from virtio.devices.net.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_USO4, TUN_F_USO6, Tap
 from virtio.devices.net.user import UserOptions, UserPeer
@@ -199,7 +200,11 @@ class NetOptions(SocketOptions, UserOptions):
             where = f' on the switch "{self.switch}"'
         if self.backend != "null":
             unique = Unique(f"the address {self.address(name).hex(':')}{where}", "mac")
-        return Claims(shared=shared, unique=unique, only_read=frozenset({"tftp"}))
+        local = parse_address(self.local) if self.local is not None else None
+        sockets: dict[tuple[str, ...], Path] = {}
+        if local is not None and local.path:
+            sockets["local",] = Path(local.path)
+        return Claims(shared=shared, unique=unique, sockets=sockets, only_read=frozenset({"tftp"}))
 
     @property
     def keeps_address(self) -> bool:

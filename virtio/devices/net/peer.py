@@ -21,6 +21,7 @@ from virtio.clients import Door
 from virtio.devices.net.peer_options import Address, SocketOptions, parse_address
 from virtio.errors import HostError
 from virtio.fd import OwnedFd
+from virtio.remedies import with_remedy
 
 FRAME_MAX: Final = 14 + 8 + 0xFFFF
 """The longest frame the data plane knows: Ethernet, two VLAN tags, an IP packet."""
@@ -97,7 +98,10 @@ class _Place:
 
 
 def _cannot(address: Address, error: OSError) -> HostError:
-    return HostError(f"{address}: {error.strerror or error}", errno=error.errno or 0)
+    number, text = error.errno or 0, f"{address}: {error.strerror or error}"
+    if address.path:
+        text = with_remedy(text, Path(address.path).parent, number, writing=True)
+    return HostError(text, errno=number)
 
 
 def _resolve(address: Address, kind: socket.SocketKind) -> tuple[int, Any]:

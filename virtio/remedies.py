@@ -16,20 +16,22 @@ def in_a_unit() -> bool:
     return "INVOCATION_ID" in os.environ
 
 
-def remedy(path: Path, number: int, *, writing: bool) -> str:
+def remedy(path: Path, number: int, *, writing: bool, read_only_key: bool = False) -> str:
     """What to do when opening ``path`` gave errno ``number``; "" where nothing is known.
 
-    ``writing``: it was opened to be written, which ``read_only = true`` would not do.
+    ``writing``: it was opened to be written; ``read_only_key``: which ``read_only = true`` would not do. For what is to
+    be made, ``path`` is its folder.
     """
     at_home = any(path.is_relative_to(home) for home in _HOMES)
+    folder = path if path.is_dir() else path.parent
     if in_a_unit() and at_home and number in (errno.EACCES, errno.ENOENT, errno.EROFS):
         return (
-            "the unit hides homes (ProtectHome=yes): move the file to /var/lib/hyperbell, or set ProtectHome=no and "
-            f"ReadWritePaths={path.parent} {_DROP_IN}"
+            "the unit hides homes (ProtectHome=yes): choose a place below /var/lib/hyperbell, or set ProtectHome=no "
+            f"and ReadWritePaths={folder} {_DROP_IN}"
         )
-    or_read = ", or set read_only = true" if writing else ""
+    or_read = ", or set read_only = true" if writing and read_only_key else ""
     if number == errno.EROFS and in_a_unit():
-        where = f"ReadWritePaths={path.parent} {_DROP_IN}"
+        where = f"ReadWritePaths={folder} {_DROP_IN}"
         return f"the unit makes it read-only (ProtectSystem=strict): set {where}{or_read}"
     if number == errno.EROFS:
         return f"its file system is mounted read-only: mount it writable{or_read}"
@@ -39,6 +41,12 @@ def remedy(path: Path, number: int, *, writing: bool) -> str:
     if number in (errno.EACCES, errno.EPERM):
         return f"give the daemon's user {'write' if writing else 'read'} access{or_read}{_closed_folder(path)}"
     return ""
+
+
+def with_remedy(text: str, path: Path, number: int, *, writing: bool, read_only_key: bool = False) -> str:
+    """``text``, with the remedy behind it where there is one."""
+    help_for = remedy(path, number, writing=writing, read_only_key=read_only_key)
+    return f"{text}; {help_for}" if help_for else text
 
 
 def _is_device(path: Path) -> bool:
