@@ -63,6 +63,7 @@ def _unusable(kind: type[Device]) -> str | None:
 _AWAITED: Final = ("handle", "run_queue", "queue_stopping", "run")
 _CALLED: Final = (
     "features", "set_driver_features", "config_space", "write_config", "queue_running", "reset", "refresh", "close",
+    "examine", "limit_descriptors", "use_workers", "worker_of",
 )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import signal
 import sys
 from collections import Counter
@@ -33,6 +32,7 @@ from daemon.running.files import Files
 from daemon.running.hardening import harden
 from daemon.running.links import Links
 from daemon.running.opening import open_devices
+from daemon.running.slow_steps import SlowSteps
 from daemon.running.stuck import end_when_stuck
 from daemon.state import DaemonState, DeviceState
 from transports.hypercall import Policy
@@ -47,7 +47,7 @@ from transports.stock_qemu.messages import Reason
 from virtio.clients import shortages
 from virtio.device import Device
 from virtio.devices.console.device import ConsoleOptions
-from virtio.devices.console.terminal import Escapes, TerminalConsole
+from virtio.devices.console.terminal import Escapes, FdWriter, TerminalConsole
 from virtio.errors import HostError
 from virtio.mmio.registers import WINDOW_SIZE
 
@@ -79,6 +79,7 @@ class Microvm:
         self._machine: Machine | None = None
         self._meter: DoorbellMeter | None = None
         self._printed = False
+        self._early = FdWriter(STDERR)
         self._stopping = trio.Event()
 
     async def run(self) -> VmEnd:
@@ -98,7 +99,12 @@ class Microvm:
             seconds = self._options.daemon.stop_seconds
             async with trio.open_nursery() as guard:
                 guard.start_soon(
-                    end_when_stuck, self._stopping, seconds, lambda: self._assembly.backends.values(), restore
+                    end_when_stuck,
+                    self._stopping,
+                    seconds,
+                    lambda: self._assembly.backends.values(),
+                    self._files,
+                    restore,
                 )
                 end = await self._run_with({TERMINAL: console, **devices}, console)
                 guard.cancel_scope.cancel()
@@ -123,10 +129,12 @@ class Microvm:
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(self._obey, signals, machine, console)
             nursery.start_soon(self._watch, machine)
+            nursery.start_soon(self._early.run)
             await self._serve(nursery, machine)
             end = await machine.run(PvhEntry(self._boot.entry_gpa, self._boot.start_info_gpa), self._show_early)
             with trio.move_on_after(FLUSH_SECONDS):
                 await console.terminal.flush()
+                await self._early.flush()
             nursery.cancel_scope.cancel()
         return end
 
@@ -197,8 +205,7 @@ class Microvm:
         """What the kernel prints before it has a console, and what a guest without an operating system says."""
         self._printed = True
         if self._options.early_serial:
-            with contextlib.suppress(OSError):
-                os.write(STDERR, data)
+            self._early.send(data)
 
     # Signals, and silence
 
@@ -236,7 +243,7 @@ def run(arguments: argparse.Namespace) -> int:
     end: VmEnd | None = None
     with log.in_background():
         try:
-            end = trio.run(Microvm(options, boot).run)
+            end = trio.run(Microvm(options, boot).run, instruments=[SlowSteps()])
         except* HostError as group:
             for error in leaves(group):
                 _say(str(error))

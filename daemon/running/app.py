@@ -111,7 +111,8 @@ class App:
         """
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP) as signals:
             async with trio.open_nursery() as guard:
-                guard.start_soon(end_when_stuck, self._stopping, self._config.daemon.stop_seconds, lambda: self._ending)
+                seconds = self._config.daemon.stop_seconds
+                guard.start_soon(end_when_stuck, self._stopping, seconds, lambda: self._ending, self.files)
                 await self._run(signals)
                 guard.cancel_scope.cancel()
 

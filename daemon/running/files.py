@@ -6,6 +6,7 @@ Each device has one such thread at most. An image that hangs delays neither the 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ class Files:
     def __init__(self, seconds: float = FILES_SECONDS) -> None:
         self.seconds: Final = seconds
         self._limiters: dict[str, trio.CapacityLimiter] = {}
+        self._working: dict[object, tuple[str, str, float]] = {}  # owner, file, since when
 
     async def run(
         self,
@@ -41,8 +43,10 @@ class Files:
         late: Callable[[T], object] | None = None,
         *,
         seconds: float | None = None,
+        path: Path | None = None,
     ) -> T:
-        """What ``work`` returns or raises in the thread of the device ``owner``, or ``NoAnswerError``.
+        """What ``work`` returns or raises in the thread of the device ``owner``, or ``NoAnswerError``. It is about
+        ``path``.
 
         A result that comes after the limit, or after this task was cancelled, is given to ``late``, in a thread.
         """
@@ -50,7 +54,11 @@ class Files:
         lock, results, is_abandoned = threading.Lock(), list[T](), False
 
         def in_thread() -> None:
-            result = work()
+            self._working[lock] = owner, str(path or "a file"), time.monotonic()
+            try:
+                result = work()
+            finally:
+                del self._working[lock]
             with lock:
                 if not is_abandoned:
                     results.append(result)
@@ -76,7 +84,7 @@ class Files:
     async def open(self, owner: str, path: Path | None, make: Callable[[], Device]) -> Device:
         """The device that ``make`` opens; one that comes too late is closed. ``HostError`` names ``path``."""
         try:
-            return await self.run(owner, make, lambda device: close_all([device]))
+            return await self.run(owner, make, lambda device: close_all([device]), path=path)
         except NoAnswerError:
             raise HostError(self.no_answer(path)) from None
 
@@ -89,7 +97,7 @@ class Files:
         self._limiters[device.name] = trio.CapacityLimiter(1)
         try:
             with trio.CancelScope(shield=True):
-                await self.run(device.name, partial(close_all, [device]))
+                await self.run(device.name, partial(close_all, [device]), path=path_of(device.options))
         except NoAnswerError:
             structlog.get_logger().error(
                 "not closed yet: its storage has not answered",
@@ -97,6 +105,12 @@ class Files:
                 path=str(path_of(device.options)),
                 seconds=self.seconds,
             )
+
+    def waiting(self) -> list[str]:
+        """What threads wait for, now: whose, which file, how long."""
+        now = time.monotonic()
+        working = [*self._working.values()]
+        return [f"{owner}: {path} has not answered for {now - since:.0f} s" for owner, path, since in working]
 
     def no_answer(self, path: Path | None) -> str:
         return no_answer(path, self.seconds)

@@ -20,10 +20,9 @@ from daemon.devices.catalogue import endpoint_of, transport_of
 from daemon.running.failures import leaves
 from daemon.running.files import Files
 from daemon.running.opening import open_device
-from daemon.running.slow_steps import DEVICE
 from transports.vhost_user.serving.stats import ConnectionStats
 from virtio.backend.backend import Backend
-from virtio.backend.device_calls import DeviceCalls, one_line
+from virtio.backend.device_calls import DEVICE, DeviceCalls, one_line
 from virtio.device import Device
 from virtio.errors import HostError
 from virtio.native.stats import Storage

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Final
 
 import structlog
 import trio
 
+from virtio.backend.device_calls import DEVICE
+
 LONG_SECONDS: Final = 0.5
 """A step, from one await that waits to the next, of so many seconds is reported; a busy host alone takes less."""
 SILENT_SECONDS: Final = 60.0
 """How long a device that was reported is not reported again."""
-
-DEVICE: Final[ContextVar[str]] = ContextVar("DEVICE")
-"""The device that a task, and every task that it starts, works for."""
 
 log = structlog.get_logger()
 

@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from daemon.log import setup as log
+from daemon.running.files import Files
 from virtio.backend.backend import Backend
 
 EXIT_STUCK: Final = 1
@@ -19,20 +20,22 @@ async def end_when_stuck(
     stopping: trio.Event,
     seconds: float,
     backends: Callable[[], Iterable[Backend]],
+    files: Files,
     last: Callable[[], None] = lambda: None,
 ) -> None:
     """Once ``stopping`` is set, end the process if it still runs after so many seconds; cancelled when it has ended.
 
-    ``backends`` gives those that are being ended; ``last`` is called before the end.
+    ``backends`` gives those that are being ended, ``files`` knows which files they wait for; ``last`` is called before
+    the end.
 
     Ending the usual way waits for every request in flight, for its bytes are the guest's memory.
     """
     await stopping.wait()
     await trio.sleep(seconds)
     structlog.get_logger().critical(
-        "the daemon ends without waiting any longer: requests have no answer from their storage",
+        "the daemon ends without waiting any longer: storage has not answered",
         seconds=seconds,
-        waiting=[*_waiting(backends())],
+        waiting=[*_waiting(backends()), *files.waiting()],
     )
     log.last_words()
     last()

@@ -115,6 +115,18 @@ async def test_sigterm_ends_the_daemon_though_a_disk_hangs_and_it_says_which(tmp
         guest.close()
 
 
+async def test_sigterm_ends_the_daemon_though_a_file_is_not_closed_and_it_says_which(tmp_path: Path) -> None:
+    """No request is in flight."""
+    async with scene(tmp_path, stop=1) as s:
+        await s.image.hang("flush")
+        s.daemon.signal(signal.SIGTERM)
+        entry = await s.log.expect(0, "the daemon ends without waiting any longer: storage has not answered")
+        await s.image.hang()
+        assert await trio.to_thread.run_sync(s.daemon.wait) == 1
+        (waiting,) = entry["waiting"]
+        assert waiting.startswith(f"hangs: {s.image.path} has not answered for ")
+
+
 async def test_an_image_that_became_smaller_is_reported_with_both_sizes(tmp_path: Path) -> None:
     async with scene(tmp_path) as s:
         await s.image.resize(1 << 19)

@@ -16,7 +16,7 @@ import trio
 from transports.stock_qemu.descriptors import VcpuStatistics, doorbell_id
 from transports.stock_qemu.messages import WIRE_SIZE, Message, Type, parse_message
 from transports.stock_qemu.vms import QemuDoorbells, Vm
-from virtio.clients import Door, Shortage, receive_with_descriptors, received_descriptors
+from virtio.clients import Door, Place, Places, Shortage, receive_with_descriptors, received_descriptors
 from virtio.errors import HostError, PeerError
 from virtio.fd import OwnedFd
 
@@ -33,34 +33,34 @@ async def serve(
 ) -> None:
     """Serve libraries that connect to ``listener`` (SOCK_SEQPACKET, the caller's) until cancelled."""
     log = structlog.get_logger()
-    door = Door(trio.socket.from_stdlib_socket(listener), "a QEMU that reports its doorbells")
-    served = 0
+    door, places = Door(trio.socket.from_stdlib_socket(listener), "a QEMU that reports its doorbells"), Places(VMS_MAX)
 
-    async def serve_one(sock: trio.socket.SocketType) -> None:
-        nonlocal served
-        served += 1
+    async def serve_one(sock: trio.socket.SocketType, place: Place) -> None:
         try:
-            await _Connection(sock, doorbells).run()
+            with place.scope:
+                await _Connection(sock, doorbells, place).run()
         finally:
-            served -= 1
+            places.leave(place)
             sock.close()
 
     async with trio.open_nursery() as nursery:
         task_status.started()
         while True:
             sock = await door.accept()
-            if served >= VMS_MAX:
+            place = places.take()  # of one that has told of no VM, where all are taken
+            if place is None:
                 sock.close()
                 log.warning("a QEMU was turned away: too many are connected", limit=VMS_MAX)
                 continue
-            nursery.start_soon(serve_one, sock)
+            nursery.start_soon(serve_one, sock, place)
 
 
 class _Connection:
     """One library, from its first message to its end."""
 
-    def __init__(self, sock: trio.socket.SocketType, doorbells: QemuDoorbells) -> None:
+    def __init__(self, sock: trio.socket.SocketType, doorbells: QemuDoorbells, place: Place) -> None:
         self._socket = sock
+        self._place = place
         self._doorbells = doorbells
         self._wake = trio.Event()
         self._vm: Vm = doorbells.connect(_peer_pid(sock), lambda: self._wake.set(), partial(_has_left, sock))
@@ -95,6 +95,7 @@ class _Connection:
             while await self._receive():
                 if self._vm.known:
                     hello.deadline = float("inf")
+                    self._place.rank = None  # it does not give way
             return
         raise PeerError(f"told of no VM within {HELLO_SECONDS:g} seconds")
 

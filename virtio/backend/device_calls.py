@@ -7,6 +7,7 @@ daemon continues, because it serves other guests' devices too. ``SystemExit`` do
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -21,6 +22,9 @@ MISTAKES: Final = (Exception, SystemExit)
 """What a device may raise by mistake. ``KeyboardInterrupt`` and ``trio.Cancelled`` are others' wishes, and pass."""
 
 T = TypeVar("T")
+
+DEVICE: Final[ContextVar[str]] = ContextVar("DEVICE")
+"""The device that a task, and every task that it starts, works for."""
 
 
 class DeviceCalls:
@@ -64,6 +68,7 @@ class DeviceCalls:
     async def run(self, task_status: trio.TaskStatus[None]) -> bool:
         """The device's ``run``; False when it raised after it had begun. Before that it is the caller's to tell."""
         started, failed = False, False
+        DEVICE.set(self._device.name)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._device.run)

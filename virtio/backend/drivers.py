@@ -8,7 +8,7 @@ from typing import Final, Protocol, TypeVar
 import structlog
 import trio
 
-from virtio.backend.device_calls import MISTAKES, DeviceCalls
+from virtio.backend.device_calls import DEVICE, MISTAKES, DeviceCalls
 from virtio.device import Device
 from virtio.errors import GuestError
 from virtio.fd import OwnedFd
@@ -88,6 +88,7 @@ class PumpedQueue:
         self._nursery.start_soon(self._run, self._queue)
 
     async def _run(self, queue: Queue) -> None:
+        DEVICE.set(self._device.name)
         try:
             with self._scope:
                 async with trio.open_nursery() as queue.spawned:

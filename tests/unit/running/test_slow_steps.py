@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import trio
+from kit.front_end.frontend import Setting, plugged
+from kit.ring.driven import Scripted
 from structlog.testing import capture_logs
 
-from daemon.running.slow_steps import DEVICE, LONG_SECONDS, SILENT_SECONDS, SlowSteps
+from daemon.running.slow_steps import LONG_SECONDS, SILENT_SECONDS, SlowSteps
+from virtio.backend.device_calls import DEVICE
+from virtio.device import Chain, Queue
 
 
 class Clock:
@@ -62,3 +66,20 @@ def test_a_device_is_reported_once_a_minute_and_says_how_often_it_was_not() -> N
     again = ("leds", 1.0, 0.0)
     lines = told(again, again, ("leds", 1.0, SILENT_SECONDS), ("rng", 2.0, 0), again)
     assert lines == [("leds", 1.0, 0), ("rng", 2.0, 0), ("leds", 1.0, 2)]
+
+
+async def test_a_device_is_named_whatever_transport_it_is_behind() -> None:
+    """In a machine of our own no task is the device's alone."""
+    clock, device = Clock(), Scripted()
+
+    async def slow(queue: Queue, chain: Chain) -> None:
+        clock.now += 2 * LONG_SECONDS
+
+    device.script = slow
+    instrument = SlowSteps(clock)
+    async with plugged(device, Setting("waist", "split")) as p:
+        trio.lowlevel.add_instrument(instrument)
+        with capture_logs() as logs:
+            await p.guest.queues[0].request([b"slow"], [8])
+        trio.lowlevel.remove_instrument(instrument)
+    assert [line["device"] for line in logs if "event loop" in line["event"]] == [device.name]

@@ -231,6 +231,23 @@ async def test_too_many_libraries_are_turned_away(
             sock.close()
 
 
+async def test_one_that_has_told_of_no_vm_gives_its_place_to_the_next(
+    path: Path, doorbells: QemuDoorbells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "VMS_MAX", 2)
+    async with serving(path, doorbells) as connect:
+        told, silent = await connect(), await connect()
+        await send(told, HELLO)
+        assert await receive(told) == (Type.WELCOME, 0, 0)
+        late = await connect()
+        await ended(silent)
+        await send(late, HELLO)
+        assert await receive(late) == (Type.WELCOME, 0, 0)
+        assert len(doorbells.snapshot()) == 2
+        told.close()
+        late.close()
+
+
 async def test_libraries_that_never_stop_talking_keep_no_other_waiting(path: Path, doorbells: QemuDoorbells) -> None:
     async def talk(sock: trio.socket.SocketType) -> None:
         while True:

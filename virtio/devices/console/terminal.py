@@ -52,6 +52,41 @@ class Escapes:
         return bytes(kept)
 
 
+class FdWriter:
+    """Writes to ``fd``, which stays the caller's, in a thread: who sends never waits for whoever reads it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._outbox = Outbox()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._gone = False
+        # A thread that waits for a terminal must not take a place among those that others need.
+        self._limit = trio.CapacityLimiter(1)
+
+    async def run(self) -> None:
+        while not self._gone:
+            data = await self._outbox.get()
+            try:
+                await trio.to_thread.run_sync(_write_all, self._fd, data, abandon_on_cancel=True, limiter=self._limit)
+            except OSError:
+                self._gone = True  # nobody reads any more; the guest goes on
+            if self._gone or self._outbox.empty:
+                self._idle.set()
+
+    def send(self, data: bytes) -> None:
+        """The oldest is lost where too much waits."""
+        if self._gone:
+            return
+        self._outbox.put(data)
+        if self._idle.is_set():
+            self._idle = trio.Event()
+
+    async def flush(self) -> None:
+        """Until all that was sent has been written, or nobody reads; the caller bounds how long that may take."""
+        await self._idle.wait()
+
+
 class TerminalEnd:
     """Reads ``read_fd`` until it ends and writes to ``write_fd``; both stay the caller's.
 
@@ -65,19 +100,14 @@ class TerminalEnd:
         self, pending: Pending, read_fd: int, write_fd: int, escapes: Escapes | None, leave: Callable[[], None]
     ) -> None:
         self._pending = pending
-        self._read_fd, self._write_fd = read_fd, write_fd
+        self._read_fd = read_fd
+        self._writer = FdWriter(write_fd)
         self._escapes = escapes
         self._leave = leave
-        self._outbox = Outbox()
-        self._idle = trio.Event()
-        self._idle.set()
-        self._gone = False
-        # A thread that waits for a terminal must not take a place among those that others need.
-        self._limit = trio.CapacityLimiter(1)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write)
+            nursery.start_soon(self._writer.run)
             nursery.start_soon(self._read)
             task_status.started()
 
@@ -111,28 +141,12 @@ class TerminalEnd:
             except OSError:
                 return b""
 
-    async def _write(self) -> None:
-        while not self._gone:
-            data = await self._outbox.get()
-            try:
-                await trio.to_thread.run_sync(
-                    _write_all, self._write_fd, data, abandon_on_cancel=True, limiter=self._limit
-                )
-            except OSError:
-                self._gone = True  # nobody reads any more; the guest goes on
-            if self._gone or self._outbox.empty:
-                self._idle.set()
-
     def send(self, data: bytes) -> None:
-        if self._gone:
-            return
-        self._outbox.put(data)
-        if self._idle.is_set():
-            self._idle = trio.Event()
+        self._writer.send(data)
 
     async def flush(self) -> None:
-        """Until all that was sent has been written, or nobody reads; the caller bounds how long that may take."""
-        await self._idle.wait()
+        """As ``FdWriter.flush``."""
+        await self._writer.flush()
 
     def close(self) -> None:
         """The descriptors are not ours."""
