@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import structlog
 import trio
 
+from config.made import paths_in
 from virtio.backend.device_calls import close_all
 from virtio.device import Device
 from virtio.errors import HostError
@@ -121,6 +122,5 @@ def no_answer(path: Path | None, seconds: float) -> str:
 
 
 def path_of(options: Any) -> Path | None:
-    """The file that a device's options name."""
-    path = getattr(options, "path", None)
-    return path if isinstance(path, Path) else None
+    """The file that a device's options name; of several the first."""
+    return next((path for _, path in paths_in(options)), None)

@@ -101,6 +101,7 @@ class Console(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_CONSOLE
     type_name = "console"
+    files_may_hang = True
     answers_in_order = True
     ops = ("receive", "transmit", "control")
     request_max = spec.CHAIN_LENGTH_MAX  # what is written is taken in pieces

@@ -7,6 +7,7 @@ for all of them waits for the first ones before it sends the others.
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import ClassVar, Final
 
@@ -92,6 +93,7 @@ class I2c(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_I2C_ADAPTER
     type_name = "i2c"
+    files_may_hang = True
     answers_in_order = True
     ops = ("write", "read")
     Options = I2cOptions
@@ -153,7 +155,8 @@ class I2c(Device):
             try:
                 results += await self.bus.transfer(segments) if segments else []
             except HostError as error:
-                log.warning("the host's adapter failed", device=self.name, error=str(error))
+                number = errno.errorcode.get(error.errno, "")
+                log.warning("a transfer failed on the host", device=self.name, error=str(error), errno=number)
         results += [None] * (len(requests) - len(results))
         self._failing = requests[-1].goes_on and None in results
         return results

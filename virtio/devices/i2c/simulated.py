@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -25,6 +26,8 @@ from virtio.devices.i2c.chips import Chip, make_chip
 from virtio.devices.i2c.options import ChipOptions
 from virtio.errors import HostError
 
+SAVE_SECONDS: Final = 10.0
+
 
 class SimulatedBus:
     """``HostError``: a file or the socket cannot be had."""
@@ -32,6 +35,7 @@ class SimulatedBus:
     def __init__(self, chips: Sequence[ChipOptions], control: Path | None) -> None:
         self._chips: dict[int, Chip] = {}
         self._absent: set[int] = set()
+        self._thread = trio.CapacityLimiter(1)  # for the file system may hang
         with ExitStack() as stack:
             for options in chips:
                 chip = self._chips[options.address] = make_chip(options)
@@ -59,8 +63,12 @@ class SimulatedBus:
 
     async def _save(self) -> None:
         for chip in self._chips.values():
-            if chip.dirty:
-                await trio.to_thread.run_sync(chip.save)
+            if not chip.dirty:
+                continue
+            with trio.move_on_after(SAVE_SECONDS) as saving:
+                await trio.to_thread.run_sync(chip.save, abandon_on_cancel=True, limiter=self._thread)
+            if saving.cancelled_caught:
+                raise HostError(f"the file of a chip has not been written for {SAVE_SECONDS:g} s")
 
     def _tell(self, address: int, number: int, data: bytes) -> None:
         self._server.tell(f"write {address:#04x} {number:#04x} 0x{data.hex()}")

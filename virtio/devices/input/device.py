@@ -39,6 +39,7 @@ class Input(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_INPUT
     type_name = "input"
+    files_may_hang = True
     answers_in_order = True
     ops = ("event", "status")
     Options = InputOptions

@@ -7,6 +7,7 @@ control queue of its own, and then ours is not used.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 from weakref import WeakValueDictionary
@@ -218,14 +219,16 @@ class NetOptions(SocketOptions, UserOptions):
 
 _SWITCHES: Final[WeakValueDictionary[str, NativeSwitch]] = WeakValueDictionary()
 """The switches of this process by name; each lives as long as a port of it."""
+_NAMING: Final = threading.Lock()
 
 
 def switch_named(name: str) -> NativeSwitch:
     """The switch of that name, which its ports share."""
-    switch = _SWITCHES.get(name)
-    if switch is None:
-        switch = _SWITCHES[name] = NativeSwitch()
-    return switch
+    with _NAMING:  # devices are opened in threads
+        switch = _SWITCHES.get(name)
+        if switch is None:
+            switch = _SWITCHES[name] = NativeSwitch()
+        return switch
 
 
 class Net(Device, NetworkPort):
@@ -233,6 +236,7 @@ class Net(Device, NetworkPort):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_NET
     type_name = "net"
+    files_may_hang = True
     native = True
     answers_in_order = True
     ops = OPS

@@ -74,11 +74,8 @@ class _Place:
         try:
             if self._path is not None:
                 _remove_dead(self._path, kind)
-                before = os.umask(0o177)
-                try:
-                    self.socket.bind(name)
-                finally:
-                    os.umask(before)
+                os.fchmod(self.socket.fileno(), 0o600)  # the file's mode, from its first moment on
+                self.socket.bind(name)
                 self._identity = _identity(self._path)
             else:
                 if kind == socket.SOCK_STREAM:

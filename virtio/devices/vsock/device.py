@@ -68,6 +68,7 @@ class Vsock(Device):
 
     virtio_id: ClassVar[int] = spec.VIRTIO_ID_VSOCK
     type_name = "vsock"
+    files_may_hang = True
     answers_in_order = True
     ops = ("receive", "transmit", "event")
     request_max = spec.CHAIN_LENGTH_MAX  # no more is read than a connection has credit for
