@@ -27,8 +27,6 @@ TRANSMIT: Final = 1
 """Queue of a console (5.3.2)."""
 
 Kind = Literal["memory", "tmpfs", "cached", "direct", "fuse", "hanging", "python", "rng", "console"]
-PYTHON: Final[tuple[Kind, ...]] = ("python", "rng", "console")
-"""Devices in Python, whose neighbour is one too."""
 
 
 class CannotBeHadError(Exception):
@@ -37,7 +35,9 @@ class CannotBeHadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Greed:
-    """What the greedy guest does. ``depth`` is for each of ``queues``."""
+    """What the greedy guest does. ``depth`` is for each of ``queues``. The neighbour shares the worker, or, where it
+    is a Python device, the event loop.
+    """
 
     title: str
     kind: Kind
@@ -45,6 +45,8 @@ class Greed:
     depth: int
     queues: int = 1
     write_percent: int = 0
+    reactor: Literal["auto", "epoll"] = "auto"
+    neighbour: Literal["memory", "python"] = "memory"
 
 
 GREEDY: Final = (
@@ -57,9 +59,12 @@ GREEDY: Final = (
     Greed("disk (O_DIRECT), 4 queues with 128 reads of 16 KiB each", "direct", 16384, 128, queues=4),
     Greed("FUSE that caches nothing, 64 reads of 64 KiB", "fuse", 65536, 64),
     Greed("storage that hangs, 4 queues with 128 reads of 16 KiB each", "hanging", 16384, 128, queues=4),
-    Greed("Python device, 64 reads of 1 MiB, the neighbour another one", "python", MIB - 512, 64),
-    Greed("rng, 64 buffers of 1 MiB, the neighbour a Python device", "rng", MIB, 64),
-    Greed("console, 64 writes of 1 MiB, the neighbour a Python device", "console", MIB, 64),
+    Greed("the same with the epoll reactor", "hanging", 16384, 128, queues=4, reactor="epoll"),
+    Greed("rng, 64 buffers of 1 MiB", "rng", MIB, 64),
+    Greed("console, 64 writes of 1 MiB", "console", MIB, 64),
+    Greed("Python device, 64 reads of 1 MiB, the neighbour another one", "python", MIB - 512, 64, neighbour="python"),
+    Greed("rng, 64 buffers of 1 MiB, the neighbour a Python device", "rng", MIB, 64, neighbour="python"),
+    Greed("console, 64 writes of 1 MiB, the neighbour a Python device", "console", MIB, 64, neighbour="python"),
 )
 
 

@@ -20,11 +20,9 @@ from typing import Final
 from tests.bench.blk_frontend import BlkFrontend, Job
 from tests.bench.greed import (
     GREEDY,
-    PYTHON,
     STALL_SECONDS,
     CannotBeHadError,
     Greed,
-    Kind,
     at_work,
     device_lines,
     storage,
@@ -52,9 +50,8 @@ def _served(greed: Greed, image: Path | None, cpu: int) -> Iterator[tuple[Server
     """The daemon with both devices, and the greedy one's socket."""
     with tempfile.TemporaryDirectory(prefix="hyperbell-bench-") as name:
         folder = Path(name)
-        quiet: Kind = "python" if greed.kind in PYTHON else "memory"
-        lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]"]
-        lines += device_lines("quiet", folder / SOCKET_NAME, quiet, None, 1)
+        lines = ["[daemon]", 'metrics = "off"', "[workers.w0]", f"cpus = [{cpu}]", f'reactor = "{greed.reactor}"']
+        lines += device_lines("quiet", folder / SOCKET_NAME, greed.neighbour, None, 1)
         lines += device_lines("greedy", folder / "greedy.sock", greed.kind, image, greed.queues)
         with Server("hyperbell", serve_command(folder, lines), folder, cpu) as server:
             yield server, folder / "greedy.sock"
