@@ -51,6 +51,9 @@ class DeviceOptions(BaseModel):
 class Device:
     """One virtio device.
 
+    The daemon and the backend call the methods on the event loop, one call at a time, unless a method says otherwise:
+    "thread" means a thread in which nothing of trio may be used. docs/device-contract.md has the order of the calls.
+
     Class attributes: ``virtio_id`` (section 5), ``features`` (the names and bits it offers of its own; ring features
     are added by the backend), ``queue_counts`` (least, most), ``ops`` (names of its operations, for the metrics),
     ``Options`` (its configuration), ``request_max`` (a chain holds at most so many bytes to read, and has room for at
@@ -74,100 +77,124 @@ class Device:
     files_may_hang: ClassVar[bool] = False
 
     def __init__(self, name: str, options: Any, queues: int, queue_size: int) -> None:
-        """``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had."""
+        """Once, by the daemon, beside nothing of this device; with ``files_may_hang`` in a thread.
+
+        ``options`` is an instance of ``Options``. ``HostError``: something it needs cannot be had.
+        """
         self.name = name
         self.options = options
         self.queue_count = queues
         self.queue_size = queue_size
         self.driver_features = 0
         self.config_changed: Callable[[], None] = lambda: None
-        """Set by the backend; call it after ``config_space`` changed, so that the driver is told."""
+        """Set by the backend. Call it after ``config_space`` changed, so that the driver is told."""
         self.ring_sizes: dict[int, int] = {}
         """The size of each queue that the driver has set up since its reset; kept by the backend."""
 
     @property
     def promised_chain(self) -> int:
-        """Descriptors of the longest chain that the config space, as the driver last read it, lets a driver make."""
+        """Descriptors of the longest chain that the config space, as the driver last read it, lets a driver make.
+
+        When a queue is set up, by the backend, before the queue runs.
+        """
         return 0
 
     @classmethod
     def virtqueues(cls, options: Any, queues: int) -> int:
-        """How many virtqueues there are, the control queue among them, where the configuration says ``queues``."""
+        """How many virtqueues there are, the control queue among them, where the configuration says ``queues``.
+
+        When the configuration is read or checked, by the loader; there may be no device.
+        """
         return queues
 
     @property
     def native_device(self) -> NativeDevice:
-        """The C device of a native one."""
+        """The C device of a native one. Any time until ``close``, by the backend."""
         raise TypeError(f"{self.type_name} is not a native device")
 
     def worker_of(self, queue_index: int, workers: int) -> int:
-        """Of a native device: which of its workers drives the queue."""
+        """Of a native device: which of its workers drives the queue. Once for each queue, by the backend, before any
+        queue runs."""
         return queue_index % workers
 
     def features(self) -> int:
-        """The feature bits this instance offers, as a mask."""
+        """The feature bits this instance offers, as a mask. Whenever a front-end asks, by the backend, beside running
+        queues."""
         return sum(1 << bit for bit in self.feature_bits.values())
 
     def set_driver_features(self, bits: int) -> None:
-        """The driver accepted these; called again with 0 at a reset."""
+        """The driver accepted these. At negotiation, by the backend, beside queues that run, because front-ends repeat
+        themselves; with 0 at a reset, when all queues have stopped."""
         self.driver_features = bits
 
     def config_space(self) -> bytes:
-        """The device-specific configuration as the driver reads it (zeroes follow)."""
+        """The device-specific configuration as the driver reads it (zeroes follow). At any time, by the backend, beside
+        running queues."""
         return b""
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote to the config space; most fields are read-only, and writes to those are ignored (2.5)."""
+        """The driver wrote to the config space; most fields are read-only, and writes to those are ignored (2.5).
+        At any time, by the backend, beside running queues."""
 
     @property
     def port(self) -> NetworkPort | None:
-        """What a network interface has beside this. Any thread."""
+        """What a network interface has beside this. At any time, by anybody; any thread."""
         return None
 
     @property
     def disk(self) -> DiskStorage | None:
-        """What a disk has beside this. Any thread."""
+        """What a disk has beside this. At any time, by anybody; any thread."""
         return None
 
     def limit_descriptors(self, count: int) -> None:
-        """It may have so many descriptors of its own, as ``descriptors_max`` counts them. Called once, before ``run``.
+        """The device may have so many descriptors of its own, as ``descriptors_max`` counts them. Once, by the daemon,
+        before ``run``.
 
         For a device that opens them for guests or peers, as many as these like; at least ``DESCRIPTORS_MIN``.
         """
 
     def use_workers(self, count: int) -> None:
-        """Of a native device, before its first queue runs: so many workers drive it. ``HostError``.
+        """Of a native device: so many workers drive it. Once, by the backend, before its first queue runs.
+        ``HostError``.
 
-        With ``files_may_hang`` also in the thread that opens the device; a second call changes nothing then.
+        With ``files_may_hang`` the daemon has called it before, in the thread that opens the device; the second call
+        then changes nothing.
         """
 
     def examine(self) -> None:
-        """Before ``refresh``, in a thread of its own: look at files, which may hang. ``HostError``."""
+        """Look at files, which may hang. At SIGHUP, by the daemon, in a thread, beside everything else.
+        ``HostError``."""
 
     def refresh(self) -> bool:
-        """Look again at what the device stands on (SIGHUP); True when something changed."""
+        """Take over what ``examine`` found; True when something changed. At SIGHUP, by the daemon, after ``examine``,
+        beside running queues."""
         return False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """What the device does beside its queues, for as long as the daemon runs."""
+        """What the device does beside its queues. Once, by the backend, as a task of its own, from before the first
+        queue runs until after the last one has stopped; then it is cancelled."""
         task_status.started()
 
     async def run_queue(self, queue: Queue) -> None:
-        """Drive one queue while it runs; cancelled when it stops. The default hands each chain to ``handle``."""
+        """Drive one queue: the default hands each chain to ``handle``. Whenever a queue starts, by the backend, as a
+        task beside ``run`` and the other queues' tasks; cancelled when the queue stops."""
         await queue.serve(self.handle)
 
     async def handle(self, queue: Queue, chain: Chain) -> None:
-        """Serve one chain. ``GuestError`` breaks the queue, as does any other exception (which is our mistake)."""
+        """Serve one chain. For each chain, by ``run_queue``, one after the other in a queue, beside other queues and
+        what was spawned. ``GuestError`` breaks the queue, as does any other exception (which is the device's mistake)."""
         raise TypeError(f"{self.type_name} has no handle()")
 
     def queue_running(self, queue_index: int, running: bool) -> None:
-        """A queue runs now, or does no more."""
+        """A queue has started, or has stopped. By the backend, beside the other queues."""
 
     async def queue_stopping(self, queue: Queue) -> None:
-        """The queue is about to stop: give back the chains that were taken from it."""
+        """Give back the chains that were taken from this queue. When ``run_queue`` was cancelled, by the backend,
+        beside ``run`` and the other queues; it may take 5 seconds."""
 
     def reset(self) -> None:
-        """The driver, or the front-end, starts over."""
+        """The driver, or the front-end, starts over. By the backend, when all queues have stopped, beside ``run``."""
 
     def close(self) -> None:
-        """Give back what the device holds (files, sockets)."""
+        """Give back what the device holds (files, sockets). Once, by the daemon, when ``run`` has ended, beside
+        nothing; with ``files_may_hang`` in a thread."""
