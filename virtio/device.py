@@ -182,7 +182,7 @@ class Device:
 
     async def handle(self, queue: Queue, chain: Chain) -> None:
         """Serve one chain. For each chain, by ``run_queue``, one after the other in a queue, beside other queues and
-        what was spawned. ``GuestError`` breaks the queue, as does any other exception (which is the device's mistake)."""
+        what was spawned. ``GuestError`` breaks the queue, as does any other exception (the device's mistake)."""
         raise TypeError(f"{self.type_name} has no handle()")
 
     def queue_running(self, queue_index: int, running: bool) -> None:
