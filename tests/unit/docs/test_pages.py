@@ -12,10 +12,13 @@ from kit.metrics_page import PAGE, metrics_page
 from kit.pages import PAGES, Block, anchors, blocks, links
 from kit.project import ROOT
 
+from daemon.cli import main
 from daemon.commands.command import load_config
 from daemon.commands.table import COMMANDS
+from daemon.devices.catalogue import make_device
 from virtio.backend.queue import BackendQueue
 from virtio.devices import REGISTRY
+from virtio.testing import attach
 
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page) if block.language == "toml"]
 README_MAX = 160
@@ -61,6 +64,19 @@ def class_of(name: str) -> str:
 
 def test_the_readme_is_for_a_first_quarter_of_an_hour() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_MAX
+
+
+async def test_the_device_of_the_readme_works_and_qemu_attaches_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shout.py").write_text(class_of("shout.py"))
+    file = tmp_path / "shout.toml"
+    file.write_text('[devices.shout]\ntype = "./shout.py:Shout"\nsocket = "shout.sock"\n')
+    device = make_device("shout", load_config(file).devices["shout"])
+    async with attach(device) as driver:
+        assert await driver.request(0, b"hello", writable=8) == b"HELLO"
+    assert main(["qemu-args", str(file), "--qemu", "11.1"]) == 0
+    assert "vhost-user-test-device-pci" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", sorted(REGISTRY))
