@@ -94,6 +94,14 @@ def _made(config: Config) -> Iterator[tuple[KeyPath, Made]]:
             yield ("daemon", key), Made((key,), path, False)
 
 
+def _folders(config: Config) -> Iterator[tuple[KeyPath, Path]]:
+    """Each folder in which something is made, once, with the first key that says so."""
+    folders: dict[Path, KeyPath] = {}
+    for key, made in _made(config):
+        folders.setdefault(made.path.parent, key)
+    yield from ((key, folder) for folder, key in folders.items())
+
+
 def _nodes(device: Device) -> Iterator[tuple[KeyPath, Path]]:
     for key in _NODES:
         node = getattr(device.options, key, None)
@@ -117,12 +125,7 @@ def _eeproms(config: Config) -> Iterator[tuple[KeyPath, Path, int, bool]]:
 
 def _closed(config: Config) -> Iterator[Problem]:
     """What is there, and whoever runs the check may not use."""
-    seen: set[Path] = set()
-    for key, made in _made(config):
-        folder = made.path.parent
-        if folder in seen:
-            continue
-        seen.add(folder)
+    for key, folder in _folders(config):
         hint = "give the daemon's user write access to it, or choose another folder"
         fault = out_of_reach(folder)
         if fault and fault != ABSENT:
@@ -148,12 +151,7 @@ def _closed(config: Config) -> Iterator[Problem]:
 
 def _missing_folders(config: Config) -> Iterator[Problem]:
     """Each folder that something is to be made in and that is not there, once."""
-    seen: set[Path] = set()
-    for key, made in _made(config):
-        folder = made.path.parent
-        if folder in seen:
-            continue
-        seen.add(folder)
+    for key, folder in _folders(config):
         if out_of_reach(folder) == ABSENT:
             yield config.problem(key, f"the folder {folder} {ABSENT}", f"create it: mkdir -p {folder}")
         elif _mode(folder) and not folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import trio
 from kit.front_end.frontend import Guest
 from kit.front_end.links import SocketLink
@@ -46,12 +47,20 @@ async def check_the_other_disk_is_served(folder: Path) -> None:
     guest.close()
 
 
-async def test_an_image_that_hangs_when_it_is_opened_is_named_and_served_once_its_file_system_answers(
-    tmp_path: Path,
+CHIP = 'type = "i2c"\nchips = [{ kind = "eeprom", address = 0x50, size = 65536, page = 256, path = "PATH" }]\n'
+
+
+@pytest.mark.parametrize("kind", ["blk", "i2c"])
+async def test_a_file_that_hangs_when_it_is_opened_is_named_and_served_once_its_file_system_answers(
+    tmp_path: Path, kind: str
 ) -> None:
-    async with failing_image(1 << 20) as image:
+    async with failing_image(65536) as image:
         file, log = tmp_path / "c.toml", LogBook()
-        file.write_text(CONFIGURATION.format(image=image.path, folder="."))
+        text = CONFIGURATION.format(image=image.path, folder=".")
+        if kind == "i2c":
+            chip = CHIP.replace("PATH", str(image.path))
+            text = re.sub(r'type = "blk"\npath = .*\n', lambda _: chip, text, count=1)
+        file.write_text(text)
         await image.hang("open")
         daemon = await trio.to_thread.run_sync(DaemonProcess, file, log)
         try:
@@ -82,29 +91,6 @@ async def test_a_failed_devices_image_that_hangs_when_it_is_closed_delays_no_oth
             assert (entry["device"], entry["path"]) == ("hangs", str(image.path))
             await check_the_other_disk_is_served(tmp_path)
             (tmp_path / "later").mkdir()
-            mark = log.mark
-            await image.hang()
-            await log.expect(mark, "device is served again")
-        finally:
-            await image.hang()
-            await trio.to_thread.run_sync(daemon.stop)
-
-
-async def test_the_file_of_a_chip_that_hangs_when_it_is_opened_delays_no_other_device(tmp_path: Path) -> None:
-    async with failing_image(65536) as image:
-        file, log = tmp_path / "c.toml", LogBook()
-        chip = f'{{ kind = "eeprom", address = 0x50, size = 65536, page = 256, path = "{image.path}" }}'
-        hangs = f'type = "i2c"\nchips = [{chip}]\n'
-        text = CONFIGURATION.format(image=image.path, folder=".")
-        file.write_text(re.sub(r'type = "blk"\npath = .*\n', lambda _: hangs, text, count=1))
-        await image.hang("open")
-        daemon = await trio.to_thread.run_sync(DaemonProcess, file, log)
-        try:
-            await image.hung("open")
-            await log.expect(0, "serving")
-            await check_the_other_disk_is_served(tmp_path)
-            failed = await log.expect(0, "device failed")
-            assert f"{image.path}: the file system has not answered" in failed["reason"]
             mark = log.mark
             await image.hang()
             await log.expect(mark, "device is served again")
