@@ -60,6 +60,14 @@ class Assembly:
             log.error("device failed", device=name, where="refresh", exc_info=error)
 
 
+def named(devices: Mapping[str, Device], name: str) -> Device:
+    """The device of that name which is served now. ``HostError``: there is none."""
+    device = devices.get(name)
+    if device is None:
+        raise HostError(f"no device {name!r} is served; there are: {', '.join(devices)}")
+    return device
+
+
 @asynccontextmanager
 async def assemble(
     devices: Mapping[str, Device],

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import structlog
 
+from daemon.running.assembly import named
 from daemon.running.files import Files, NoAnswerError, path_of
 from virtio.backend.device_calls import DeviceCalls
 from virtio.capabilities import DiskStorage
@@ -29,9 +30,7 @@ class Disks:
         if not isinstance(name, str):
             return {"ok": False, "error": f'name the device: {{"command": "{command}", "device": "disk"}}'}
         try:
-            device = self._devices.get(name)
-            if device is None:
-                raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
+            device = named(self._devices, name)
             if device.disk is None:
                 raise HostError(f"a {device.type_name} device has no storage")
             if command == "reopen":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from daemon.running.assembly import named
 from daemon.state import DaemonState
 from virtio.backend.device_calls import DeviceCalls
 from virtio.device import Device
@@ -21,9 +22,7 @@ class Links:
 
     def set(self, name: str, up: bool) -> bool:
         """Whether it is another state than before. ``HostError``: there is no such interface."""
-        device = self._devices.get(name)
-        if device is None:
-            raise HostError(f"no device {name!r} is served; there are: {', '.join(self._devices)}")
+        device = named(self._devices, name)
         port = device.port
         if port is None:
             raise HostError(f"a {device.type_name} device has no link")
