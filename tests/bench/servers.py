@@ -104,7 +104,7 @@ class Server:
 
     def _wait_until_it_listens(self) -> None:
         end = time.monotonic() + START_SECONDS
-        while not self.socket.exists():
+        while not _is_listened_at(self.socket):
             self.check()
             if time.monotonic() > end:
                 raise ServerError(f"{self.name} has no socket after {START_SECONDS:g} s: {self.last_words()}")
@@ -161,6 +161,13 @@ class Server:
                 self._process.kill()
                 self._process.wait()
         self._log.close()
+
+
+def _is_listened_at(path: Path) -> bool:
+    """A socket's file is there a moment before anybody may connect; connecting would take the front-end's place."""
+    lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()[1:]
+    fields = [line.split(maxsplit=7) for line in lines]
+    return any(len(each) == 8 and each[7] == str(path) and int(each[3], 16) & 0x10000 for each in fields)
 
 
 def process_cpu_seconds(pid: int) -> float:
