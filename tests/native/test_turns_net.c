@@ -77,6 +77,7 @@ static void test_a_turn_of_frames_through_a_descriptor_ends_by_the_clock(void)
 
 #define PORTS 24
 #define LONG_FRAME 65000u
+#define RARP_BYTES 60u
 
 struct port {
 	struct native_device *nic;
@@ -117,50 +118,132 @@ static void port_close(struct table *t, struct port *port)
 	native_device_unref(port->nic);
 }
 
+struct lan {
+	struct table table;
+	struct net_switch *lan;
+	struct port ports[PORTS + 1]; /* the first one sends to all, long frames */
+	uint64_t buffers;             /* everybody's: what is in them is of no interest */
+	uint32_t heard[PORTS + 1];    /* long frames, each */
+};
+
+static void lan_open(struct lan *lan)
+{
+	lan->lan = net_switch_new();
+	lan->buffers = area(1) + DRIVER_AREA;
+	table_open(&lan->table, DISK_MEMORY, UINT64_MAX);
+	for (uint32_t i = 0; i <= PORTS; i++) {
+		port_open(&lan->table, &lan->ports[i], lan->lan, i);
+		lan->heard[i] = 0;
+	}
+	for (uint32_t i = 1; i <= PORTS; i++)
+		for (uint32_t n = 0; n < 2; n++)
+			driver_add(&lan->ports[i].driver, n,
+				   &(struct piece){ lan->buffers, NET_HEADER_SIZE + LONG_FRAME, true }, 1, false);
+	memset(guest_at(lan->table.guest, lan->buffers), 0, NET_HEADER_SIZE);
+	memset(guest_at(lan->table.guest, lan->buffers + NET_HEADER_SIZE), 0xff, 6);
+	memcpy(guest_at(lan->table.guest, lan->buffers + NET_HEADER_SIZE + 6), (uint8_t[]){ 2, 0, 0, 0, 1, 0 }, 6);
+}
+
+static void lan_close(struct lan *lan)
+{
+	for (uint32_t i = 0; i <= PORTS; i++)
+		port_close(&lan->table, &lan->ports[i]);
+	net_switch_unref(lan->lan);
+	table_close(&lan->table);
+}
+
+static void lan_send(struct lan *lan, uint32_t tag)
+{
+	driver_add(&lan->ports[0].driver, tag, &(struct piece){ lan->buffers, NET_HEADER_SIZE + LONG_FRAME, false }, 1,
+		   false);
+}
+
+/* A round: how many ports hear a frame of so many bytes. */
+static uint32_t lan_round(struct lan *lan, uint32_t bytes)
+{
+	uint32_t now = 0, tag, written;
+
+	worker_round(&lan->table.worker);
+	for (uint32_t i = 1; i <= PORTS; i++)
+		while (driver_used(&lan->ports[i].driver, &tag, &written)) {
+			CHECK(written == NET_HEADER_SIZE + bytes);
+			lan->heard[i]++;
+			now++;
+		}
+	return now;
+}
+
+static bool lan_sent(struct lan *lan)
+{
+	uint32_t tag, written;
+
+	return driver_used(&lan->ports[0].driver, &tag, &written);
+}
+
 /* Who hears it after how many rounds; each exactly once, though its turn is cut in between. */
 static void test_a_flood_of_a_long_frame_takes_several_turns(void)
 {
-	uint64_t buffers = area(1) + DRIVER_AREA; /* everybody's: what is in them is of no interest */
-	struct net_switch *lan = net_switch_new();
-	struct port ports[PORTS + 1];
-	uint32_t heard = 0, rounds = 0, tag, written;
+	uint32_t heard = 0, rounds = 0;
 	struct net_counters sum;
-	struct table t;
+	struct lan lan;
 
-	table_open(&t, DISK_MEMORY, UINT64_MAX);
-	for (uint32_t i = 0; i <= PORTS; i++)
-		port_open(&t, &ports[i], lan, i);
-	for (uint32_t i = 1; i <= PORTS; i++)
-		for (uint32_t n = 0; n < 2; n++)
-			driver_add(&ports[i].driver, n,
-				   &(struct piece){ buffers, NET_HEADER_SIZE + LONG_FRAME, true }, 1, false);
-	memset(guest_at(t.guest, buffers), 0, NET_HEADER_SIZE);
-	memset(guest_at(t.guest, buffers + NET_HEADER_SIZE), 0xff, 6);
-	memcpy(guest_at(t.guest, buffers + NET_HEADER_SIZE + 6), (uint8_t[]){ 2, 0, 0, 0, 1, 0 }, 6);
-	driver_add(&ports[0].driver, 0, &(struct piece){ buffers, NET_HEADER_SIZE + LONG_FRAME, false }, 1, false);
+	lan_open(&lan);
+	lan_send(&lan, 0);
 	while (heard < PORTS) {
-		uint32_t now = 0;
+		uint32_t now = lan_round(&lan, LONG_FRAME);
 
-		worker_round(&t.worker);
 		CHECK(++rounds < 10);
-		for (uint32_t i = 1; i <= PORTS; i++)
-			while (driver_used(&ports[i].driver, &tag, &written)) {
-				CHECK(written == NET_HEADER_SIZE + LONG_FRAME);
-				now++;
-			}
 		CHECK(now <= WORKER_TURN_BYTES / LONG_FRAME + 1);
 		heard += now;
 	}
-	CHECK(rounds == 2 && driver_used(&ports[0].driver, &tag, &written));
-	worker_round(&t.worker);
+	CHECK(rounds == 2 && lan_sent(&lan));
+	CHECK(lan_round(&lan, LONG_FRAME) == 0);
 	for (uint32_t i = 1; i <= PORTS; i++)
-		CHECK(!driver_used(&ports[i].driver, &tag, &written));
-	net_counters_sum(ports[0].nic, &sum);
+		CHECK(lan.heard[i] == 1);
+	net_counters_sum(lan.ports[0].nic, &sum);
 	CHECK(sum.flooded == 1 && sum.dropped == 0);
-	for (uint32_t i = 0; i <= PORTS; i++)
-		port_close(&t, &ports[i]);
-	net_switch_unref(lan);
-	table_close(&t);
+	lan_close(&lan);
+}
+
+/* The place where it was cut is its own: what is sent behind it reaches everybody. */
+static void test_a_flood_that_is_given_up_leaves_nothing_to_the_next(void)
+{
+	uint32_t first, rounds = 0;
+	struct net_counters sum;
+	struct lan lan;
+
+	lan_open(&lan);
+	lan_send(&lan, 0);
+	first = lan_round(&lan, LONG_FRAME);
+	CHECK(first > 0 && first < PORTS && !lan_sent(&lan));
+	net_set_link(lan.ports[0].nic, false);
+	CHECK(lan_round(&lan, LONG_FRAME) == 0 && lan_sent(&lan));
+	net_set_link(lan.ports[0].nic, true);
+	lan_send(&lan, 1);
+	for (uint32_t heard = 0; heard < PORTS; heard += lan_round(&lan, LONG_FRAME))
+		CHECK(++rounds < 10);
+	CHECK(lan_sent(&lan));
+	for (uint32_t i = 1; i <= PORTS; i++)
+		CHECK(lan.heard[i] == (i <= first ? 2 : 1));
+	net_counters_sum(lan.ports[0].nic, &sum);
+	CHECK(sum.flooded == 2 && sum.sent_link_down == 1 && sum.dropped == 0);
+	lan_close(&lan);
+}
+
+/* A turn before it that moved all it may takes nothing from it. */
+static void test_an_announcement_reaches_everybody_at_once(void)
+{
+	struct worker_command nudge = { .op = WORKER_NUDGE, .fd = -1 };
+	struct lan lan;
+
+	lan_open(&lan);
+	nudge.device = lan.ports[0].nic;
+	net_prepare_rarp(nudge.device, (uint8_t[]){ 2, 0, 0, 0, 1, 0 });
+	lan.table.worker.moved = WORKER_TURN_BYTES;
+	worker_post(&lan.table.worker, &nudge);
+	CHECK(lan_round(&lan, RARP_BYTES) == PORTS);
+	CHECK(worker_take_done(&lan.table.worker) == &nudge && nudge.result == 0);
+	lan_close(&lan);
 }
 
 int main(void)
@@ -169,5 +252,7 @@ int main(void)
 	test_a_turn_of_frames_ends_by_their_bytes();
 	test_a_turn_of_frames_through_a_descriptor_ends_by_the_clock();
 	test_a_flood_of_a_long_frame_takes_several_turns();
+	test_a_flood_that_is_given_up_leaves_nothing_to_the_next();
+	test_an_announcement_reaches_everybody_at_once();
 	return 0;
 }

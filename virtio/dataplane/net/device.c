@@ -63,6 +63,7 @@ static void send_rarp(struct native_device *device, struct worker *w)
 
 	if (!mac)
 		return;
+	w->moved = 0; /* a turn of its own, and too short to be cut */
 	memset(bytes, 0xff, 6);
 	memcpy(bytes + 6, &mac, 6);
 	memcpy(bytes + 12, middle, sizeof(middle));

@@ -69,6 +69,7 @@ struct net_frame { /* one frame on its way; the pieces are a guest's memory, or 
 	const struct iovec *iov;
 	uint32_t count;
 	uint32_t length; /* without the header */
+	uint32_t port;   /* switch: a flood of it continues there */
 };
 
 struct net_device;
@@ -90,7 +91,7 @@ struct net_pair { /* one receive and one transmit queue; worker thread */
 	uint32_t pending;           /* bytes in `frame` that the guest had no buffers for; 0: none */
 	struct net_header pending_header;
 	struct net_taken held;      /* buffers too few for it, which it keeps while it waits for more */
-	uint32_t flooding;          /* switch: the port at which the frame that is sent next goes on; 0: at the first */
+	uint32_t flooding;          /* switch: the port at which the frame that was put back is to continue, or 0 */
 	uint32_t muted;             /* atomic: the transmit queue is disabled, what comes on it has no effect */
 	uint32_t awake;             /* atomic: while it is, its ring is looked at: from a kick until there is nothing left */
 	bool listening;             /* the receive queue is driven; under net_device.selecting */

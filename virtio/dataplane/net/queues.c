@@ -63,6 +63,8 @@ static bool transmit_turn(struct net_pair *pair, struct worker *w)
 		uint32_t head = chain.head, slots = chain.slots;
 
 		guest_wait_popped(vq);
+		frame.port = pair->flooding;
+		pair->flooding = 0;
 		if (!honest) {
 			stat_add(&pair->counters.malformed, 1);
 			op_stats_add(&vq->stats.ops[NET_OP_TRANSMIT], 0, 0, true);

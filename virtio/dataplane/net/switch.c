@@ -187,9 +187,9 @@ static bool flood(struct net_pair *pair, struct worker *w, const struct net_fram
 	struct net_switch *lan = net->lan;
 	uint32_t index = (uint32_t)(pair - net->pairs);
 
-	if (!pair->flooding)
+	if (!frame->port)
 		stat_add(&pair->counters.flooded, 1);
-	for (uint32_t port = pair->flooding; port < lan->ports_end; port++) {
+	for (uint32_t port = frame->port; port < lan->ports_end; port++) {
 		if (!lan->ports[port] || port == net->lan_port)
 			continue;
 		if (w->moved >= WORKER_TURN_BYTES) {
@@ -198,7 +198,6 @@ static bool flood(struct net_pair *pair, struct worker *w, const struct net_fram
 		}
 		hand_over(lan->ports[port], index, w, frame);
 	}
-	pair->flooding = 0;
 	return true;
 }
 
@@ -234,7 +233,6 @@ static bool switch_send(struct net_pair *pair, struct worker *w, const struct ne
 	if (!to && !is_group(macs) && (station = station_find(lan, macs)))
 		to = station->port;
 	if (to) {
-		pair->flooding = 0; /* what was being sent before has gone another way meanwhile */
 		if (to != net->lan_port + 1)
 			hand_over(lan->ports[to - 1], index, w, frame);
 		return true;
