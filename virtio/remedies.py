@@ -19,19 +19,18 @@ def in_a_unit() -> bool:
 def remedy(path: Path, number: int, *, writing: bool, read_only_key: bool = False) -> str:
     """What to do when opening ``path`` gave errno ``number``; "" where nothing is known.
 
-    ``writing``: it was opened to be written; ``read_only_key``: which ``read_only = true`` would not do. For what is to
-    be made, ``path`` is its folder.
+    ``writing``: it was opened to be written, or is to be made; ``read_only_key``: which ``read_only = true`` would
+    not do.
     """
     at_home = any(path.is_relative_to(home) for home in _HOMES)
-    folder = path if path.is_dir() else path.parent
     if in_a_unit() and at_home and number in (errno.EACCES, errno.ENOENT, errno.EROFS):
         return (
             "the unit hides homes (ProtectHome=yes): choose a place below /var/lib/hyperbell, or set ProtectHome=no "
-            f"and ReadWritePaths={folder} {_DROP_IN}"
+            f"and ReadWritePaths={path.parent} {_DROP_IN}"
         )
     or_read = ", or set read_only = true" if writing and read_only_key else ""
     if number == errno.EROFS and in_a_unit():
-        where = f"ReadWritePaths={folder} {_DROP_IN}"
+        where = f"ReadWritePaths={path.parent} {_DROP_IN}"
         return f"the unit makes it read-only (ProtectSystem=strict): set {where}{or_read}"
     if number == errno.EROFS:
         return f"its file system is mounted read-only: mount it writable{or_read}"

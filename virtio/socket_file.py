@@ -62,9 +62,7 @@ class SocketFile:
             self.socket.listen(listen.backlog)
         except OSError as error:
             self.close()
-            number = error.errno or 0
-            text = f"{self.path}: cannot listen there: {error.strerror}"
-            raise HostError(with_remedy(text, self.path.parent, number, writing=True), errno=number) from error
+            raise _refused(self.path, "cannot listen there", error) from error
 
     def close(self) -> None:
         """Stop listening and remove the file, unless it is another's by now."""
@@ -81,6 +79,11 @@ def check_path(path: Path) -> None:
             f"{path}: a Unix socket's path has at most {_PATH_MAX} bytes; choose a shorter one",
             errno=errno.ENAMETOOLONG,
         )
+
+
+def _refused(path: Path, what: str, error: OSError) -> HostError:
+    number = error.errno or 0
+    return HostError(with_remedy(f"{path}: {what}: {error.strerror}", path, number, writing=True), errno=number)
 
 
 def _group_id(name: str) -> int:
@@ -109,7 +112,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise HostError(f"{path}: {error.strerror}", errno=error.errno or 0) from error
+        raise _refused(path, "cannot be looked at", error) from error
     if not stat.S_ISSOCK(status.st_mode):
         raise HostError(f"{path}: exists and is no socket; remove it or choose another path", errno=errno.EEXIST)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:

@@ -19,14 +19,7 @@ from kit.project import ROOT
 
 from daemon.cli import main
 from virtio.devices.blk.device import Blk, BlkOptions
-from virtio.devices.host.device_node import open_node
-from virtio.devices.i2c.chips import EepromChip
-from virtio.devices.i2c.options import ChipOptions
-from virtio.devices.net.peer import open_socket
-from virtio.devices.net.peer_options import SocketOptions
 from virtio.errors import HostError
-from virtio.remedies import remedy
-from virtio.socket_file import Listen, SocketFile
 
 MIB: Final = 1 << 20
 
@@ -182,45 +175,27 @@ def test_a_file_where_a_socket_is_to_be_made_is_refused(folder: Path, capsys: py
     assert f"[devices.disk] socket: {folder}/disk.sock exists and is no socket" in text
 
 
-SOCKETS: Final = {
-    "control": ("pins", 'type = "gpio"\nlines = ["a"]\ncontrol = "PATH"'),
-    "path": ("tty", 'type = "console"\nbackend = "socket"\npath = "PATH"'),
-    "ports.0.path": ("tty", 'type = "console"\nports = [{ name = "a", backend = "socket", path = "PATH" }]'),
-    "local": ("net", 'type = "net"\nbackend = "socket"\nlocal = "unix:PATH"'),
+MADE: Final = {  # what is made at PATH, by which key of which device
+    "control": ("socket", "pins", 'type = "gpio"\nlines = ["a"]\ncontrol = "PATH"'),
+    "path": ("socket", "tty", 'type = "console"\nbackend = "socket"\npath = "PATH"'),
+    "ports.0.path": ("socket", "tty", 'type = "console"\nports = [{ name = "a", backend = "socket", path = "PATH" }]'),
+    "local": ("socket", "net", 'type = "net"\nbackend = "socket"\nlocal = "unix:PATH"'),
+    "path of a terminal": ("link", "tty", 'type = "console"\nbackend = "pty"\npath = "PATH"'),
 }
 
 
-@pytest.mark.parametrize("key", SOCKETS)
-def test_a_file_where_a_device_makes_a_socket_is_refused(
+@pytest.mark.parametrize("key", MADE)
+def test_a_file_where_a_device_makes_a_socket_or_a_link_is_refused(
     key: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, keys = SOCKETS[key]
+    what, name, keys = MADE[key]
     (folder / "taken").write_text("precious")
     file = folder / "hyperbell.toml"
     table = f'[devices.{name}]\nsocket = "{folder}/x.sock"\n{keys}\n'.replace("PATH", f"{folder}/taken")
     file.write_text(f'[daemon]\nmetrics = "off"\n{table}')
     status, text = check(file, capsys)
     assert status == 78
-    assert f"[devices.{name}] {key}: {folder}/taken exists and is no socket" in text
-
-
-def test_a_file_where_a_link_to_a_terminal_is_to_be_made_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "taken").write_text("precious")
-    file = folder / "hyperbell.toml"
-    file.write_text(f"""
-[daemon]
-metrics = "off"
-[devices.tty]
-type = "console"
-socket = "{folder}/x.sock"
-backend = "pty"
-path = "{folder}/taken"
-""")
-    status, text = check(file, capsys)
-    assert status == 78
-    assert f"[devices.tty] path: {folder}/taken exists and is no link" in text
+    assert f"[devices.{name}] {key.split()[0]}: {folder}/taken exists and is no {what}" in text
 
 
 def test_the_file_of_an_eeprom_that_has_another_size_is_refused(
@@ -409,67 +384,3 @@ def test_looking_as_another_user_takes_root_and_a_user_that_exists(
     other = pwd.getpwuid(0).pw_name
     assert main(["check", "--user", other, str(file)]) == 1
     assert "needs root: sudo hyperbell check --user" in capsys.readouterr().err
-
-
-# --- the remedy fits the cause ---
-
-REMEDIES = [
-    # path, errno, under a unit, what helps
-    ("/srv/images/a.img", errno.EROFS, True, "ReadWritePaths=/srv/images"),
-    ("/srv/images/a.img", errno.EROFS, False, "mounted read-only"),
-    ("/home/eva/a.img", errno.EACCES, True, "ProtectHome"),
-    ("/root/a.img", errno.ENOENT, True, "ProtectHome"),
-    ("/home/eva/a.img", errno.EACCES, False, "write access"),
-    ("/dev/null", errno.EPERM, True, "DeviceAllow=/dev/null rw"),
-    ("/srv/a.img", errno.EACCES, True, "write access"),
-]
-
-
-@pytest.mark.parametrize(("path", "number", "unit", "helps"), REMEDIES)
-def test_the_remedy_fits_the_cause(
-    path: str, number: int, unit: bool, helps: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    if unit:
-        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
-
-    def closed(*arguments: object, **more: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "open", closed)
-    with pytest.raises(HostError) as caught:
-        Blk("disk", BlkOptions(path=Path(path)), 1, 64)
-    assert helps in str(caught.value)
-    assert helps in remedy(Path(path), number, writing=True)
-
-
-@pytest.mark.parametrize("unit", [False, True])
-def test_the_remedy_fits_whatever_cannot_be_made_or_opened(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    if unit:
-        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
-    helps = "ReadWritePaths=/srv" if unit else "mounted read-only"
-
-    def closed(*arguments: object, **more: object) -> int:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(os, "open", closed)
-    monkeypatch.setattr(socket.socket, "bind", closed)
-    monkeypatch.setattr(Path, "symlink_to", closed)
-    eeprom = ChipOptions(kind="eeprom", address=0x50, path=Path("/srv/eeprom"))
-    for make in (
-        lambda: SocketFile(Listen(Path("/srv/some.sock"))),
-        lambda: EepromChip(eeprom),
-        lambda: open_socket("net", SocketOptions(local="unix:/srv/peer")),
-    ):
-        with pytest.raises(HostError, match=helps):
-            make()
-    monkeypatch.setattr(
-        os, "open", lambda *arguments, **more: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no"))
-    )
-    with pytest.raises(HostError, match="DeviceAllow=/dev/null rw"):
-        open_node(Path("/dev/null"), "chip", missing="", forbidden="")
-
-
-def test_what_is_only_read_is_not_told_to_be_read_only() -> None:
-    assert "read_only" not in remedy(Path("/srv/a.img"), errno.EACCES, writing=False)

@@ -280,7 +280,7 @@ class PtyEnd:
             self._theirs.close()
             number = error.errno or 0
             text = f"console pty {path}: {error.strerror or error}"
-            raise HostError(with_remedy(text, path.parent, number, writing=True), errno=number) from error
+            raise HostError(with_remedy(text, path, number, writing=True), errno=number) from error
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         # trio's FdStream makes the fd non-blocking; it is ours alone, so nobody is surprised.

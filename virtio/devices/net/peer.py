@@ -97,7 +97,7 @@ class _Place:
 def _cannot(address: Address, error: OSError) -> HostError:
     number, text = error.errno or 0, f"{address}: {error.strerror or error}"
     if address.path:
-        text = with_remedy(text, Path(address.path).parent, number, writing=True)
+        text = with_remedy(text, Path(address.path), number, writing=True)
     return HostError(text, errno=number)
 
 
