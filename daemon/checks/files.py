@@ -33,10 +33,9 @@ def file_faults(config: Config, *, as_daemon: bool) -> Iterator[Problem]:
             mode = made.path.lstat().st_mode
         except OSError:
             continue
-        if made.is_link and not stat.S_ISLNK(mode):
-            yield config.problem(key, f"{made.path} exists and is no link", "remove it, or choose another path")
-        elif not made.is_link and not stat.S_ISSOCK(mode):
-            yield config.problem(key, f"{made.path} exists and is no socket", "remove it, or choose another path")
+        is_such, what = (stat.S_ISLNK, "link") if made.is_link else (stat.S_ISSOCK, "socket")
+        if not is_such(mode):
+            yield config.problem(key, f"{made.path} exists and is no {what}", "remove it, or choose another path")
     for key, path, size, writable in _eeproms(config):
         try:
             fault = eeprom_fault(path.stat(), size, writable=writable)
@@ -52,8 +51,9 @@ def file_notes(config: Config) -> Iterator[Problem]:
     """What is missing, in use, or closed to this user, now."""
     yield from _closed(config)
     yield from _missing_folders(config)
+    in_use = _paths_in_use()
     for key, made in _made(config):
-        if not made.is_link and _answers(made.path):
+        if not made.is_link and str(made.path) in in_use:
             yield config.problem(key, f"{made.path} is in use, by a daemon that runs now", "")
     for device in config.devices.values():
         for key, node in _nodes(device):
@@ -181,10 +181,10 @@ def _others(node: Path) -> str:
     return ", ".join(sorted(str(other) for other in node.parent.glob(f"{kind}[0-9]*")))
 
 
-def _answers(path: Path) -> bool:
-    """Whether a process listens there. Connecting to a vhost-user socket would take its place: the kernel is asked."""
+def _paths_in_use() -> set[str]:
+    """Where processes listen. Connecting to a vhost-user socket would take its place: the kernel is asked."""
     try:
         lines = Path("/proc/net/unix").read_text().splitlines()
     except OSError:
-        return False
-    return any(line.split(maxsplit=7)[7:] == [str(path)] for line in lines)
+        return set()
+    return {fields[7] for line in lines if len(fields := line.split(maxsplit=7)) == 8}

@@ -56,8 +56,7 @@ def _content_faults(config: Config, device: Device, options: BlkOptions, path: P
     with fd:
         is_block_device = stat.S_ISBLK(os.fstat(fd.fileno()).st_mode)
         if not options.read_only and is_write_protected(fd):
-            message, hint = WRITE_PROTECTED.split("; ")
-            yield config.problem(("devices", device.name, "path"), f"{path}: {message}", hint)
+            yield config.problem(("devices", device.name, "path"), *_split(WRITE_PROTECTED, path))
         try:
             usable_size(options, size_of(fd), is_block_device)
         except HostError as error:

@@ -84,7 +84,7 @@ static inline uint32_t request_pieces(const struct request *r)
 struct native_device {
 	const struct native_ops *ops;
 	int refs; /* atomic */
-	uint32_t queues; /* fixed: they share DEVICE_REQUESTS; 0: its requests wait for no I/O */
+	uint32_t queues; /* fixed: they share DEVICE_REQUESTS; 0 counts as 1 */
 };
 
 /*
